@@ -1,0 +1,155 @@
+"""Settings: one dataclass per script, Python override files, then --key=value flags.
+
+    python train.py configurator/quickstart.py --lr=3e-4 --compile=False
+
+Files and flags are applied from left to right. A file holds plain assignments, runs in a namespace
+of its own and may build on another one with `from configurator.quickstart import *`. Everything
+that is wrong is reported at once, before anything starts.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import runpy
+import sys
+import types
+import typing
+from pathlib import Path
+
+
+def setting(default, doc, *, low=None, high=None, above=None):
+    """A dataclass field with a one-line `doc`; `low`/`high` are inclusive bounds, `above` is a strict one."""
+    return dataclasses.field(default=default, metadata=dict(doc=doc, low=low, high=high, above=above))
+
+
+def fail(*problems):
+    """Print one line per problem (on rank 0 only, under torchrun) and exit with code 2."""
+    if os.environ.get("RANK", "0") == "0":
+        for problem in problems:
+            print(f"{Path(sys.argv[0]).name}: {problem}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def load(settings, argv=None, about=""):
+    """Build `settings` (a dataclass type) from override files and flags; exit on --help or bad input.
+
+    If the dataclass has a method `problems()`, the lines it returns (incompatible settings) are
+    reported together with unknown names, wrong types and values out of range.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(argv):
+        if os.environ.get("RANK", "0") == "0":
+            print(usage(settings, about))
+        raise SystemExit(0)
+    fields, types_ = {f.name: f for f in dataclasses.fields(settings)}, typing.get_type_hints(settings)
+    values, problems = {}, []
+
+    def assign(name, value, where):
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else "see --help for all settings"
+            return problems.append(f"{where}: unknown setting '{name}'; {hint}")
+        try:
+            values[name] = within(fields[name], convert(value, types_[name]))
+        except ValueError as problem:
+            problems.append(f"{where}: {name}={value!r}: {problem}")
+
+    for arg in argv:
+        if arg.startswith("--"):
+            name, equals, value = arg[2:].partition("=")
+            name = name.replace("-", "_")
+            if not equals and name in fields and types_[name] is not bool:
+                problems.append(f"{arg}: write --{name}=VALUE")
+            else:
+                assign(name, value if equals else "True", arg)  # a bare --flag switches a bool on
+        elif not Path(arg).is_file():
+            problems.append(f"{arg}: no such override file (flags are written --key=value)")
+        else:
+            try:
+                overrides = read_file(arg)
+            except Exception as problem:  # the user's own Python: whatever it raises is what is wrong with it
+                problems.append(f"{arg}: {type(problem).__name__}: {problem}")
+                continue
+            for name, value in overrides.items():
+                assign(name, value, arg)
+    result = settings(**values)
+    if not problems and hasattr(result, "problems"):
+        problems = result.problems()
+    if problems:
+        fail(*problems)
+    return result
+
+
+def read_file(path):
+    """The plain assignments of an override file: what it imports, defines or marks with _ is left out."""
+    folder = str(Path(path).resolve().parent)  # a file outside configurator/ may import its neighbours
+    sys.path.insert(0, folder)
+    try:
+        names = runpy.run_path(str(path))
+    finally:
+        sys.path.remove(folder)
+    skip = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
+    return {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, skip)}
+
+
+def convert(value, kind):
+    """`value` (text from a flag, or an object from a file) as a `kind`: bool, int, float, str or a Literal."""
+    if typing.get_origin(kind) is typing.Literal:
+        allowed = typing.get_args(kind)
+        if value in allowed:
+            return value
+        near = difflib.get_close_matches(str(value), allowed, n=1)
+        raise ValueError(f"choose from {', '.join(allowed)}" + (f"; did you mean '{near[0]}'?" if near else ""))
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in ("true", "yes", "1", "false", "no", "0"):
+            return str(value).lower() in ("true", "yes", "1")
+        raise ValueError("expected True or False")
+    if kind is str:
+        if isinstance(value, (str, Path)):
+            return str(value)
+        raise ValueError("expected text")
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError("expected a number")
+    try:
+        number = float(value.replace("_", "")) if isinstance(value, str) else value
+    except ValueError:
+        raise ValueError("expected a number") from None
+    if kind is float:
+        return float(number)
+    if number != number or number in (float("inf"), float("-inf")) or number != int(number):
+        raise ValueError("expected a whole number")
+    try:
+        return int(value)  # exact for digits; floats hold whole numbers only up to 2**53
+    except ValueError:
+        return int(number)  # 1e6 written as text
+
+
+def within(field, value):
+    """`value` if it lies within the field's bounds; raises ValueError otherwise."""
+    low, high, above = (field.metadata.get(k) for k in ("low", "high", "above"))
+    if low is not None and not value >= low:
+        raise ValueError(f"must be at least {low}")
+    if above is not None and not value > above:
+        raise ValueError(f"must be above {above}")
+    if high is not None and not value <= high:
+        raise ValueError(f"must be at most {high}")
+    return value
+
+
+def usage(settings, about):
+    """The text of --help: every setting with its type, default and doc."""
+    hints = typing.get_type_hints(settings)
+    lines = [about.strip(), "", "settings (--key=value, or key = value in a Python override file):"]
+    for f in dataclasses.fields(settings):
+        kind = hints[f.name]
+        name = "|".join(typing.get_args(kind)) if typing.get_origin(kind) is typing.Literal else kind.__name__
+        lines.append(f"  --{f.name}={f.default!r}  ({name})\n      {f.metadata['doc']}")
+    return "\n".join(lines)
+
+
+def dump(settings):
+    """The resolved settings as indented JSON."""
+    return json.dumps(dataclasses.asdict(settings), indent=2)

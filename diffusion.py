@@ -1,0 +1,368 @@
+"""Diffusion for discrete tokens: schedules, noise, the weights of every bound, losses and reverse steps.
+
+The forward process runs on the host, in numpy: the same masks on every device, and the number of rows
+that the LM head needs is known before the step. What reaches the network is a `Batch`: noisy tokens,
+the positions that count, their targets and their weights. Every weight already holds the objective's
+factor and the mean over the *global* batch, so a step's loss is a plain sum over all of its batches.
+
+Symbols (SPEC.md): t time, r(t) noise ratio, α = 1 − r, L block length, k corrupted positions, V text tokens,
+x clean tokens, z noisy tokens.
+"""
+
+import math
+from typing import Callable, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from kernels import linear_cross_entropy, linear_uniform_bound
+
+# ----------------------------------------------------------------------------------------------- schedules
+
+
+class Schedule(NamedTuple):
+    """r(t), its derivative r′(t) and its inverse; all three work on floats and arrays."""
+
+    r: Callable
+    dr: Callable
+    inverse: Callable
+
+
+def schedule(name):
+    """`linear` r = t, `cosine` r = sin(πt/2) (α = 1 − cos(π/2·(1−t)), MD4's), `poly<n>` r = tⁿ."""
+    if name == "linear":
+        return Schedule(lambda t: t, lambda t: t * 0 + 1.0, lambda u: u)
+    if name == "cosine":
+        half = math.pi / 2
+        return Schedule(lambda t: np.sin(half * t), lambda t: half * np.cos(half * t), lambda u: np.arcsin(u) / half)
+    if name.startswith("poly") and name[4:].isdigit() and int(name[4:]) > 0:
+        n = int(name[4:])
+        return Schedule(lambda t: t**n, lambda t: n * t ** (n - 1), lambda u: u ** (1 / n))
+    raise ValueError(f"unknown schedule '{name}'; choose linear, cosine or poly<n> (poly2, poly3, …)")
+
+
+# ----------------------------------------------------------------------------------- counter-based randomness
+
+MASK, REPLACE, LEVEL, OFFSET, LENGTH = range(5)  # independent streams
+
+
+def mix(x):
+    """SplitMix64's output function, elementwise on uint64 (wraps modulo 2**64)."""
+    with np.errstate(over="ignore"):
+        x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+        return x ^ x >> np.uint64(31)
+
+
+def random_bits(seed, stream, sample, length):
+    """64 random bits per (sample, position): SplitMix64 started at a hash of (seed, stream, sample).
+
+    A pure function: the same on any number of ranks, in any split of the batch and after any resume.
+    `sample` (B,) counts the rows drawn since training began, so it fixes the epoch too. → (B, length) uint64.
+    """
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    with np.errstate(over="ignore"):
+        key = mix(np.uint64(seed & 0xFFFFFFFFFFFFFFFF) + golden)
+        key = mix(key + np.uint64(stream + 1) * golden)
+        key = mix(key + (np.asarray(sample).astype(np.uint64) + np.uint64(1)) * golden)
+        return mix(key[:, None] + np.arange(1, length + 1, dtype=np.uint64) * golden)
+
+
+def unit(bits):
+    """Uniform in (0, 1] from 64 random bits."""
+    return ((bits >> np.uint64(11)).astype(np.float64) + 1) * 2.0**-53
+
+
+# ------------------------------------------------------------------------------------------- noise of a step
+
+
+class Process(NamedTuple):
+    """Everything that fixes the forward process and the weights of the loss."""
+
+    objective: str  # ar, masked or uniform
+    n_vocab: int
+    mask_id: int
+    block_len: int
+    seed: int = 0
+    loss: str = "elbo"  # masked: elbo or maskgit; uniform: elbo or paper
+    estimator: str = "count"  # of the masked bound: count, ratio or time
+    schedule: str = "linear"
+    time: str = "uniform"  # uniform (stratified), iid or moving_gaussian
+    time_sigma: float = 0.2
+    time_correction: bool = False  # divide by the density of moving_gaussian's t
+    short_rows: float = 0.0  # share of rows that get a random length in [2, L]
+
+
+class Rows(NamedTuple):
+    """Noise levels of all N rows of one optimizer step; `deal` gives each micro-batch its share."""
+
+    sample: np.ndarray  # (N,) global sample index
+    t: np.ndarray  # (N,) time in (0, 1]
+    length: np.ndarray  # (N,) tokens that count
+    count: np.ndarray  # (N,) k = ⌈r(t)·length⌉
+    mean: float  # μ of moving_gaussian at this step
+
+    def deal(self, part, parts):
+        """Every parts-th row: a micro-batch is itself a lattice, and no rank gets only clean rows."""
+        return np.arange(part, len(self.t), parts)
+
+
+def step_rows(p, first_sample, n_rows, progress=0.0):
+    """Noise levels for one step of n_rows rows whose first is number `first_sample`; progress ∈ [0, 1].
+
+    One lattice over all rows of the step: u_j = (j + offset)/N, j = 0…N−1 (SPEC §3).
+    """
+    sample = first_sample + np.arange(n_rows, dtype=np.int64)
+    if p.time == "iid":
+        u = unit(random_bits(p.seed, LEVEL, sample, 1)[:, 0])
+    else:
+        u = (np.arange(n_rows) + unit(random_bits(p.seed, OFFSET, sample[:1], 1)[0, 0])) / n_rows
+    t = time_quantile(p, u, progress)
+    length = np.full(n_rows, p.block_len)
+    if p.short_rows:
+        draw = unit(random_bits(p.seed, LENGTH, sample, 2))
+        some = np.clip(1 + np.ceil(draw[:, 1] * (p.block_len - 1)), 2, p.block_len)
+        length = np.where(draw[:, 0] <= p.short_rows, some, length).astype(np.int64)
+    return Rows(sample, t, length, noisy_count(p, t, length), progress)
+
+
+def noisy_count(p, t, length):
+    """k = ⌈r(t)·length⌉, at least 1."""
+    return np.clip(np.ceil(schedule(p.schedule).r(t) * length), 1, length).astype(np.int64)
+
+
+def time_quantile(p, u, mean):
+    """t from uniform u: u itself, or the quantile of N(mean, σ²) truncated to (0, 1]."""
+    if p.time != "moving_gaussian":
+        return u
+    low, high = gaussian_cdf((0 - mean) / p.time_sigma), gaussian_cdf((1 - mean) / p.time_sigma)
+    z = torch.special.ndtri(torch.from_numpy(np.asarray(low + u * (high - low)))).numpy()
+    return np.clip(mean + p.time_sigma * z, 1e-12, 1.0)
+
+
+def time_cdf(p, t, mean):
+    """The distribution function of t; that of uniform t unless the sampler is to be corrected for."""
+    if p.time != "moving_gaussian" or not p.time_correction:
+        return t
+    low, high = gaussian_cdf((0 - mean) / p.time_sigma), gaussian_cdf((1 - mean) / p.time_sigma)
+    return (gaussian_cdf((t - mean) / p.time_sigma) - low) / (high - low)
+
+
+def time_density(p, t, mean):
+    """The derivative of `time_cdf`."""
+    if p.time != "moving_gaussian" or not p.time_correction:
+        return np.ones_like(t)
+    low, high = gaussian_cdf((0 - mean) / p.time_sigma), gaussian_cdf((1 - mean) / p.time_sigma)
+    z = (t - mean) / p.time_sigma
+    return np.exp(-0.5 * z * z) / (math.sqrt(2 * math.pi) * p.time_sigma * (high - low))
+
+
+def gaussian_cdf(z):
+    return torch.special.ndtr(torch.as_tensor(z, dtype=torch.float64)).numpy()
+
+
+def capacity(p, n_rows, spacing=None):
+    """Positions that any micro-batch of n_rows rows can mask: known before compiling (SPEC §3).
+
+    A micro-batch's levels lie `spacing` apart (1/n_rows where it divides the step evenly), so its i-th is at
+    most (i + 1)·spacing; r and the quantile of t increase in u, so the maximum is reached there. Counts
+    that are drawn (ratio and time form) get ten standard deviations more; `pack` refuses what would not fit.
+    """
+    top = np.minimum(1.0, (np.arange(n_rows) + 1) * (spacing or 1 / n_rows))
+    t = time_quantile(p, np.ones(n_rows) if p.time == "iid" else top, 1.0)
+    most = int(noisy_count(p, t, np.full(n_rows, p.block_len)).sum())
+    if p.estimator != "count":
+        most += int(10 * math.sqrt(n_rows * p.block_len / 4)) + n_rows
+    return min(-(-most // 64) * 64, n_rows * p.block_len)
+
+
+class Batch(NamedTuple):
+    """One forward pass, as arrays or tensors. C = B·L, or the capacity where `index` picks positions."""
+
+    tokens: np.ndarray  # (B, L) what the network reads
+    targets: np.ndarray  # (C,)
+    weights: np.ndarray  # (C, P) fp32: P parts of the loss, each Σ weight·(nats at the position)
+    index: np.ndarray | None = None  # (C,) positions in the flattened batch
+    time: np.ndarray | None = None  # (B,) for networks with a time embedding
+    keep: np.ndarray | None = None  # (B, L) False past a short row's end
+    noisy: np.ndarray | None = None  # (C,) z, for the uniform bound only
+    beta: np.ndarray | None = None  # (C,) Vα/(1−α), likewise
+
+
+def make_batch(p, x, rows, which, valid=None, spacing=None):
+    """Corrupt the blocks x (B, L + 1; the token before each block comes first) of the step's rows `which`.
+
+    `valid` (B,) switches off rows that only fill up a batch; `spacing` as in `capacity`. Returns a Batch
+    of numpy arrays.
+    """
+    B, L = x.shape[0], p.block_len
+    sample, t, length = rows.sample[which], rows.t[which], rows.length[which]
+    inside = np.arange(L) < length[:, None]  # (B, L)
+    keep = inside if p.short_rows else None
+    live = inside if valid is None else inside & valid[:, None]
+    total = rows.length.sum()  # tokens of the global batch
+    if p.objective == "ar":
+        return Batch(x[:, :-1], x[:, 1:].reshape(-1), weigh(live / total), keep=keep)
+    x = x[:, 1:]
+    bits = random_bits(p.seed, MASK, sample, L)
+    if p.objective == "masked":
+        noisy, weight = masked_weights(p, rows, which, bits, inside)
+        weight = weight / (rows.count.sum() if p.loss == "maskgit" else total)
+        return pack(p, x, noisy, live * weight[:, None], keep, capacity(p, B, spacing))
+    drawn = random_bits(p.seed, REPLACE, sample, L) >> np.uint64(32)
+    drawn = (drawn * np.uint64(p.n_vocab) >> np.uint64(32)).astype(np.int64)  # uniform over the text tokens
+    time = t.astype(np.float32)
+    if p.loss == "paper":
+        noisy, weight = masked_weights(p, rows, which, bits, inside)
+        clean_total = max(1, (rows.length - rows.count).sum())
+        parts = live * noisy * weight[:, None] / total, live * ~noisy / clean_total
+        return Batch(np.where(noisy, drawn, x), x.reshape(-1), weigh(*(part / 2 for part in parts)), time=time, keep=keep)
+    s = schedule(p.schedule)
+    ratio = s.r(t)
+    alpha = np.maximum(1 - ratio, 1e-6)  # the integrand is O(α) there; the floor keeps its factors finite
+    noisy = (unit(bits) <= ratio[:, None]) & inside
+    z = np.where(noisy, drawn, x)
+    weight = s.dr(t) / (p.n_vocab * alpha) / (total * time_density(p, t, rows.mean))
+    beta = np.repeat(p.n_vocab * alpha / ratio, L).astype(np.float32)
+    return Batch(z, x.reshape(-1), weigh(live * weight[:, None]), time=time, keep=keep, noisy=z.reshape(-1), beta=beta)
+
+
+def masked_weights(p, rows, which, bits, inside):
+    """Which positions are corrupted (B, L), and each row's weight per corrupted position (B,).
+
+    Σ over a row of weight·CE estimates length × NELBO/token (for `maskgit` all weights are 1):
+    time form   i.i.d. positions, w(t) = r′/r;
+    ratio form  the same positions, r′·length/k for the realized k, one position forced where k = 0;
+    count form  exactly k, 1/k × length × (1/length)/P(k), P(k) = F(r⁻¹(k/length)) − F(r⁻¹((k−1)/length)).
+    """
+    t, length, count = rows.t[which], rows.length[which], rows.count[which]
+    s = schedule(p.schedule)
+    if p.estimator == "count" or p.loss != "elbo":
+        noisy = exactly(bits, count, inside)
+        if p.loss == "maskgit":
+            return noisy, np.ones(len(t))
+        upper, lower = (time_cdf(p, s.inverse(k / length), rows.mean) for k in (count, count - 1))
+        return noisy, 1 / (count * (upper - lower))
+    noisy = (unit(bits) <= s.r(t)[:, None]) & inside
+    density = time_density(p, t, rows.mean)
+    if p.estimator == "time":
+        return noisy, s.dr(t) / (s.r(t) * density)
+    forced = exactly(bits, np.ones_like(count), inside)
+    noisy |= forced & ~noisy.any(1, keepdims=True)
+    return noisy, s.dr(t) * length / (noisy.sum(1) * density)
+
+
+def exactly(bits, count, inside):
+    """A uniformly random set of count[b] of the positions `inside`. bits (B, L) → bool (B, L)."""
+    L = bits.shape[1]
+    low = np.uint64((1 << max(1, (L - 1).bit_length())) - 1)
+    keys = (bits & ~low) | np.arange(L, dtype=np.uint64)  # the position breaks ties, so the count is exact
+    keys = np.where(inside, keys, ~np.uint64(0))
+    threshold = np.take_along_axis(np.sort(keys, axis=1), count[:, None] - 1, axis=1)
+    return (keys <= threshold) & inside
+
+
+def pack(p, x, noisy, weight, keep, room):
+    """A masked Batch: only the masked positions, padded with weight 0 to a size known at compile time."""
+    index = np.flatnonzero(noisy)
+    if len(index) > room:
+        raise RuntimeError(f"{len(index)} masked positions exceed the capacity of {room}; this is a bug in capacity()")
+    padded = np.zeros(room, np.int64)
+    padded[: len(index)] = index
+    weights = np.zeros(room)
+    weights[: len(index)] = weight.reshape(-1)[index]
+    return Batch(np.where(noisy, p.mask_id, x), x.reshape(-1)[padded], weigh(weights), index=padded, keep=keep)
+
+
+def weigh(*parts):
+    """Weights of the loss's parts as (C, P) fp32."""
+    return np.stack([part.reshape(-1) for part in parts], axis=1).astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------------------------- losses
+
+
+def loss_parts(model, batch, posterior=False):
+    """The P parts of the loss, (P,) fp32, whose sum is the loss in nats per token.
+
+    `posterior`: for the uniform bound of a network that was trained with the `paper` loss.
+    """
+    hidden = model(batch.tokens, batch.time, batch.keep).flatten(0, 1)
+    if batch.index is not None:
+        hidden = hidden.index_select(0, batch.index)
+    n_vocab = model.config.n_vocab
+    if batch.beta is None:
+        nats = linear_cross_entropy(hidden, model.head, batch.targets, n_vocab)
+    else:
+        nats = linear_uniform_bound(hidden, model.head, batch.noisy, batch.targets, batch.beta, n_vocab, posterior)
+    return (nats[:, None] * batch.weights).sum(0)
+
+
+# -------------------------------------------------------------------------------------------- reverse steps
+# Each step is factored into WHICH positions change and WHAT they become; then fp32 is enough (SPEC §7).
+
+
+def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """Logits after temperature, top-k and top-p (the token that crosses p is kept). (…, V) → (…, V)."""
+    if temperature > 0:
+        logits = logits / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    if top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        cut = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
+        logits = logits.masked_fill(cut, float("-inf"))
+    return logits
+
+
+def draw_tokens(logits, temperature, generator):
+    """One token per position, the likeliest at temperature 0, and its probability. (…, V) → (…), (…)."""
+    probs = logits.softmax(-1)
+    if temperature == 0:
+        token = logits.argmax(-1)
+    else:
+        noise = torch.rand(probs.shape, generator=generator, device=probs.device).clamp_min_(1e-38)
+        token = (probs / -noise.log()).argmax(-1)  # exponential races: p_j/E_j is largest at j with probability p_j
+    return token, probs.gather(-1, token[..., None])[..., 0]
+
+
+def reveal_ancestral(masked, ratio, next_ratio, generator):
+    """WHICH masked positions open between noise ratios: each with probability (α_s − α_t)/(1 − α_t)."""
+    chance = (ratio - next_ratio) / ratio
+    return masked & (torch.rand(masked.shape, generator=generator, device=masked.device) < chance)
+
+
+def reveal_confident(masked, confidence, steps_left):
+    """WHICH masked positions open: in each row its most confident 1/steps_left (rounded up), so all in the end."""
+    count = -(-masked.sum(-1, keepdim=True) // steps_left)
+    order = confidence.masked_fill(~masked, float("-inf")).argsort(dim=-1, descending=True)
+    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
+    return masked & (rank < count)
+
+
+def uniform_step(logits, z, ratio, next_ratio, generator, temperature=1.0, top_k=0, top_p=1.0):
+    """z at noise ratio `next_ratio` from z at `ratio`, given leave-one-out logits (B, L, V).
+
+    q(z_s = j | z_t) ∝ (a·1[j = z_t] + (1 − a)/V)·q_j with q_j = α_s x̂_j + (1 − α_s)/V, a = α_t/α_s:
+    stay with probability a·q_z/(a·q_z + (1 − a)/V), else draw from q, which is x̂ with probability α_s
+    and uniform otherwise.
+    """
+    V = logits.shape[-1]
+    logits = filter_logits(logits, temperature, top_k, top_p)
+    token, _ = draw_tokens(logits, temperature, generator)
+    probs = F.one_hot(token, V).float() if temperature == 0 else logits.softmax(-1)
+    alpha_s, a = 1 - next_ratio, (1 - ratio) / (1 - next_ratio)
+    q_z = alpha_s * probs.gather(-1, z[..., None])[..., 0] + (1 - alpha_s) / V
+    stay = a * q_z / (a * q_z + (1 - a) / V)
+    u = torch.rand((3, *z.shape), generator=generator, device=z.device)
+    anything = (u[2] * V).long().clamp_max(V - 1)
+    return torch.where(u[0] < stay, z, torch.where(u[1] < alpha_s, token, anything))
+
+
+def leave_one_out(logits, z, ratio):
+    """Leave-one-out logits from full-posterior ones: log(1 + Vα/(1−α)) lower at the noisy token (SPEC §6)."""
+    shift = math.log1p(logits.shape[-1] * (1 - ratio) / ratio)
+    return logits.scatter_add(-1, z[..., None], torch.full_like(z[..., None], -shift, dtype=logits.dtype))

@@ -1,0 +1,286 @@
+"""One Transformer for causal and bidirectional use (SPEC §1): Qwen3's dense block.
+
+Pre-norm, RMSNorm, rotary positions (half rotation), QK-norm, SwiGLU, no biases. `Transformer.forward`
+returns hidden states, so that the LM head and the loss can be fused over just the rows that count.
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# The ladder of the Quokka paper's Table 6: (12·n_layer·d_model² in millions, as that table prints it,
+# d_model, head_dim, n_head, n_layer).
+LADDER = [
+    (1, 128, 32, 4, 3), (2, 224, 32, 7, 4), (5, 288, 32, 7, 5), (7, 320, 32, 10, 6), (14, 448, 32, 7, 6),
+    (25, 512, 64, 8, 8), (36, 576, 64, 9, 9), (49, 640, 64, 10, 10), (64, 640, 64, 10, 13), (79, 640, 64, 10, 16),
+    (85, 768, 64, 12, 12), (106, 768, 64, 12, 15), (127, 768, 64, 12, 18), (135, 896, 64, 14, 14),
+    (154, 896, 64, 14, 16), (173, 896, 64, 14, 18), (201, 1024, 64, 16, 16), (226, 1024, 64, 16, 18),
+    (252, 1024, 64, 16, 20), (354, 1280, 128, 10, 18), (413, 1280, 128, 10, 21), (428, 1408, 128, 11, 18),
+    (472, 1280, 128, 10, 24), (500, 1408, 128, 11, 21), (538, 1536, 128, 12, 19), (571, 1408, 128, 11, 24),
+    (623, 1536, 128, 12, 22), (708, 1536, 128, 12, 25), (771, 1792, 128, 14, 20), (886, 1792, 128, 14, 23),
+    (1002, 1792, 128, 14, 26), (1107, 2048, 128, 16, 22), (1250, 2176, 128, 17, 22), (1258, 2048, 128, 16, 25),
+    (1409, 2048, 128, 16, 28), (1420, 2176, 128, 17, 25), (1529, 2304, 128, 18, 24), (1591, 2176, 128, 17, 28),
+    (1784, 2304, 128, 18, 28), (2038, 2304, 128, 18, 32), (2045, 2560, 128, 20, 26), (2359, 2560, 128, 20, 30),
+    (2674, 2560, 128, 20, 34), (3121, 2688, 128, 21, 36), (3426, 2816, 128, 22, 36), (3744, 2944, 128, 23, 36),
+    (4077, 3072, 128, 24, 36), (6166, 3584, 128, 28, 40), (8456, 4096, 128, 32, 42), (10682, 4352, 128, 32, 47),
+    (11211, 4608, 128, 36, 44), (11976, 4608, 128, 32, 47), (13343, 4864, 128, 32, 47), (14653, 4992, 128, 32, 49),
+    (14785, 5120, 128, 40, 47),
+]  # fmt: skip
+
+
+def swiglu_width(d_model):
+    """The SwiGLU width with the parameters of a 4·d MLP, rounded down to a multiple of 64."""
+    return 64 * (8 * d_model // 3 // 64)
+
+
+def ladder_params(d_model, head_dim, n_head, n_layer):
+    """N of the paper's figures and fits: GPT-2's padded vocabulary, tied, without norms."""
+    return 50304 * d_model + n_layer * (4 * d_model * n_head * head_dim + 3 * d_model * swiglu_width(d_model))
+
+
+def ladder(name):
+    """The shape called e.g. '1086M' (N of the figures) or '1002M' (Table 6's column) as keyword arguments.
+
+    '1.1B' finds the row that rounds to it if there is just one. The figures' N comes first.
+    """
+    text = str(name).strip().upper()
+    for known in ([round(ladder_params(*row) / 1e6) for _, *row in LADDER], [count for count, *_ in LADDER]):
+        if text.endswith("M") and text[:-1].isdigit():
+            rows = [row for n, (_, *row) in zip(known, LADDER) if n == int(text[:-1])]
+        else:
+            rows = [row for n, (_, *row) in zip(known, LADDER)
+                    if text.endswith("B") and text == f"{n / 1000:.{len(text.partition('.')[2]) - 1 if '.' in text else 0}f}B"]
+        if len(rows) == 1:
+            d_model, head_dim, n_head, n_layer = rows[0]
+            return dict(d_model=d_model, head_dim=head_dim, n_head=n_head, n_layer=n_layer)
+    names = ", ".join(f"{round(ladder_params(*row) / 1e6)}M" for _, *row in LADDER)
+    raise ValueError(f"no single model of the ladder is called '{name}'; there are {names}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture: everything needed to build the network and to read its weights back."""
+
+    n_layer: int
+    n_head: int
+    n_kv_head: int  # fewer than n_head: grouped-query attention
+    head_dim: int
+    d_model: int
+    d_ff: int
+    n_vocab: int  # text tokens; every id at or above it is excluded from the softmax
+    mask_id: int
+    block_len: int  # longest sequence
+    causal: bool
+    tied: bool = True
+    timed: bool = False  # continuous-time embedding, for uniform diffusion
+    dropout: float = 0.0
+    rope_base: float = 10_000.0
+    norm_eps: float = 1e-6
+    init_std: float = 0.02
+    scaled_init: bool = True  # residual outputs N(0, init_std/√(2·n_layer))
+
+    @property
+    def padded_vocab(self):
+        """Rows of the embedding: text and mask, rounded up to a multiple of 64."""
+        return -(-(max(self.n_vocab, self.mask_id + 1)) // 64) * 64
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x):
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return (y * self.weight).to(x.dtype)
+
+
+def rotate(x, cos, sin):
+    """Rotary positions: pairs (i, i + head_dim/2) turn by position·base^(−2i/head_dim). x (B, H, L, head_dim)."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.c = c
+        self.q_proj = nn.Linear(c.d_model, c.n_head * c.head_dim, bias=False)
+        self.k_proj = nn.Linear(c.d_model, c.n_kv_head * c.head_dim, bias=False)
+        self.v_proj = nn.Linear(c.d_model, c.n_kv_head * c.head_dim, bias=False)
+        self.o_proj = nn.Linear(c.n_head * c.head_dim, c.d_model, bias=False)
+        self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.norm_eps), RMSNorm(c.head_dim, c.norm_eps)
+
+    def forward(self, x, cos, sin, keep):
+        B, L, _ = x.shape
+        c = self.c
+        q, k, v = (proj(x).view(B, L, -1, c.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)  # (B, H, L, head_dim)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if c.n_kv_head < c.n_head:
+            k, v = (t.repeat_interleave(c.n_head // c.n_kv_head, dim=1) for t in (k, v))
+        # causal rows need no mask at their padded end: nothing before it can see it
+        mask = None if keep is None or c.causal else keep[:, None, None, :]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=c.causal,
+                                           dropout_p=c.dropout if self.training else 0.0)
+        return self.o_proj(y.transpose(1, 2).reshape(B, L, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.d_model, c.d_ff, bias=False)
+        self.up_proj = nn.Linear(c.d_model, c.d_ff, bias=False)
+        self.down_proj = nn.Linear(c.d_ff, c.d_model, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.attn_norm, self.attn = RMSNorm(c.d_model, c.norm_eps), Attention(c)
+        self.mlp_norm, self.mlp = RMSNorm(c.d_model, c.norm_eps), MLP(c)
+        self.drop = nn.Dropout(c.dropout)
+
+    def forward(self, x, cos, sin, keep):
+        x = x + self.drop(self.attn(self.attn_norm(x), cos, sin, keep))
+        return x + self.drop(self.mlp(self.mlp_norm(x)))
+
+
+class TimeEmbedding(nn.Module):
+    """t ∈ [0, 1] → sinusoidal features → two-layer MLP. (B,) → (B, 1, D)."""
+
+    def __init__(self, d_model, features=256):
+        super().__init__()
+        self.features = features
+        self.up, self.down = nn.Linear(features, d_model, bias=False), nn.Linear(d_model, d_model, bias=False)
+
+    def forward(self, t):
+        half = torch.arange(self.features // 2, device=t.device, dtype=torch.float32)
+        angle = 1000 * t[:, None].float() * torch.exp(-math.log(10_000) * half / len(half))
+        return self.down(F.silu(self.up(torch.cat((angle.cos(), angle.sin()), dim=-1))))[:, None]
+
+
+class Transformer(nn.Module):
+    """Token ids to hidden states; `head` is the LM head's weight (the embedding itself if tied)."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.embed = nn.Embedding(c.padded_vocab, c.d_model)
+        self.time = TimeEmbedding(c.d_model) if c.timed else None
+        self.drop = nn.Dropout(c.dropout)
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.norm = RMSNorm(c.d_model, c.norm_eps)
+        self.lm_head = None if c.tied else nn.Linear(c.d_model, c.padded_vocab, bias=False)
+        frequency = c.rope_base ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)
+        angle = torch.arange(c.block_len, dtype=torch.float64)[:, None] * frequency  # (L, head_dim/2)
+        self.register_buffer("cos", angle.cos().float(), persistent=False)
+        self.register_buffer("sin", angle.sin().float(), persistent=False)
+
+    def init_weights(self, generator=None):
+        """N(0, init_std) everywhere, residual outputs smaller, norms 1. Returns self."""
+        c = self.config
+        for name, p in self.named_parameters():
+            if p.dim() == 1:
+                nn.init.ones_(p)
+            else:
+                residual = c.scaled_init and name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(p, std=c.init_std / math.sqrt(2 * c.n_layer) if residual else c.init_std, generator=generator)
+        return self
+
+    @property
+    def head(self):
+        return self.embed.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(self, ids, t=None, keep=None):
+        """Hidden states after the last norm. ids (B, L); t (B,) where timed; keep (B, L) bool, False at
+        positions that no other may attend to. Returns (B, L, D)."""
+        x = self.embed(ids)
+        if self.time is not None:
+            x = x + self.time(t).to(x.dtype)
+        x = self.drop(x)
+        L = ids.shape[1]
+        cos, sin = self.cos[:L], self.sin[:L]
+        for block in self.blocks:
+            x = block(x, cos, sin, keep)
+        return self.norm(x)
+
+    def n_params(self, embeddings=True):
+        """Parameters; without `embeddings`, neither the embedding nor an untied head counts."""
+        total = sum(p.numel() for p in self.parameters())
+        vocabulary = self.config.padded_vocab * self.config.d_model
+        return total if embeddings else total - vocabulary * (1 if self.lm_head is None else 2)
+
+    def flops_per_token(self, head_share=1.0, causal=None):
+        """Training FLOPs (forward and backward) per token of a full block.
+
+        6 per weight of a matrix product, the head for `head_share` of the tokens only, and attention's
+        two L×L products; `causal` (default: the model's own) counts half of them.
+        """
+        c = self.config
+        causal = c.causal if causal is None else causal
+        matrices = sum(p.numel() for name, p in self.blocks.named_parameters() if p.dim() == 2)
+        attention = 12 * c.n_layer * c.n_head * c.head_dim * c.block_len * (0.5 if causal else 1)
+        return 6 * (matrices + head_share * c.padded_vocab * c.d_model) + attention
+
+
+# ------------------------------------------------------------------------------------------ weights on disk
+
+
+def file_digest(path):
+    """SHA-256 of a file, as hexadecimal text."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_checkpoint(folder):
+    """The JSON record of a checkpoint folder, after checking every file's SHA-256; raises ValueError."""
+    folder = Path(folder)
+    try:
+        record = json.loads((folder / "checkpoint.json").read_text())
+        for name, digest in record["sha256"].items():
+            if not (folder / name).is_file() or file_digest(folder / name) != digest:
+                raise ValueError(f"{folder / name} is missing or damaged")
+    except (OSError, json.JSONDecodeError, KeyError) as problem:
+        raise ValueError(f"{folder} is no complete checkpoint ({type(problem).__name__}: {problem})") from None
+    return record
+
+
+def checkpoints(run):
+    """The checkpoint folders of a run, newest first."""
+    return sorted((p for p in Path(run).glob("step_*") if p.name[5:].isdigit()), key=lambda p: -int(p.name[5:]))
+
+
+def load_newest(run, warn):
+    """(folder, record) of the newest undamaged checkpoint; every damaged one is passed to `warn`.
+
+    Raises FileNotFoundError if there is none.
+    """
+    for folder in checkpoints(run):
+        try:
+            return folder, read_checkpoint(folder)
+        except ValueError as problem:
+            warn(f"{problem}; falling back to the checkpoint before it")
+    raise FileNotFoundError(f"no usable checkpoint in '{run}'")
+
+
+def load_model(folder, record, device="cpu"):
+    """Build the network of a checkpoint and read its weights (safetensors: no code runs)."""
+    from safetensors.torch import load_file
+
+    model = Transformer(ModelConfig(**record["model"]))
+    model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+    return model.to(device)

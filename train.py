@@ -1,0 +1,598 @@
+"""Train an autoregressive, masked-diffusion or uniform-diffusion language model.
+
+    python train.py configurator/quickstart.py --lr=1e-3
+    torchrun --nproc_per_node=2 train.py configurator/quickstart.py
+"""
+
+import contextlib
+import json
+import math
+import os
+import queue
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import configurator
+import data
+import diffusion
+from configurator import setting
+from model import ModelConfig, Transformer, checkpoints, file_digest, ladder, load_newest, swiglu_width
+
+# Dense bf16 peak in FLOP/s, for MFU.
+PEAK = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+
+
+@dataclass
+class Config:
+    # where
+    run: str = setting("runs/default", "folder of the run: settings, metrics, checkpoints, loss curve")
+    corpus: str = setting("corpora/docs", "folder that data.py prepared")
+    resume: Literal["no", "auto", "yes"] = setting("no", "continue from the newest checkpoint: auto if there is one, yes must have one")
+    seed: int = setting(1337, "of the weights, the data order and the noise", low=0)
+    # what is learned
+    objective: Literal["masked", "uniform", "ar"] = setting("masked", "masked diffusion, uniform diffusion, or autoregressive")
+    loss: Literal["elbo", "maskgit", "paper"] = setting("elbo", "elbo: the bound; maskgit: unweighted, masked only; paper: Quokka's, uniform only")
+    estimator: Literal["count", "ratio", "time"] = setting("count", "of the masked bound: exactly k masks, realized ratio, or weight w(t)")
+    schedule: str = setting("linear", "noise schedule: linear, cosine or poly<n>")
+    time: Literal["uniform", "iid", "moving_gaussian"] = setting("uniform", "how t is drawn: one lattice per step, independently, or around a moving mean")
+    time_sigma: float = setting(0.2, "standard deviation of moving_gaussian", above=0)
+    time_correction: bool = setting(False, "weigh moving_gaussian's rows by the inverse density of t")
+    short_rows: float = setting(0.0, "share of rows cut to a random length (the paper's recipe: 0.01)", low=0, high=1)
+    # the network
+    model: str = setting("", "a size of the Quokka ladder such as 124M or 1086M; replaces the six shape settings below")
+    n_layer: int = setting(6, "blocks", low=1)
+    n_head: int = setting(6, "attention heads", low=1)
+    n_kv_head: int = setting(0, "key and value heads (0: n_head)", low=0)
+    head_dim: int = setting(0, "width of a head, even (0: d_model / n_head)", low=0)
+    d_model: int = setting(384, "width of the residual stream", low=1)
+    d_ff: int = setting(0, "width of the SwiGLU (0: 8/3 of d_model, in 64s)", low=0)
+    block_len: int = setting(256, "tokens per row", low=2)
+    tied: bool = setting(True, "the LM head is the embedding")
+    dropout: float = setting(0.0, "dropout rate", low=0, high=0.99)
+    init_std: float = setting(0.02, "standard deviation of the initial weights", above=0)
+    scaled_init: bool = setting(True, "divide that of residual outputs by √(2·n_layer)")
+    # how long, on what
+    steps: int = setting(0, "optimizer steps; give exactly one of steps, tokens and epochs", low=0)
+    tokens: float = setting(0.0, "training tokens in all, repeats included", low=0)
+    epochs: float = setting(0.0, "passes over the (unique) training tokens", low=0)
+    unique_tokens: int = setting(0, "train on a fixed random subset of this many tokens (0: all)", low=0)
+    batch_size: int = setting(64, "rows per optimizer step, over all ranks", low=1)
+    micro_batch: int = setting(0, "rows per rank and forward pass (0: no gradient accumulation)", low=0)
+    # the optimizer
+    lr: float = setting(1e-3, "peak learning rate", above=0)
+    min_lr: float = setting(-1.0, "final learning rate (-1: a tenth of lr)", low=-1)
+    lr_schedule: Literal["cosine", "wsd", "constant"] = setting("cosine", "cosine, warmup-stable-decay (exponential decay) or constant")
+    warmup: int = setting(100, "steps of linear warm-up", low=0)
+    decay: int = setting(1000, "steps of decay at the end, for wsd", low=0)
+    beta1: float = setting(0.9, "AdamW's β₁", low=0, high=0.9999)
+    beta2: float = setting(0.95, "AdamW's β₂", low=0, high=0.99999)
+    weight_decay: float = setting(0.1, "of matrices and embeddings; norms never decay", low=0)
+    clip: float = setting(1.0, "largest gradient norm (0: unlimited)", low=0)
+    # along the way
+    log_every: int = setting(10, "steps between lines of progress", low=1)
+    eval_every: int = setting(250, "steps between validations (0: only first and last)", low=0)
+    eval_rows: int = setting(256, "validation blocks (0: all)", low=0)
+    save_every: int = setting(1000, "steps between checkpoints (0: only the last)", low=0)
+    keep: int = setting(2, "newest checkpoints to keep", low=1)
+    compare: str = setting("", "another run, to be shown beside this one at the end")
+    wandb: str = setting("", "Weights & Biases project (empty: off)")
+    # the machine
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "of the matrix products; weights stay float32 (auto: bfloat16 where the hardware has it)")
+    compile: bool = setting(True, "torch.compile the model with its loss")
+
+    def problems(self):
+        """Settings that do not go together, one line each."""
+        world, wrong = int(os.environ.get("WORLD_SIZE", 1)), []
+        defaults = Config()
+        say = wrong.append
+        if sum(bool(x) for x in (self.steps, self.tokens, self.epochs)) != 1:
+            say("how long? give exactly one of steps, tokens and epochs")
+        if self.batch_size % (world * (self.micro_batch or 1)):
+            say(f"batch_size={self.batch_size} must be a multiple of {world} ranks × micro_batch={self.micro_batch or 1}")
+        if self.objective != "masked" and self.loss == "maskgit":
+            say("loss=maskgit needs objective=masked")
+        if self.objective != "uniform" and self.loss == "paper":
+            say("loss=paper needs objective=uniform")
+        if self.estimator != "count" and (self.objective, self.loss) != ("masked", "elbo"):
+            say(f"estimator={self.estimator} needs objective=masked and loss=elbo")
+        if self.objective == "ar":
+            for name in ("schedule", "time"):
+                if getattr(self, name) != getattr(defaults, name):
+                    say(f"{name}={getattr(self, name)} has no meaning for objective=ar")
+        if self.time_correction and self.time != "moving_gaussian":
+            say("time_correction needs time=moving_gaussian")
+        try:
+            diffusion.schedule(self.schedule)
+        except ValueError as problem:
+            say(str(problem))
+        try:
+            shape = self.shape()
+            if shape["head_dim"] % 2:
+                say(f"head_dim={shape['head_dim']} must be even")
+            if shape["n_head"] % shape["n_kv_head"]:
+                say(f"n_head={shape['n_head']} must be a multiple of n_kv_head={shape['n_kv_head']}")
+        except ValueError as problem:
+            say(str(problem))
+        if self.model:
+            for name in ("n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "d_ff"):
+                if getattr(self, name) != getattr(defaults, name):
+                    say(f"{name}={getattr(self, name)} contradicts model={self.model}; give one of the two")
+        if self.min_lr > self.lr:
+            say(f"min_lr={self.min_lr} is above lr={self.lr}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            say("device=cuda, but this machine has no usable GPU; use --device=cpu")
+        return wrong
+
+    def shape(self):
+        """The network's shape as keyword arguments; raises ValueError if there is none."""
+        if self.model:
+            shape = dict(ladder(self.model), n_kv_head=0, d_ff=0)
+        else:
+            if not self.head_dim and self.d_model % self.n_head:
+                raise ValueError(f"d_model={self.d_model} is no multiple of n_head={self.n_head}; set head_dim")
+            shape = {k: getattr(self, k) for k in ("n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "d_ff")}
+            shape["head_dim"] = self.head_dim or self.d_model // self.n_head
+        shape["n_kv_head"] = shape["n_kv_head"] or shape["n_head"]
+        shape["d_ff"] = shape["d_ff"] or max(64, swiglu_width(shape["d_model"]))
+        return shape
+
+
+class Objective(nn.Module):
+    """The network with its loss, as one module for DDP and torch.compile. Batch → (P,) parts of the loss."""
+
+    def __init__(self, network, posterior):
+        super().__init__()
+        self.network, self.posterior = network, posterior
+
+    def forward(self, batch):
+        return diffusion.loss_parts(self.network, batch, self.posterior)
+
+
+# --------------------------------------------------------------------------------------------------- pieces
+
+
+def learning_rate(cfg, step, steps):
+    """The learning rate of step `step` (from 0) of `steps`."""
+    low = cfg.lr / 10 if cfg.min_lr < 0 else cfg.min_lr
+    if step < cfg.warmup:
+        return cfg.lr * (step + 1) / (cfg.warmup + 1)
+    if cfg.lr_schedule == "cosine":
+        done = (step - cfg.warmup) / max(1, steps - cfg.warmup)
+        return low + 0.5 * (cfg.lr - low) * (1 + math.cos(math.pi * done))
+    if cfg.lr_schedule == "wsd" and step >= steps - cfg.decay:
+        done = (step - (steps - cfg.decay) + 1) / cfg.decay
+        return cfg.lr * (max(low, 1e-3 * cfg.lr) / cfg.lr) ** done
+    return cfg.lr
+
+
+def make_optimizer(cfg, network):
+    """AdamW; weight decay on matrices and embeddings only."""
+    groups = [
+        dict(params=[p for p in network.parameters() if p.dim() >= 2], weight_decay=cfg.weight_decay),
+        dict(params=[p for p in network.parameters() if p.dim() < 2], weight_decay=0.0),
+    ]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=True)
+
+
+def to_tensors(batch, pin):
+    tensors = (None if a is None else torch.from_numpy(np.ascontiguousarray(a)) for a in batch)
+    return diffusion.Batch(*(t.pin_memory() if pin and t is not None else t for t in tensors))
+
+
+def to_device(batch, device):
+    return diffusion.Batch(*(None if t is None else t.to(device, non_blocking=True) for t in batch))
+
+
+def prefetched(batches, depth=4):
+    """Iterate over a generator that runs in a thread, `depth` items ahead; its exceptions arrive here."""
+    ready, done = queue.Queue(depth), threading.Event()
+
+    def produce():
+        item = None
+        try:
+            for item in batches:
+                while not done.is_set():
+                    with contextlib.suppress(queue.Full):
+                        ready.put(item, timeout=0.1)
+                        break
+                if done.is_set():
+                    return
+            ready.put(StopIteration())
+        except BaseException as problem:
+            ready.put(problem)
+
+    thread = threading.Thread(target=produce, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item = ready.get()
+            if isinstance(item, StopIteration):
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        done.set()
+        thread.join()
+
+
+def training_batches(process, blocks, first_sample, first_step, steps, cfg, rank, world, pin):
+    """Every micro-batch of this rank from `first_step` on: a pure function of its arguments."""
+    micro = cfg.micro_batch or cfg.batch_size // world
+    parts = cfg.batch_size // micro
+    for step in range(first_step, steps):
+        first = first_sample + (step - first_step) * cfg.batch_size
+        rows = diffusion.step_rows(process, first, cfg.batch_size, step / steps)
+        for part in range(rank, parts, world):
+            which = rows.deal(part, parts)
+            yield to_tensors(diffusion.make_batch(process, blocks.rows(rows.sample[which]), rows, which), pin)
+
+
+@torch.no_grad()
+def evaluate(objective, process, blocks, n_rows, micro, rank, world, device, autocast):
+    """The parts of the loss on the first n_rows validation blocks, summed over ranks: (P,) in nats per token.
+
+    The noise is a function of the row alone and one lattice spans all rows, so the figure does not
+    depend on batch size, ranks or training.
+    """
+    n_rows = min(n_rows or blocks.available, blocks.available)
+    parts = -(-n_rows // (micro * world)) * world
+    rows = diffusion.step_rows(process, 0, n_rows)
+    total = 0.0
+    objective.eval()
+    for part in range(rank, parts, world):
+        which = rows.deal(part, parts)
+        valid = np.arange(micro) < len(which)
+        which = np.concatenate((which, np.full(micro - len(which), n_rows - 1)))
+        batch = diffusion.make_batch(process, blocks.in_order(which), rows, which, valid, parts / n_rows)
+        with autocast():
+            total = total + objective(to_device(to_tensors(batch, False), device)).double()
+    objective.train()
+    if world > 1:
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def save_checkpoint(run, step, network, optimizer, record, keep):
+    """Write run/step_<step>/ so that it exists only when complete, then drop all but the newest `keep`."""
+    from safetensors.torch import save_file
+
+    final, building = run / f"step_{step:08d}", run / f".step_{step:08d}"
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir()
+    save_file({k: v.contiguous() for k, v in network.state_dict().items()}, building / "model.safetensors")
+    save_file({f"{name}.{key}": value.contiguous() for name, p in network.named_parameters()
+               for key, value in optimizer.state[p].items()}, building / "optimizer.safetensors")
+    files = ("model.safetensors", "optimizer.safetensors")
+    record = dict(record, step=step, sha256={name: file_digest(building / name) for name in files})
+    (building / "checkpoint.json").write_text(json.dumps(record, indent=2) + "\n")
+    for path in (*building.iterdir(), building):
+        flush_to_disk(path)
+    if final.exists():  # an earlier, damaged one of the same step
+        shutil.rmtree(final)
+    building.rename(final)
+    flush_to_disk(run)
+    for old in checkpoints(run)[keep:]:
+        shutil.rmtree(old)
+
+
+def flush_to_disk(path):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def load_checkpoint(folder, network, optimizer):
+    """Read weights and optimizer state into `network` and `optimizer`."""
+    from safetensors.torch import load_file
+
+    network.load_state_dict(load_file(folder / "model.safetensors"))
+    saved = load_file(folder / "optimizer.safetensors")
+    for name, p in network.named_parameters():
+        prefix = f"{name}."
+        state = {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix) and "." not in k.removeprefix(prefix)}
+        optimizer.state[p] = {k: v if k == "step" and p.device.type == "cpu" else v.to(p.device) for k, v in state.items()}
+
+
+def check_resumable(record, model_config, corpus_record):
+    """Raises ValueError, naming each difference, if a checkpoint is of another architecture or corpus."""
+    for what, old, new in (("architecture", record["model"], asdict(model_config)), ("corpus", record["corpus"], corpus_record)):
+        differ = [f"{k} {old.get(k)} → {new.get(k)}" for k in new if old.get(k) != new.get(k)]
+        if differ:
+            raise ValueError(f"cannot resume with another {what}: {', '.join(differ)}; use another --run")
+
+
+def trim_metrics(path, step):
+    """Drop what an interrupted run logged after its last checkpoint: those steps are about to be repeated."""
+    if path.is_file():
+        kept = []
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # the crash may have cut the last line
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(path)
+
+
+# ------------------------------------------------------------------------------------------------------ plots
+
+
+def read_metrics(run):
+    path = Path(run) / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def draw(runs, path):
+    """The loss curves of one or two runs as a PNG: training loss faint, validation marked."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for color, run in zip(("tab:blue", "tab:orange"), runs):
+        metrics = read_metrics(run)
+        train = [(m["tokens"], m["loss"]) for m in metrics if "loss" in m]
+        val = [(m["tokens"], m["val_loss"]) for m in metrics if "val_loss" in m]
+        if train:
+            axes.plot(*zip(*train), color=color, alpha=0.35, lw=1, label=f"{Path(run).name}, training")
+        if val:
+            axes.plot(*zip(*val), color=color, marker="o", ms=3, label=f"{Path(run).name}, validation")
+    axes.set(xlabel="training tokens", ylabel="nats per token", title="loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def summary(run):
+    """One line on a finished run's last validation, or None."""
+    last = [m for m in read_metrics(run) if "val_loss" in m]
+    if not last:
+        return None
+    m, kind = last[-1], "exact NLL" if last[-1]["objective"] == "ar" else "NELBO, an upper bound"
+    return f"{Path(run).name:>20}: {m['val_bpb']:.3f} bits/byte, {m['val_loss']:.4f} nats/token ({m['objective']}, {kind}; {m['tokens']:,} tokens)"
+
+
+# ------------------------------------------------------------------------------------------------------- main
+
+
+def main():
+    cfg = configurator.load(Config, about=__doc__)
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    device = torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    say = print if rank == 0 else lambda *_, **__: None
+    run = Path(cfg.run)
+
+    # Everything that can be wrong with the user's files is found here, before anything is written.
+    try:
+        corpus = data.load_corpus(cfg.corpus)
+        blocks = data.Blocks(corpus.train, cfg.block_len, cfg.seed, cfg.unique_tokens)
+        val_blocks = data.Blocks(corpus.val, cfg.block_len)
+        meta = corpus.meta
+        model_config = ModelConfig(**cfg.shape(), n_vocab=meta["n_vocab"], mask_id=meta["mask_id"], block_len=cfg.block_len,
+                                   causal=cfg.objective == "ar", tied=cfg.tied, timed=cfg.objective == "uniform",
+                                   dropout=cfg.dropout, init_std=cfg.init_std, scaled_init=cfg.scaled_init)
+        corpus_record = {k: meta[k] for k in ("tokenizer", "n_vocab", "mask_id", "eos_id")} | {"train_sha256": meta["train"]["sha256"]}
+        folder = record = None
+        if run.exists() and any(run.iterdir()) and cfg.resume == "no":
+            raise FileExistsError(f"{run} is not empty; continue it with --resume=auto or choose another --run")
+        if cfg.resume == "yes" or (cfg.resume == "auto" and checkpoints(run)):
+            folder, record = load_newest(run, lambda warning: say(f"warning: {warning}", file=sys.stderr))
+            check_resumable(record, model_config, corpus_record)
+        if cfg.compare and not Path(cfg.compare).is_dir():
+            raise FileNotFoundError(f"compare={cfg.compare}: no such run")
+        wandb = None
+        if cfg.wandb and rank == 0:
+            import wandb
+    except (ValueError, OSError) as problem:
+        configurator.fail(str(problem))
+    except ImportError:
+        configurator.fail("--wandb needs the wandb package: pip install wandb")
+
+    # CPU tensors travel by gloo even where gradients go by NCCL: agreeing to stop then needs no GPU sync.
+    if world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    stop = threading.Event()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda *_: stop.set())
+
+    tokens_per_step = cfg.batch_size * cfg.block_len
+    budget = cfg.tokens or cfg.epochs * blocks.n * cfg.block_len
+    steps = cfg.steps or math.ceil(budget / tokens_per_step)
+    micro = cfg.micro_batch or cfg.batch_size // world
+    accumulation = cfg.batch_size // (micro * world)
+    process = diffusion.Process(
+        cfg.objective, meta["n_vocab"], meta["mask_id"], cfg.block_len, cfg.seed, cfg.loss, cfg.estimator,
+        cfg.schedule, cfg.time, cfg.time_sigma, cfg.time_correction, cfg.short_rows)
+    # Validation: the bound itself, uniform t, whole rows, noise of its own. A masked network is
+    # time-agnostic and takes the count form; a uniform one knows t through its own schedule.
+    val_process = process._replace(seed=cfg.seed + 2**32, loss="elbo", estimator="count", time="uniform", short_rows=0.0,
+                                   schedule=cfg.schedule if cfg.objective == "uniform" else "linear")
+
+    torch.manual_seed(cfg.seed)
+    network = Transformer(model_config).init_weights().to(device)
+    optimizer = make_optimizer(cfg, network)
+    first_step, samples, pending = 0, 0, []
+    if record:
+        load_checkpoint(folder, network, optimizer)
+        first_step, samples, pending = record["step"], record["samples"], record["pending"]
+    objective = Objective(network, posterior=cfg.loss == "paper")
+    if world > 1:
+        objective = DistributedDataParallel(objective, device_ids=[device] if device.type == "cuda" else None)
+    if cfg.compile:  # around DDP: its buckets then split the backward graph, and communication overlaps
+        objective = torch.compile(objective, dynamic=False, fullgraph=world == 1)
+    bf16 = torch.cuda.is_available() if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    dtype = torch.bfloat16 if cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and bf16) else torch.float32
+
+    def autocast():
+        return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+    head_share = diffusion.capacity(process, micro) / (micro * cfg.block_len) if cfg.objective == "masked" else 1.0
+    flops = network.flops_per_token(head_share)
+    peak = next((p for name, p in PEAK.items() if device.type == "cuda" and name in torch.cuda.get_device_name()), None)
+
+    if rank == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "settings.json").write_text(configurator.dump(cfg) + "\n")
+        trim_metrics(run / "metrics.jsonl", first_step)
+        metrics_file = open(run / "metrics.jsonl", "a", buffering=1)
+        if wandb:
+            wandb = wandb.init(project=cfg.wandb, name=run.name, config=asdict(cfg), resume="allow")
+    say(configurator.dump(cfg))
+    say(f"{network.n_params():,} parameters ({network.n_params(False):,} without embeddings), "
+        f"{flops / 1e6:.1f} MFLOP per token, {str(dtype)[6:]} on {world} × {device.type}")
+    say(f"{steps:,} steps of {tokens_per_step:,} tokens: {steps * tokens_per_step:,} tokens, "
+        f"{steps * cfg.batch_size / blocks.n:.2f} epochs of {blocks.n * cfg.block_len:,}")
+    if record:
+        say(f"resumed from {folder}")
+
+    def log(step, **values):
+        if rank == 0:
+            values = dict(step=step, tokens=(samples + (step - first_step) * cfg.batch_size) * cfg.block_len, **values)
+            metrics_file.write(json.dumps(values) + "\n")
+            if wandb:
+                wandb.log(values, step=step)
+
+    def validate(step):
+        def measure(p):
+            return evaluate(objective, p, val_blocks, cfg.eval_rows, micro, rank, world, device, autocast)
+
+        loss, extra = sum(measure(val_process)), {}
+        if cfg.loss == "paper":
+            noisy, clean = measure(val_process._replace(loss="paper"))
+            extra = dict(val_paper=noisy + clean, val_noisy=2 * noisy, val_clean=2 * clean)
+        bits = loss / math.log(2) / corpus.bytes_per_token()
+        log(step, objective=cfg.objective, val_loss=loss, val_bpb=bits, **extra)
+        say(f"step {step:>6}  validation {loss:.4f} nats/token  {bits:.4f} bits/byte"
+            + "".join(f"  {k[4:]} {v:.4f}" for k, v in extra.items()), flush=True)
+
+    def save(step):
+        if rank == 0:
+            n_samples = samples + (step - first_step) * cfg.batch_size
+            save_checkpoint(run, step, network, optimizer, dict(
+                settings=asdict(cfg), model=asdict(model_config), corpus=corpus_record, samples=n_samples,
+                steps=steps, pending=pending), cfg.keep)
+
+    # Losses and norms stay on the device until a line is due: no sync in between.
+    n_parts = 2 if cfg.loss == "paper" else 1
+    recent = torch.zeros(cfg.log_every, n_parts + 1, device=device)
+
+    def flush(first, last):
+        """Move the records of steps first+1 … last to `pending`; stop the run if one is not finite."""
+        values = recent[: last - first].clone()
+        if world > 1:
+            values[:, -1] /= world  # the norm is the same on every rank, the parts add up
+            dist.all_reduce(values)
+        for step, row in enumerate(values.tolist(), first + 1):
+            if not all(map(math.isfinite, row)):
+                good = checkpoints(run)
+                configurator.fail(f"step {step}: the loss or its gradient is not finite ({row}); stopped. "
+                                  + (f"The last good checkpoint is {good[0]}" if good else "There is no checkpoint yet"))
+            pending.append(row)
+        recent.zero_()
+
+    stream = prefetched(training_batches(process, blocks, samples, first_step, steps, cfg, rank, world, device.type == "cuda"))
+    if first_step == 0:
+        validate(0)
+    objective.train()
+    step = flushed = saved = first_step
+    clock, clock_tokens = time.perf_counter(), 0
+    speeds = deque(maxlen=20)
+    for step in range(first_step + 1, steps + 1):
+        lr = learning_rate(cfg, step - 1, steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if cfg.dropout:  # dropout masks, too, are a function of the step
+            torch.manual_seed(hash((cfg.seed, step, rank)))
+        for part in range(accumulation):
+            batch = to_device(next(stream), device)
+            last = part == accumulation - 1
+            with contextlib.nullcontext() if world == 1 or last else objective.no_sync():
+                with autocast():
+                    parts = objective(batch)
+                (parts.sum() * world).backward()  # DDP averages over ranks; the weights already do
+            recent[step - flushed - 1, :n_parts] += parts.detach()
+        norm = nn.utils.clip_grad_norm_(network.parameters(), cfg.clip or math.inf)
+        recent[step - flushed - 1, n_parts] = norm
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        clock_tokens += tokens_per_step
+
+        stopping = stop.is_set()
+        if world > 1:
+            flag = torch.tensor(float(stopping))
+            dist.all_reduce(flag)
+            stopping = flag.item() > 0
+        due = step == steps or stopping
+        logging = step % cfg.log_every == 0 or due
+        evaluating = due and not stopping or cfg.eval_every and step % cfg.eval_every == 0
+        saving = due or cfg.save_every and step % cfg.save_every == 0
+        if logging or evaluating or saving:
+            flush(flushed, step)
+            flushed = step
+        if step % cfg.log_every == 0 or step == steps:
+            now = time.perf_counter()
+            speed, clock, clock_tokens = clock_tokens / (now - clock), now, 0
+            speeds.append(speed)
+            mean = np.mean(pending, axis=0).tolist()
+            pending.clear()
+            mfu = dict(mfu=speed * flops / (peak * world)) if peak else {}
+            paper = dict(noisy=2 * mean[0], clean=2 * mean[1]) if n_parts == 2 else {}
+            log(step, loss=sum(mean[:-1]), **paper, grad_norm=mean[-1], lr=lr, tokens_per_s=speed, **mfu)
+            left = (steps - step) * tokens_per_step / float(np.median(speeds))
+            say(f"step {step:>6}/{steps}  loss {sum(mean[:-1]):.4f}  norm {mean[-1]:.2f}  lr {lr:.2e}  {speed / 1e3:.1f}K tok/s"
+                + (f"  mfu {mfu['mfu']:.1%}" if mfu else "") + f"  eta {int(left // 60)}:{int(left % 60):02d}", flush=True)
+        if evaluating:
+            validate(step)
+        if saving:
+            save(step)
+        if evaluating or saving:  # the next line's speed is of training alone
+            clock, clock_tokens = time.perf_counter(), 0
+        if stopping:
+            say(f"stopped by a signal after step {step}; continue with --resume=auto")
+            break
+    stream.close()
+    if first_step >= steps:
+        say(f"nothing to do: {folder} is at step {first_step} of {steps}")
+
+    if rank == 0 and not stop.is_set():
+        runs = [cfg.run] + ([cfg.compare] if cfg.compare else [])
+        draw(runs, run / "loss.png")
+        for line in filter(None, map(summary, runs)):
+            say(line)
+        say(f"loss curve: {run / 'loss.png'}    try: python sample.py --run={run}")
+    if wandb:
+        wandb.finish()
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
