@@ -61,6 +61,7 @@ class Config:
     d_ff: int = setting(0, "width of the SwiGLU (0: 8/3 of d_model, in 64s)", low=0)
     block_len: int = setting(256, "tokens per row", low=2)
     tied: bool = setting(True, "the LM head is the embedding")
+    rope_base: float = setting(10_000.0, "base of the rotary wavelengths", above=1)
     dropout: float = setting(0.0, "dropout rate", low=0, high=0.99)
     init_std: float = setting(0.02, "standard deviation of the initial weights", above=0)
     scaled_init: bool = setting(True, "divide that of residual outputs by √(2·n_layer)")
@@ -397,7 +398,7 @@ def main():
         meta = corpus.meta
         model_config = ModelConfig(**cfg.shape(), n_vocab=meta["n_vocab"], mask_id=meta["mask_id"], block_len=cfg.block_len,
                                    causal=cfg.objective == "ar", tied=cfg.tied, timed=cfg.objective == "uniform",
-                                   dropout=cfg.dropout, init_std=cfg.init_std, scaled_init=cfg.scaled_init)
+                                   dropout=cfg.dropout, rope_base=cfg.rope_base, init_std=cfg.init_std, scaled_init=cfg.scaled_init)
         corpus_record = {k: meta[k] for k in ("tokenizer", "n_vocab", "mask_id", "eos_id")} | {"train_sha256": meta["train"]["sha256"]}
         folder = record = None
         if run.exists() and any(run.iterdir()) and cfg.resume == "no":
