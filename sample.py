@@ -1,7 +1,7 @@
 """Write text with a trained model.
 
-    python sample.py --run=runs/quickstart --prompt="Return the " --length=80 --show
-    python sample.py --run=runs/quickstart --text="def [MASK:20](self):[MASK:60]"
+    python sample.py --run_dir=runs/quickstart --prompt="Return the " --length=80 --show
+    python sample.py --run_dir=runs/quickstart --text="def [MASK:20](self):[MASK:60]"
 """
 
 import re
@@ -23,7 +23,7 @@ from model import load_model, load_newest, read_checkpoint
 
 @dataclass
 class Config:
-    run: str = setting("runs/quickstart", "a run folder (its newest checkpoint is used) or one checkpoint folder")
+    run_dir: str = setting("runs/quickstart", "a run folder (its newest checkpoint is used) or one checkpoint folder")
     prompt: str = setting("", "text to continue")
     prompt_file: str = setting("", "a UTF-8 file with the text to continue")
     text: str = setting("", "text with holes to fill: [MASK] is one token, [MASK:12] is twelve")
@@ -140,7 +140,7 @@ def main():
     cfg = configurator.load(Config, about=__doc__)
     device = torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
     try:
-        run = Path(cfg.run)
+        run = Path(cfg.run_dir)
         if (run / "checkpoint.json").is_file():
             folder, record = run, read_checkpoint(run)
         else:

@@ -38,7 +38,7 @@ PEAK = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "A100"
 @dataclass
 class Config:
     # where
-    run: str = setting("runs/default", "folder of the run: settings, metrics, checkpoints, loss curve")
+    run_dir: str = setting("runs/default", "folder of the run: settings, metrics, checkpoints, loss curve")
     corpus: str = setting("corpora/docs", "folder that data.py prepared")
     resume: Literal["no", "auto", "yes"] = setting("no", "continue from the newest checkpoint: auto if there is one, yes must have one")
     seed: int = setting(1337, "of the weights, the data order and the noise", low=0)
@@ -319,7 +319,7 @@ def check_resumable(record, model_config, corpus_record):
     for what, old, new in (("architecture", record["model"], asdict(model_config)), ("corpus", record["corpus"], corpus_record)):
         differ = [f"{k} {old.get(k)} → {new.get(k)}" for k in new if old.get(k) != new.get(k)]
         if differ:
-            raise ValueError(f"cannot resume with another {what}: {', '.join(differ)}; use another --run")
+            raise ValueError(f"cannot resume with another {what}: {', '.join(differ)}; use another --run_dir")
 
 
 def trim_metrics(path, step):
@@ -388,7 +388,7 @@ def main():
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     say = print if rank == 0 else lambda *_, **__: None
-    run = Path(cfg.run)
+    run = Path(cfg.run_dir)
 
     # Everything that can be wrong with the user's files is found here, before anything is written.
     try:
@@ -402,7 +402,7 @@ def main():
         corpus_record = {k: meta[k] for k in ("tokenizer", "n_vocab", "mask_id", "eos_id")} | {"train_sha256": meta["train"]["sha256"]}
         folder = record = None
         if run.exists() and any(run.iterdir()) and cfg.resume == "no":
-            raise FileExistsError(f"{run} is not empty; continue it with --resume=auto or choose another --run")
+            raise FileExistsError(f"{run} is not empty; continue it with --resume=auto or choose another --run_dir")
         if cfg.resume == "yes" or (cfg.resume == "auto" and checkpoints(run)):
             folder, record = load_newest(run, lambda warning: say(f"warning: {warning}", file=sys.stderr))
             check_resumable(record, model_config, corpus_record)
@@ -522,7 +522,7 @@ def main():
     if first_step == 0:
         validate(0)
     objective.train()
-    step = flushed = saved = first_step
+    flushed = first_step
     clock, clock_tokens = time.perf_counter(), 0
     speeds = deque(maxlen=20)
     for step in range(first_step + 1, steps + 1):
@@ -550,14 +550,13 @@ def main():
             flag = torch.tensor(float(stopping))
             dist.all_reduce(flag)
             stopping = flag.item() > 0
-        due = step == steps or stopping
-        logging = step % cfg.log_every == 0 or due
-        evaluating = due and not stopping or cfg.eval_every and step % cfg.eval_every == 0
-        saving = due or cfg.save_every and step % cfg.save_every == 0
+        logging, evaluating, saving = (step == steps or every and step % every == 0
+                                       for every in (cfg.log_every, cfg.eval_every, cfg.save_every))
+        saving = saving or stopping
         if logging or evaluating or saving:
             flush(flushed, step)
             flushed = step
-        if step % cfg.log_every == 0 or step == steps:
+        if logging:
             now = time.perf_counter()
             speed, clock, clock_tokens = clock_tokens / (now - clock), now, 0
             speeds.append(speed)
@@ -575,19 +574,19 @@ def main():
             save(step)
         if evaluating or saving:  # the next line's speed is of training alone
             clock, clock_tokens = time.perf_counter(), 0
-        if stopping:
+        if stopping and step < steps:
             say(f"stopped by a signal after step {step}; continue with --resume=auto")
             break
     stream.close()
     if first_step >= steps:
         say(f"nothing to do: {folder} is at step {first_step} of {steps}")
 
-    if rank == 0 and not stop.is_set():
-        runs = [cfg.run] + ([cfg.compare] if cfg.compare else [])
+    if rank == 0 and (run / f"step_{steps:08d}").is_dir():
+        runs = [cfg.run_dir] + ([cfg.compare] if cfg.compare else [])
         draw(runs, run / "loss.png")
         for line in filter(None, map(summary, runs)):
             say(line)
-        say(f"loss curve: {run / 'loss.png'}    try: python sample.py --run={run}")
+        say(f"loss curve: {run / 'loss.png'}    try: python sample.py --run_dir={run}")
     if wandb:
         wandb.finish()
     if world > 1:

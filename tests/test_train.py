@@ -1,0 +1,308 @@
+"""The trainer as its users run it: real files, real processes, real signals."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+import data
+import train
+from model import checkpoints
+
+TINY = ["--n_layer=2", "--n_head=2", "--d_model=32", "--block_len=32", "--batch_size=8", "--compile=False", "--warmup=5",
+        "--eval_rows=16", "--log_every=5", "--eval_every=0", "--save_every=0", "--dtype=float32", "--device=cpu"]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpora")
+    (folder / "words.txt").write_text("".join(f"{i} squared is {i * i}, and its double is {2 * i}.\n" for i in range(1500)))
+    data.prepare(folder / "words.txt", folder / "words", data.tokenizer("bytes"))
+    return folder / "words"
+
+
+@pytest.fixture
+def run_main(monkeypatch, corpus, tmp_path):
+    """Call train.main() in this process with the tiny settings; returns the run folder."""
+
+    def call(*flags, run="run"):
+        monkeypatch.setattr(sys, "argv", ["train.py", *TINY, f"--corpus={corpus}", f"--run_dir={tmp_path / run}", *flags])
+        handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            train.main()
+        finally:
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
+        return tmp_path / run
+
+    return call
+
+
+def start(corpus, run, *flags, launcher=(sys.executable,)):
+    return subprocess.Popen([*launcher, "train.py", *TINY, f"--corpus={corpus}", f"--run_dir={run}", *flags], cwd=ROOT,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def losses(run):
+    """Every logged figure that does not depend on the clock."""
+    return [{k: v for k, v in m.items() if k != "tokens_per_s"} for m in train.read_metrics(run)]
+
+
+def assert_close(one, other, rel):
+    """The same records, figures to a relative tolerance."""
+    for a, b in zip(losses(one), losses(other), strict=True):
+        assert a.keys() == b.keys()
+        for k in a:
+            assert b[k] == (a[k] if isinstance(a[k], str) else pytest.approx(a[k], rel=rel)), (a["step"], k)
+
+
+def weights(run):
+    return load_file(checkpoints(run)[0] / "model.safetensors")
+
+
+def wait_for_step(run, step):
+    for _ in range(600):
+        done = [int(line.split('"step": ')[1].split(",")[0]) for line in
+                ((run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").is_file() else []) if line.endswith("}")]
+        if done and done[-1] >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} never came")
+
+
+# objectives -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", (["--objective=ar"], ["--objective=masked"], ["--loss=maskgit", "--schedule=cosine"],
+                                   ["--objective=uniform", "--schedule=poly2"], ["--objective=uniform", "--loss=paper"],
+                                   ["--estimator=ratio", "--time=iid", "--short_rows=0.2"],
+                                   ["--estimator=time", "--time=moving_gaussian", "--time_correction"],
+                                   ["--objective=ar", "--n_kv_head=1", "--tied=False", "--short_rows=0.2", "--dropout=0.1"]))
+def test_every_objective_learns(run_main, flags):
+    run = run_main("--steps=60", "--lr=1e-2", "--lr_schedule=wsd", "--decay=20", *flags)
+    val = [m["val_loss"] for m in train.read_metrics(run) if "val_loss" in m]
+    assert len(val) == 2 and val[-1] < val[0] - 1.5  # nats per token: at the start log 257 or more
+    for name in ("settings.json", "loss.png", "step_00000060/model.safetensors"):
+        assert (run / name).is_file()
+    if "--loss=paper" in flags:
+        m = [m for m in train.read_metrics(run) if "loss" in m][-1]
+        assert m["loss"] == pytest.approx((m["noisy"] + m["clean"]) / 2)
+
+
+def test_one_block_repeated_is_learned_by_heart(run_main):
+    """Not to 0: positions are relative, so where all is masked a bidirectional model knows only frequencies."""
+    run = run_main("--unique_tokens=32", "--epochs=3000", "--lr=5e-3", "--weight_decay=0")
+    assert [m["loss"] for m in train.read_metrics(run) if "loss" in m][-1] < 0.8
+    ar = run_main("--unique_tokens=32", "--epochs=3000", "--lr=5e-3", "--weight_decay=0", "--objective=ar", run="ar")
+    assert [m["loss"] for m in train.read_metrics(ar) if "loss" in m][-1] < 0.02
+
+
+# (e) one loss, whatever the layout --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", ([], ["--objective=uniform", "--loss=paper"], ["--loss=maskgit"], ["--objective=ar"]))
+def test_accumulation_changes_nothing_but_rounding(run_main, flags):
+    runs = [run_main("--steps=10", "--log_every=1", *flags, *more, run=f"run{i}")
+            for i, more in enumerate(([], ["--micro_batch=4"], ["--micro_batch=1"]))]
+    for run in runs[1:]:
+        assert_close(runs[0], run, 1e-4)
+        for name, w in weights(runs[0]).items():
+            torch.testing.assert_close(weights(run)[name], w, rtol=1e-3, atol=1e-4)
+
+
+def test_two_ranks_equal_one(corpus, tmp_path, run_main):
+    """1×8 against 2×4 and 2×2×2 (ranks × accumulation × rows), real processes over gloo."""
+    one = run_main("--steps=10", "--log_every=1")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    for i, more in enumerate(([], ["--micro_batch=2"])):
+        process = start(corpus, tmp_path / f"two{i}", "--steps=10", "--log_every=1", *more, launcher=torchrun)
+        output = process.communicate(timeout=200)[0]
+        assert process.returncode == 0, output
+        assert_close(one, tmp_path / f"two{i}", 1e-4)
+        for name, w in weights(one).items():
+            torch.testing.assert_close(weights(tmp_path / f"two{i}")[name], w, rtol=1e-3, atol=1e-4)
+
+
+# (f) crash and resume ---------------------------------------------------------------------------------------
+
+
+def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(corpus, tmp_path, run_main):
+    flags = ["--steps=400", "--save_every=30", "--eval_every=50", "--time=iid", "--dropout=0.1"]
+    whole = run_main(*flags, run="whole")
+    process = start(corpus, tmp_path / "killed", *flags)
+    wait_for_step(tmp_path / "killed", 100)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert checkpoints(tmp_path / "killed")
+    (tmp_path / "killed" / "metrics.jsonl").open("a").write('{"step": 3')  # and the crash cut a line
+    run_main(*flags, "--resume=auto", run="killed")
+    assert losses(tmp_path / "killed") == losses(whole)
+    for name, w in weights(whole).items():
+        assert torch.equal(w, weights(tmp_path / "killed")[name])
+
+
+def test_stop_signal_saves_and_exits_zero(corpus, tmp_path, run_main):
+    flags = ["--steps=600", "--log_every=7"]
+    process = start(corpus, tmp_path / "stopped", *flags)
+    wait_for_step(tmp_path / "stopped", 35)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "stopped by a signal" in output and "Traceback" not in output
+    step = int(checkpoints(tmp_path / "stopped")[0].name[5:])
+    assert 35 <= step < 600
+    run_main(*flags, "--resume=yes", run="stopped")  # the line in progress at the stop is completed
+    assert losses(tmp_path / "stopped") == losses(run_main(*flags, run="whole"))
+
+
+def test_damaged_checkpoint_falls_back_to_the_one_before(run_main, capsys):
+    run = run_main("--steps=40", "--save_every=20")
+    whole = losses(run)
+    path = checkpoints(run)[0] / "optimizer.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    run_main("--steps=40", "--save_every=20", "--resume=auto")
+    captured = capsys.readouterr()
+    assert "step_00000040/optimizer.safetensors is missing or damaged" in captured.err
+    assert "resumed from" in captured.out and "step_00000020" in captured.out
+    assert losses(run) == whole
+
+
+def test_unfinished_checkpoint_is_no_checkpoint(run_main):
+    run = run_main("--steps=10")
+    shutil.copytree(checkpoints(run)[0], run / ".step_00000020")  # what a crash while writing leaves
+    assert [p.name for p in checkpoints(run)] == ["step_00000010"]
+    run_main("--steps=20", "--resume=auto")
+    assert sorted(p.name for p in run.glob("*step_*")) == ["step_00000010", "step_00000020"]
+
+
+# compilation ------------------------------------------------------------------------------------------------
+
+
+def test_compiled_equals_eager_and_never_recompiles(run_main):
+    eager = run_main("--steps=12", "--eval_every=5", run="eager")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = run_main("--steps=12", "--eval_every=5", "--compile=True", run="compiled")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # training and validation
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert_close(eager, compiled, 1e-3)
+
+
+# bad input --------------------------------------------------------------------------------------------------
+
+
+def refused(run_main, capsys, *flags, run="run"):
+    with pytest.raises(SystemExit) as exit_:
+        run_main(*flags, run=run)
+    captured = capsys.readouterr()
+    assert exit_.value.code == 2 and "Traceback" not in captured.err
+    return captured.err
+
+
+@pytest.mark.parametrize("flags, message", (
+    (["--steps=1", "--bath_size=1"], "unknown setting 'bath_size'; did you mean 'batch_size'?"),
+    (["--steps=1", "--lr=fast"], "expected a number"),
+    (["--steps=1", "--lr=-1"], "must be above 0"),
+    (["--steps=1", "--objective=mask"], "did you mean 'masked'?"),
+    (["--steps=1", "--schedule=sigmoid"], "unknown schedule 'sigmoid'"),
+    (["--steps=1", "--loss=paper"], "loss=paper needs objective=uniform"),
+    (["--steps=1", "--loss=maskgit", "--objective=ar"], "loss=maskgit needs objective=masked"),
+    (["--steps=1", "--epochs=1"], "exactly one of steps, tokens and epochs"),
+    (["--steps=1", "--n_head=5"], "d_model=32 is no multiple of n_head=5"),
+    (["--steps=1", "--n_kv_head=3"], "must be a multiple of n_kv_head=3"),
+    (["--steps=1", "--model=124M"], "contradicts model=124M"),
+    (["--steps=1", "--micro_batch=3"], "batch_size=8 must be a multiple of 1 ranks × micro_batch=3"),
+    (["--steps=1", "--block_len=100000"], "fewer than one block of 100000"),
+    (["--steps=1", "--unique_tokens=10"], "unique_tokens=10 must lie between one block"),
+    (["--steps=1", "--corpus=nowhere"], "no corpus in 'nowhere'"),
+    (["--steps=1", "--resume=yes"], "no usable checkpoint"),
+    (["--steps=1", "--compare=nowhere"], "no such run"),
+    (["nowhere.py", "--steps=1"], "no such override file"),
+))
+def test_bad_settings_are_refused_before_anything_is_written(run_main, capsys, tmp_path, flags, message):
+    assert message in refused(run_main, capsys, *flags)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_no_gpu(run_main, capsys):
+    assert "no usable GPU" in refused(run_main, capsys, "--steps=1", "--device=cuda")
+
+
+def test_world_size_must_divide_the_batch(run_main, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "multiple of 3 ranks" in refused(run_main, capsys, "--steps=1")
+
+
+def test_run_folder_in_use(run_main, capsys):
+    run = run_main("--steps=5")
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    assert "is not empty; continue it with --resume=auto" in refused(run_main, capsys, "--steps=5")
+    assert "another architecture: head_dim 16 → 32, d_model 32 → 64" in refused(run_main, capsys, "--steps=5", "--resume=auto", "--d_model=64")
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
+
+
+def test_resuming_on_another_corpus(run_main, capsys, corpus, tmp_path):
+    run_main("--steps=5")
+    (tmp_path / "other.txt").write_text("something else entirely " * 100)
+    data.prepare(tmp_path / "other.txt", tmp_path / "other", data.tokenizer("bytes"))
+    assert "another corpus: train_sha256" in refused(run_main, capsys, "--steps=9", "--resume=auto", f"--corpus={tmp_path / 'other'}")
+
+
+def test_loss_that_is_not_finite_stops_and_keeps_the_good_checkpoint(run_main, capsys):
+    run = run_main("--steps=10", "--lr_schedule=constant")
+    error = refused(run_main, capsys, "--steps=40", "--resume=auto", "--lr=1e30", "--lr_schedule=constant", "--clip=0", "--save_every=1")
+    step = int(error.split("step ")[1].split(":")[0])
+    assert 10 < step <= 15 and "not finite" in error and "last good checkpoint" in error
+    assert int(checkpoints(run)[0].name[5:]) < step
+    assert all(torch.isfinite(w).all() for w in weights(run).values())
+
+
+def test_all_problems_are_reported_at_once_without_a_traceback(corpus, tmp_path):
+    process = start(corpus, tmp_path / "run", "--stepz=1", "--lr=fast", "--n_layer=0")
+    output = process.communicate(timeout=100)[0]
+    assert process.returncode == 2 and "Traceback" not in output
+    assert all(word in output for word in ("stepz", "did you mean 'steps'", "lr='fast'", "must be at least 1"))
+    assert len(output.strip().splitlines()) == 3
+
+
+# learning rates ---------------------------------------------------------------------------------------------
+
+
+def test_learning_rates():
+    cfg = train.Config(lr=1.0, warmup=10, decay=20, steps=100)
+    cosine = [train.learning_rate(cfg, s, 100) for s in range(100)]
+    assert cosine[9] == pytest.approx(10 / 11) and cosine[10] == 1 and cosine[55] == pytest.approx(0.55)
+    assert 0.1 < cosine[99] < 0.102 and all(a >= b for a, b in zip(cosine[10:], cosine[11:]))
+    cfg.lr_schedule = "wsd"
+    wsd = [train.learning_rate(cfg, s, 100) for s in range(100)]
+    assert wsd[79] == 1 and wsd[99] == pytest.approx(0.1) and wsd[89] == pytest.approx(0.1**0.5)  # exponential
+    cfg.lr_schedule = "constant"
+    assert train.learning_rate(cfg, 99, 100) == 1
+
+
+def test_settings_are_saved_and_complete(run_main):
+    run = run_main("--steps=5", "--lr=3e-4")
+    saved = json.loads((run / "settings.json").read_text())
+    assert saved["lr"] == 3e-4 and saved.keys() == train.Config.__dataclass_fields__.keys()
+    assert json.loads((checkpoints(run)[0] / "checkpoint.json").read_text())["settings"] == saved
+
+
+def test_only_matrices_decay():
+    network = train.Transformer(train.ModelConfig(1, 2, 2, 8, 16, 64, 50, 50, 8, causal=False))
+    optimizer = train.make_optimizer(train.Config(), network)
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert {name: decay[id(p)] for name, p in network.named_parameters()} == {
+        name: 0.0 if "norm" in name else 0.1 for name, p in network.named_parameters()}
+
+
+assert os.environ.get("WORLD_SIZE") is None, "these tests start their own ranks"
