@@ -28,6 +28,15 @@ needs_paper = pytest.mark.skipif(not PAPER.is_dir(), reason="the paper's tables 
 HEADS = ((4, 4, 8), (4, 2, 8), (6, 1, 16), (3, 3, 6))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Networks this small gain nothing from threads, and lose much where the cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def config(**more):
     shape = dict(n_layer=2, n_head=4, n_kv_head=4, head_dim=8, d_model=32, d_ff=64, n_vocab=100, mask_id=100,
                  block_len=16, causal=False)

@@ -1,0 +1,30 @@
+# make quickstart: from a bare Python to a diffusion language model that writes, in a few minutes on a CPU.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+.PHONY: quickstart test test-all clean
+
+$(VENV)/ready: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+corpora/docs/meta.json: | $(VENV)/ready
+	$(RUN) data.py docs
+
+# QUICKSTART_FLAGS shortens it: make quickstart QUICKSTART_FLAGS=--steps=40
+quickstart: $(VENV)/ready corpora/docs/meta.json
+	$(RUN) train.py configurator/quickstart_ar.py --resume=auto $(QUICKSTART_FLAGS)
+	$(RUN) train.py configurator/quickstart.py --compare=runs/quickstart_ar --resume=auto $(QUICKSTART_FLAGS)
+	$(RUN) sample.py --run_dir=runs/quickstart --batch=2
+	$(RUN) sample.py --run_dir=runs/quickstart --text="Return the [MASK:20] of the list."
+
+test: $(VENV)/ready
+	$(RUN) -m pytest -q -m "not slow" tests
+
+test-all: $(VENV)/ready
+	$(RUN) -m pytest -q tests
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,336 @@
+"""Settings: override files and flags, left to right; everything wrong is said at once, before anything starts."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+import configurator
+from configurator import setting
+
+ROOT = Path(__file__).resolve().parents[1]
+quick = hypothesis_settings(max_examples=60, deadline=None)
+
+
+@dataclass
+class Settings:
+    steps: int = setting(10, "how many steps", low=1, high=10_000_000)
+    count: int = setting(0, "any whole number")
+    lr: float = setting(1e-3, "how fast it learns", above=0)
+    share: float = setting(0.5, "of something whole", low=0, high=1)
+    any_number: float = setting(0.0, "without bounds")
+    name: str = setting("a name", "what it is called")
+    order: Literal["linear", "cosine"] = setting("linear", "which of the two")
+    show: bool = setting(False, "whether it is seen")
+    compile: bool = setting(True, "whether it is fast")
+
+    def problems(self):
+        return ["share=0.7 contradicts count=7", "a second line"] if (self.share, self.count) == (0.7, 7) else []
+
+
+def load(*argv):
+    return configurator.load(Settings, list(map(str, argv)), "What it does.")
+
+
+def refused(*argv):
+    """The lines on stderr of a refusal, which ends with code 2 and has nothing on stdout."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stop:
+        load(*argv)
+    assert stop.value.code == 2 and not out.getvalue()
+    return err.getvalue().splitlines()
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    return tmp_path_factory.mktemp("scratch")
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------- precedence
+
+
+def test_defaults():
+    assert load() == Settings()
+
+
+@quick
+@given(st.lists(st.tuples(st.booleans(), st.sampled_from(["steps", "count"]), st.integers(1, 999)), max_size=6))
+def test_files_and_flags_apply_from_left_to_right(scratch, assignments):
+    argv, expected = [], dataclasses.asdict(Settings())
+    for i, (in_file, name, value) in enumerate(assignments):
+        argv.append(write(scratch / f"f{i}.py", f"{name} = {value}\n") if in_file else f"--{name}={value}")
+        expected[name] = value
+    assert dataclasses.asdict(load(*argv)) == expected
+
+
+def test_a_file_builds_on_another(tmp_path, monkeypatch):
+    """By import, from a neighbour or from the configurator package, wherever the script was started."""
+    write(tmp_path / "ground.py", "steps = 3\ncount = 4\nlr = 0.5\n")
+    top = write(tmp_path / "top.py", "from ground import *\ncount = count * 10\n")
+    monkeypatch.chdir("/")
+    path = list(sys.path)
+    assert load(top, "--lr=0.25") == Settings(steps=3, count=40, lr=0.25)
+    assert sys.path == path
+    (tmp_path / "package").mkdir()
+    write(tmp_path / "package" / "ours.py", "steps = 8\n")
+    monkeypatch.setattr(configurator, "__path__", [str(tmp_path / "package")])
+    assert load(write(tmp_path / "b.py", "from configurator.ours import *\nlr = steps / 4\n")) == Settings(steps=8, lr=2.0)
+
+
+def test_neighbours_of_one_name_in_two_folders(tmp_path):
+    for folder, steps in (("one", 1), ("two", 2)):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "shared_ground.py", f"steps = {steps}\n")
+        write(tmp_path / folder / "top.py", "from shared_ground import *\n")
+    assert load(tmp_path / "one" / "top.py").steps == 1
+    assert load(tmp_path / "two" / "top.py").steps == 2
+
+
+def test_each_file_has_its_own_namespace(tmp_path):
+    one = write(tmp_path / "one.py", "steps = 5\n_factor = 3\n")
+    two = write(tmp_path / "two.py", "lr = steps * 2.0\n")
+    (line,) = refused(one, two)
+    assert f"{two}: NameError: name 'steps' is not defined" in line
+    two.write_text("lr = 1.0 if '_factor' in globals() else 2.0\n")
+    assert load(one, two) == Settings(steps=5, lr=2.0)
+
+
+def test_only_assignments_count(tmp_path):
+    path = write(tmp_path / "rich.py", """
+import math
+import os.path as somewhere
+from math import sqrt
+from pathlib import Path
+
+_base = 4
+def double(x): return 2 * x
+triple = lambda x: 3 * x
+class Thing: pass
+steps = double(_base)
+count = triple(int(sqrt(_base)))
+name = Path("a") / "b"
+""")
+    assert load(path) == Settings(steps=8, count=6, name="a/b")
+    assert load(write(tmp_path / "shadow.py", "def steps(): pass\n")) == Settings()
+
+
+# --------------------------------------------------------------------------------------------------- types
+
+
+@quick
+@given(st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.text(), st.booleans())
+def test_values_round_trip(scratch, count, number, name, flag):
+    expected = Settings(count=count, any_number=number, name=name, show=flag)
+    assert load(f"--count={count}", f"--any_number={number}", f"--name={name}", f"--show={flag}") == expected
+    text = f"count = {count}\nany_number = {number}\nname = {ascii(name)}\nshow = {flag}\n"
+    assert load(write(scratch / "values.py", text)) == expected
+    assert json.loads(configurator.dump(expected)) == dataclasses.asdict(expected)
+
+
+@pytest.mark.parametrize("flag, name, value", [
+    ("--steps=1e6", "steps", 1_000_000),
+    ("--steps=1_000", "steps", 1000),
+    ("--steps=7.0", "steps", 7),
+    ("--count=-3", "count", -3),
+    ("--count=9007199254740993", "count", 2**53 + 1),  # more digits than a float holds
+    ("--lr=3e-4", "lr", 3e-4),
+    ("--lr=2", "lr", 2.0),
+    ("--any-number=5", "any_number", 5.0),
+    ("--name=a=b --c", "name", "a=b --c"),
+    ("--name=", "name", ""),
+    ("--order=cosine", "order", "cosine"),
+    ("--show", "show", True),
+    ("--show=yes", "show", True),
+    ("--show=1", "show", True),
+    ("--compile=False", "compile", False),
+    ("--compile=no", "compile", False),
+    ("--compile=0", "compile", False),
+])
+def test_flags(flag, name, value):
+    found = getattr(load(flag), name)
+    assert found == value and type(found) is type(value)
+    assert load(flag) == dataclasses.replace(Settings(), **{name: value})
+
+
+@pytest.mark.parametrize("line, name, value", [
+    ("steps = 1e6", "steps", 1_000_000),
+    ("lr = 1", "lr", 1.0),
+    ("lr = 2 ** -3", "lr", 0.125),
+    ("order = 'cosine'", "order", "cosine"),
+    ("show = True", "show", True),
+])
+def test_lines_of_a_file(tmp_path, line, name, value):
+    found = load(write(tmp_path / "x.py", line))
+    assert getattr(found, name) == value and type(getattr(found, name)) is type(value)
+
+
+@pytest.mark.parametrize("flag, reason", [
+    ("--steps=ten", "expected a number"),
+    ("--steps=", "expected a number"),
+    ("--steps=2.5", "expected a whole number"),
+    ("--steps=inf", "expected a whole number"),
+    ("--steps=nan", "expected a whole number"),
+    ("--lr=fast", "expected a number"),
+    ("--lr=nan", ""),
+    ("--lr=inf", ""),  # json can't hold it, and no setting means anything there
+    ("--any_number=nan", ""),
+    ("--any_number=-inf", ""),
+    ("--show=maybe", "expected True or False"),
+    ("--show=", "expected True or False"),
+    ("--order=cosin", "choose from linear, cosine; did you mean 'cosine'?"),
+    ("--order=", "choose from linear, cosine"),
+    ("--steps=0", "must be at least 1"),
+    ("--steps=10_000_001", "must be at most 10000000"),
+    ("--lr=0", "must be above 0"),
+    ("--share=-0.01", "must be at least 0"),
+    ("--share=1.01", "must be at most 1"),
+    ("--step=5", "unknown setting 'step'; did you mean 'steps'?"),
+    ("--xyzzy=5", "unknown setting 'xyzzy'; see --help for all settings"),
+    ("--xyzzy", "unknown setting 'xyzzy'; see --help for all settings"),
+    ("--problems=5", "unknown setting 'problems'"),  # an attribute, but no setting
+    ("--steps", "write --steps=VALUE"),
+    ("--name", "write --name=VALUE"),
+    ("-steps=5", "no such override file (flags are written --key=value)"),
+    ("absent.py", "no such override file (flags are written --key=value)"),
+    ("/", "no such override file"),
+    ("a prompt without its flag " * 100, "no such override file (flags are written --key=value)"),
+])
+def test_refused_flags(flag, reason):
+    (line,) = refused(flag)
+    assert line.startswith(f"{Path(sys.argv[0]).name}: {flag}: ") and reason in line
+
+
+@pytest.mark.parametrize("text, reason", [
+    ("steps = None", "steps=None: expected a number"),
+    ("steps = True", "steps=True: expected a number"),
+    ("steps = [1]", "steps=[1]: expected a number"),
+    ("steps = 1.5", "steps=1.5: expected a whole number"),
+    ("lr = True", "lr=True: expected a number"),
+    ("lr = 10 ** 400", "lr=1"),  # too large for a float
+    ("share = 2", "share=2: must be at most 1"),
+    ("name = 5", "name=5: expected text"),
+    ("show = 'maybe'", "show='maybe': expected True or False"),
+    ("order = 3", "order=3: choose from linear, cosine"),
+    ("order = ['cosine']", "order=['cosine']: choose from linear, cosine"),
+    ("stepz = 5", "unknown setting 'stepz'; did you mean 'steps'?"),
+    ("steps = = 5", "SyntaxError"),
+    ("steps = 1 / 0", "ZeroDivisionError"),
+    ("from no_such_neighbour import *", "ModuleNotFoundError"),
+])
+def test_refused_lines_of_a_file(tmp_path, text, reason):
+    path = write(tmp_path / "x.py", text + "\n")
+    (line,) = refused(path)
+    assert line.startswith(f"{Path(sys.argv[0]).name}: {path}: ") and reason in line
+
+
+@quick
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_bounds(number):
+    for flag, good in ((f"--share={number}", 0 <= number <= 1), (f"--lr={number}", number > 0)):
+        if good:
+            load(flag)
+        else:
+            refused(flag)
+
+
+# ------------------------------------------------------------------------------------------- all at once
+
+
+def test_everything_wrong_is_said_at_once(tmp_path):
+    path = write(tmp_path / "x.py", "stpes = 5\nshare = 3\nlr = 0.5\n")
+    lines = refused("--steps=ten", path, "--lr=-1", "absent.py", "--compil=False", "--name")
+    wanted = ["--steps=ten: steps='ten': expected a number", f"{path}: unknown setting 'stpes'; did you mean 'steps'?",
+              f"{path}: share=3: must be at most 1", "--lr=-1: lr='-1': must be above 0",
+              "absent.py: no such override file (flags are written --key=value)",
+              "--compil=False: unknown setting 'compil'; did you mean 'compile'?", "--name: write --name=VALUE"]
+    assert lines == [f"{Path(sys.argv[0]).name}: {line}" for line in wanted]
+
+
+def test_incompatible_settings():
+    assert [line.partition(": ")[2] for line in refused("--share=0.7", "--count=7")] \
+        == ["share=0.7 contradicts count=7", "a second line"]
+
+
+def test_incompatible_settings_are_said_with_the_rest():
+    lines = "\n".join(refused("--share=0.7", "--count=7", "--xyzzy=1"))
+    assert "unknown setting 'xyzzy'" in lines and "share=0.7 contradicts count=7" in lines and "a second line" in lines
+
+
+def test_a_wrong_value_is_refused_even_when_a_later_one_is_right():
+    (line,) = refused("--lr=-1", "--lr=1")
+    assert "lr='-1'" in line
+
+
+@pytest.mark.parametrize("rank, lines", [("0", 2), ("1", 0)])
+def test_only_rank_0_speaks(monkeypatch, rank, lines):
+    monkeypatch.setenv("RANK", rank)
+    assert len(refused("--xyzzy=1", "--lr=-1")) == lines
+
+
+# ---------------------------------------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+@pytest.mark.parametrize("rank", [None, "0", "1"])
+def test_help_lists_every_setting(monkeypatch, capsys, flag, rank):
+    monkeypatch.setenv("RANK", rank) if rank else monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        load("--steps=ten", flag)  # whatever else there is
+    out, err = capsys.readouterr()
+    assert stop.value.code == 0 and not err
+    if rank == "1":
+        assert not out
+        return
+    assert out.startswith("What it does.\n")
+    kinds = dict(steps="int", count="int", lr="float", share="float", any_number="float", name="str",
+                 order="linear|cosine", show="bool", compile="bool")
+    for f in dataclasses.fields(Settings):
+        assert f"  --{f.name}={f.default!r}  ({kinds[f.name]})\n      {f.metadata['doc']}\n" in out
+
+
+# ------------------------------------------------------------------------------------------------- scripts
+
+
+def run(*argv, cwd=ROOT, **env):
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return subprocess.run([sys.executable, *argv], cwd=cwd, env=clean | env, capture_output=True, text=True, timeout=120)
+
+
+def test_train_refuses_before_anything_starts(tmp_path):
+    path = write(tmp_path / "x.py", "import math\nn_layers = 3\nbatch_size = int(math.sqrt(16))\n")
+    done = run(str(ROOT / "train.py"), str(path), "--lr=-1", "--compile=maybe", "--objectiv=ar", cwd=tmp_path)
+    assert done.returncode == 2 and not done.stdout
+    found = done.stderr.splitlines()
+    wanted = [f"train.py: {path}: unknown setting 'n_layers'; did you mean 'n_layer'?",
+              "train.py: --lr=-1: lr='-1': must be above 0",
+              "train.py: --compile=maybe: compile='maybe': expected True or False",
+              "train.py: --objectiv=ar: unknown setting 'objectiv'; did you mean 'objective'?"]
+    assert found[:4] == wanted and all(line.startswith("train.py: ") for line in found)
+    assert [p.name for p in tmp_path.iterdir() if p.name != "__pycache__"] == ["x.py"]  # no run folder
+
+
+def test_train_is_silent_on_other_ranks(tmp_path):
+    done = run(str(ROOT / "train.py"), "--xyzzy=1", cwd=tmp_path, RANK="1", WORLD_SIZE="2")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+
+
+def test_sample_refuses(tmp_path):
+    done = run(str(ROOT / "sample.py"), "--prompt=a", "--text=[MASK]", f"--run={tmp_path}", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == ["sample.py: give one of prompt, prompt_file and text"]
