@@ -443,7 +443,8 @@ def main():
     if record:
         load_checkpoint(folder, network, optimizer)
         first_step, samples, pending = record["step"], record["samples"], record["pending"]
-    objective = Objective(network, posterior=cfg.loss == "paper")
+    # Validation runs the plain module: a second graph would take longer to compile than it saves.
+    objective = plain = Objective(network, posterior=cfg.loss == "paper")
     if world > 1:
         objective = DistributedDataParallel(objective, device_ids=[device] if device.type == "cuda" else None)
     if cfg.compile:  # around DDP: its buckets then split the backward graph, and communication overlaps
@@ -482,7 +483,7 @@ def main():
 
     def validate(step):
         def measure(p):
-            return evaluate(objective, p, val_blocks, cfg.eval_rows, micro, rank, world, device, autocast)
+            return evaluate(plain, p, val_blocks, cfg.eval_rows, micro, rank, world, device, autocast)
 
         loss, extra = sum(measure(val_process)), {}
         if cfg.loss == "paper":

@@ -1,0 +1,50 @@
+"""How much does the trainer cost beyond the model? The same network in a bare loop, for comparison.
+
+    python results/bare_loop.py            # prints tokens/s of a loop shaped like nanoGPT's
+    python train.py configurator/shakespeare_ar_cpu.py --run_dir=runs/speed --steps=600   # the trainer's own figure
+
+Random crops from a memory map, AdamW, clipping, compiled; 4 layers, 4 heads, 128 wide, block 64, batch 12.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from model import ModelConfig, Transformer
+
+torch.manual_seed(0)
+tokens = np.memmap("corpora/shakespeare/train.bin", np.uint16, mode="r")
+network = Transformer(ModelConfig(4, 4, 4, 32, 128, 320, 257, 257, 64, causal=True)).init_weights()
+optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
+
+
+@torch.compile
+def loss_of(x, y):
+    return F.cross_entropy(F.linear(network(x), network.head).flatten(0, 1), y.flatten())
+
+
+def get_batch():
+    start = torch.randint(len(tokens) - 65, (12,))
+    x = torch.stack([torch.from_numpy(tokens[i : i + 64].astype(np.int64)) for i in start])
+    y = torch.stack([torch.from_numpy(tokens[i + 1 : i + 65].astype(np.int64)) for i in start])
+    return x, y
+
+
+for step in range(600):
+    if step % 100 == 0:
+        clock = time.perf_counter()
+    loss = loss_of(*get_batch())
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if step % 10 == 9:
+        loss.item()
+    if step % 100 == 99:
+        print(f"step {step + 1}: {100 * 12 * 64 / (time.perf_counter() - clock) / 1e3:.1f}K tok/s", flush=True)
