@@ -51,11 +51,13 @@ def ladder(name):
     """
     text = str(name).strip().upper()
     for known in ([round(ladder_params(*row) / 1e6) for _, *row in LADDER], [count for count, *_ in LADDER]):
-        if text.endswith("M") and text[:-1].isdigit():
+        if text.endswith("M") and text[:-1].isdecimal():
             rows = [row for n, (_, *row) in zip(known, LADDER) if n == int(text[:-1])]
         else:
             rows = [row for n, (_, *row) in zip(known, LADDER)
                     if text.endswith("B") and text == f"{n / 1000:.{len(text.partition('.')[2]) - 1 if '.' in text else 0}f}B"]
+        if len(rows) > 1:
+            break
         if len(rows) == 1:
             d_model, head_dim, n_head, n_layer = rows[0]
             return dict(d_model=d_model, head_dim=head_dim, n_head=n_head, n_layer=n_layer)
@@ -84,6 +86,7 @@ class ModelConfig:
     norm_eps: float = 1e-6
     init_std: float = 0.02
     scaled_init: bool = True  # residual outputs N(0, init_std/√(2·n_layer))
+    local_init: bool = False  # heads start out looking at neighbouring positions
 
     @property
     def padded_vocab(self):
@@ -167,7 +170,7 @@ class TimeEmbedding(nn.Module):
     def forward(self, t):
         half = torch.arange(self.features // 2, device=t.device, dtype=torch.float32)
         angle = 1000 * t[:, None].float() * torch.exp(-math.log(10_000) * half / len(half))
-        return self.down(F.silu(self.up(torch.cat((angle.cos(), angle.sin()), dim=-1))))[:, None]
+        return self.down(F.silu(self.up(torch.cat((angle.cos(), angle.sin()), dim=-1).to(self.up.weight.dtype))))[:, None]
 
 
 class Transformer(nn.Module):
@@ -188,7 +191,7 @@ class Transformer(nn.Module):
         self.register_buffer("sin", angle.sin().float(), persistent=False)
 
     def init_weights(self, generator=None):
-        """N(0, init_std) everywhere, residual outputs smaller, norms 1. Returns self."""
+        """N(0, init_std) everywhere, residual outputs smaller, norms 1; then `local_init`. Returns self."""
         c = self.config
         for name, p in self.named_parameters():
             if p.dim() == 1:
@@ -196,15 +199,43 @@ class Transformer(nn.Module):
             else:
                 residual = c.scaled_init and name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=c.init_std / math.sqrt(2 * c.n_layer) if residual else c.init_std, generator=generator)
+        if c.local_init:
+            self.point_heads_at_neighbours(generator)
         return self
+
+    @torch.no_grad()
+    def point_heads_at_neighbours(self, generator=None):
+        """Let head h begin by attending to one relative position: −1, +1, −2, +2, … (causal: −1, −2, …).
+
+        A masked position learns nothing from itself; until some head finds the neighbours, a bidirectional
+        model stays at unigram statistics, and from N(0, σ) small models stay there for a long time. So every
+        embedding gets a common direction s, and q and k map s to vectors whose rotary score
+        Σ_j cos(ω_j(p′ − p) − ω_j·offset) peaks at p′ − p = offset. Only initial values change.
+        """
+        c = self.config
+        size = c.init_std * math.sqrt(c.d_model)
+        shared = F.normalize(torch.randn(c.d_model, generator=generator), dim=0).to(self.embed.weight.device)
+        self.embed.weight += size * shared
+        head = torch.arange(c.n_head)
+        offset = -(head + 1) if c.causal else (head // 2 + 1) * (2 * (head % 2) - 1)
+        frequency = c.rope_base ** (-torch.arange(0, c.head_dim, 2) / c.head_dim)
+        near = (frequency > 1 / 32).float()  # slower waves can't tell neighbours apart
+        angle = offset[:, None] * frequency
+        q = torch.cat((near * angle.cos(), near * angle.sin()), dim=1).flatten().to(shared.device)
+        k = torch.cat((near, 0 * near)).repeat(c.n_kv_head).to(shared.device)
+        for block in self.blocks:
+            block.attn.q_proj.weight += size * torch.outer(q, shared)
+            block.attn.k_proj.weight += size * torch.outer(k, shared)
+            block.attn.q_norm.weight.fill_(1.7)  # sharper than QK-norm's plain unit scale allows
+            block.attn.k_norm.weight.fill_(1.7)
 
     @property
     def head(self):
         return self.embed.weight if self.lm_head is None else self.lm_head.weight
 
     def forward(self, ids, t=None, keep=None):
-        """Hidden states after the last norm. ids (B, L); t (B,) where timed; keep (B, L) bool, False at
-        positions that no other may attend to. Returns (B, L, D)."""
+        """Hidden states after the last norm. ids (B, L); t (B,) where timed; keep (B, L) bool, False past a
+        row's end, where no position before may look. Returns (B, L, D)."""
         x = self.embed(ids)
         if self.time is not None:
             x = x + self.time(t).to(x.dtype)
@@ -251,10 +282,10 @@ def read_checkpoint(folder):
     folder = Path(folder)
     try:
         record = json.loads((folder / "checkpoint.json").read_text())
-        for name, digest in record["sha256"].items():
+        for name, digest in {"model.safetensors": None, **record["sha256"]}.items():
             if not (folder / name).is_file() or file_digest(folder / name) != digest:
                 raise ValueError(f"{folder / name} is missing or damaged")
-    except (OSError, json.JSONDecodeError, KeyError) as problem:
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as problem:
         raise ValueError(f"{folder} is no complete checkpoint ({type(problem).__name__}: {problem})") from None
     return record
 
@@ -278,9 +309,13 @@ def load_newest(run, warn):
 
 
 def load_model(folder, record, device="cpu"):
-    """Build the network of a checkpoint and read its weights (safetensors: no code runs)."""
+    """Build the network of a checkpoint and read its weights (safetensors: no code runs); raises ValueError."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     model = Transformer(ModelConfig(**record["model"]))
-    model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+    try:
+        model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+    except (SafetensorError, RuntimeError) as problem:
+        raise ValueError(f"{folder}: its weights can't be read: {str(problem).splitlines()[0]}") from None
     return model.to(device)

@@ -149,9 +149,9 @@ def main():
         if (tokens.n_vocab, tokens.mask_id) != (record["model"]["n_vocab"], record["model"]["mask_id"]):
             raise ValueError(f"the checkpoint's vocabulary is not that of tokenizer '{tokens.name}'")
         ids = template(cfg, tokens, record["model"]["block_len"], record["model"]["causal"])
+        model = load_model(folder, record, device).eval()
     except (ValueError, OSError) as problem:
         configurator.fail(str(problem))
-    model = load_model(folder, record, device).eval()
     settings = record["settings"]
     schedule = diffusion.schedule(settings["schedule"])
     generator = torch.Generator(device).manual_seed(cfg.seed)

@@ -65,6 +65,7 @@ class Config:
     dropout: float = setting(0.0, "dropout rate", low=0, high=0.99)
     init_std: float = setting(0.02, "standard deviation of the initial weights", above=0)
     scaled_init: bool = setting(True, "divide that of residual outputs by √(2·n_layer)")
+    local_init: bool = setting(False, "heads start out looking at neighbouring positions: small diffusion models learn sooner")
     # how long, on what
     steps: int = setting(0, "optimizer steps; give exactly one of steps, tokens and epochs", low=0)
     tokens: float = setting(0.0, "training tokens in all, repeats included", low=0)
@@ -398,7 +399,7 @@ def main():
         meta = corpus.meta
         model_config = ModelConfig(**cfg.shape(), n_vocab=meta["n_vocab"], mask_id=meta["mask_id"], block_len=cfg.block_len,
                                    causal=cfg.objective == "ar", tied=cfg.tied, timed=cfg.objective == "uniform",
-                                   dropout=cfg.dropout, rope_base=cfg.rope_base, init_std=cfg.init_std, scaled_init=cfg.scaled_init)
+                                   dropout=cfg.dropout, rope_base=cfg.rope_base, init_std=cfg.init_std, scaled_init=cfg.scaled_init, local_init=cfg.local_init)
         corpus_record = {k: meta[k] for k in ("tokenizer", "n_vocab", "mask_id", "eos_id")} | {"train_sha256": meta["train"]["sha256"]}
         folder = record = None
         if run.exists() and any(run.iterdir()) and cfg.resume == "no":

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
@@ -242,6 +242,10 @@ def test_refused_lines_of_a_file(tmp_path, text, reason):
 
 @quick
 @given(st.floats(allow_nan=False, allow_infinity=False))
+@example(0.0)
+@example(1.0)
+@example(1.0000000000000002)
+@example(5e-324)
 def test_bounds(number):
     for flag, good in ((f"--share={number}", 0 <= number <= 1), (f"--lr={number}", number > 0)):
         if good:

@@ -208,7 +208,7 @@ def test_added_documents_move_none(scratch, texts, added, fraction, random):
 
 
 def test_share_of_validation():
-    n, fraction = 4000, 0.1
+    n, fraction = 10_000, 0.1
     held = sum(data.goes_to_validation(text, fraction) for text in stories(n))
     assert abs(held - n * fraction) < 5 * (n * fraction * (1 - fraction)) ** 0.5  # five standard deviations
 
@@ -492,8 +492,8 @@ def chi_square(values, n):
 @pytest.mark.parametrize("vary", ["seed", "epoch"])
 def test_permute_is_uniform_over_keys(n, vary):
     """Over many keys, the first element is equally often each; of 17 or more, so is the pair of the first two."""
-    epochs = np.arange(10_000 if vary == "epoch" else 100)
-    seeds = [11] if vary == "epoch" else range(100)
+    epochs = np.arange(40_000 if vary == "epoch" else 1000)
+    seeds = [11] if vary == "epoch" else range(40)
     first, second = (np.concatenate([data.permute(np.full_like(epochs, i), n, s, epochs) for s in seeds])
                      for i in (0, 1))
     assert chi_square(first, n) < chi_square_bound(n - 1)

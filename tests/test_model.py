@@ -1,5 +1,6 @@
-"""The network against independent references: transformers' Qwen3, complex rotations, the paper's table, a FLOP counter."""
+"""The network against independent references: Qwen3, complex rotations, the paper's table, a FLOP counter."""
 
+import dataclasses
 import csv
 import json
 import math
@@ -11,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -132,7 +132,8 @@ def dependence(model, ids, keep=None):
     hidden = model(ids, keep=keep)
     handle.remove()
     direction = torch.randn(hidden.shape[-1], generator=torch.Generator().manual_seed(2))
-    return torch.stack([torch.autograd.grad(h @ direction, leaf, retain_graph=True)[0][0].norm(dim=-1) for h in hidden[0]])
+    gradients = (torch.autograd.grad(h @ direction, leaf, retain_graph=True)[0] for h in hidden[0])
+    return torch.stack([g[0].norm(dim=-1) for g in gradients])
 
 
 @pytest.mark.parametrize("n_layer", (1, 2))
@@ -231,7 +232,8 @@ def test_ladder_is_table_6():
 
 
 def test_table_6_counts_are_12_n_layer_d_model_squared():
-    assert [round(12 * n_layer * d_model**2 / 1e6) for _, d_model, _, _, n_layer in LADDER] == [row[0] for row in LADDER]
+    for count, d_model, _, _, n_layer in LADDER:
+        assert count == round(12 * n_layer * d_model**2 / 1e6)
     odd = [count for count, d_model, head_dim, n_head, _ in LADDER if n_head * head_dim != d_model]
     assert odd == [5, 14, 10682, 11976, 13343, 14653]  # SPEC §1
 
@@ -261,13 +263,15 @@ def test_ladder_finds_every_row_by_either_count():
     assert ladder("14M") == named((224, 32, 7, 4))  # not the row that Table 6 prints as 14
 
 
-@pytest.mark.parametrize("name", ("", "M", "B", "1086", 1086, None, "3M", "-7M", "7.0M", "1B", "2B", "99B", "gpt2", "²M"))
+UNKNOWN = ("", "M", "B", "1086", 1086, None, "3M", "-7M", "7.0M", "1B", "2B", "99B", "gpt2", "²M")
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
 def test_unknown_or_ambiguous_names_are_refused(name):
     with pytest.raises(ValueError):
         ladder(name)
 
 
-@pytest.mark.xfail(strict=True, reason="model.ladder: where two figures' N round to the name, Table 6's column decides")
 @pytest.mark.parametrize("name", ("0.3B", "1.5B"))
 def test_a_name_that_fits_several_figure_labels_is_refused(name):
     with pytest.raises(ValueError):  # 1.5B: 1509M or 1523M, but by no means the 1645M that Table 6 prints as 1529
@@ -298,8 +302,8 @@ def test_ladder_params_count_the_network():
 
 @pytest.mark.parametrize("scaled", (True, False))
 def test_initial_weights(scaled):
-    model = Transformer(config(n_layer=8, d_model=128, n_head=4, head_dim=32, n_kv_head=2, d_ff=192, tied=False, timed=True,
-                               scaled_init=scaled)).init_weights(torch.Generator().manual_seed(0))
+    c = config(n_layer=8, d_model=128, head_dim=32, n_kv_head=2, d_ff=192, tied=False, timed=True, scaled_init=scaled)
+    model = Transformer(c).init_weights(torch.Generator().manual_seed(0))
     residual = 0
     for name, p in model.named_parameters():
         if "norm" in name:
@@ -423,7 +427,6 @@ def test_an_untimed_network_ignores_time():
 
 
 @torch.no_grad()
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="model.TimeEmbedding: fp32 features meet weights of another dtype")
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16))
 def test_a_timed_network_runs_in_any_dtype(dtype):
     assert build(timed=True, dtype=dtype)(tokens(2, 16), torch.tensor([0.1, 0.9])).dtype == dtype
@@ -451,7 +454,7 @@ def same(a, b):
     return torch.equal(F.linear(a(tokens(2, 16), time), a.head), F.linear(b(tokens(2, 16), time), b.head))
 
 
-@pytest.mark.parametrize("more", (dict(), dict(tied=False, causal=True, n_kv_head=2), dict(timed=True, rope_base=500.0)))
+@pytest.mark.parametrize("more", (dict(), dict(tied=False, causal=True, n_kv_head=2), dict(timed=True, rope_base=50.0)))
 def test_a_checkpoint_gives_the_network_back(tmp_path, more):
     model = build(**more)
     with torch.enable_grad():
@@ -474,11 +477,12 @@ def cut(path, where):
     path.write_bytes(path.read_bytes()[: int(where * path.stat().st_size)])
 
 
-DAMAGE = [(name, harm, where) for name in ("model.safetensors", "optimizer.safetensors")
+FILES = ("model.safetensors", "optimizer.safetensors", "checkpoint.json")
+DAMAGE = [(name, harm, where) for name in FILES[:2]
           for harm, where in ((flip, 0.0), (flip, 0.5), (flip, 1.0), (cut, 0.0), (cut, 0.99))]
 DAMAGE += [("checkpoint.json", cut, 0.0), ("checkpoint.json", cut, 0.5), ("checkpoint.json", cut, 0.98)]
 DAMAGE += [("checkpoint.json", lambda path, size: path.write_bytes(bytes(size)), 500)]  # zeros, as after a power cut
-DAMAGE += [(name, lambda path, _: path.unlink(), 0) for name in ("model.safetensors", "optimizer.safetensors", "checkpoint.json")]
+DAMAGE += [(name, lambda path, _: path.unlink(), 0) for name in FILES]
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path):
@@ -498,7 +502,6 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path):
         assert load_newest(tmp_path, pytest.fail)[0] == newest  # it was the damage, and only that
 
 
-@pytest.mark.xfail(strict=True, reason="model.read_checkpoint: JSON of another form is a TypeError, AttributeError or accepted")
 @pytest.mark.parametrize("text", ("[]", "null", '{"sha256": null}', '{"sha256": {}}'))
 def test_a_record_of_another_form_is_damage_too(tmp_path, text):
     (tmp_path / "checkpoint.json").write_text(text)
@@ -519,9 +522,9 @@ def test_no_usable_checkpoint_is_an_error(tmp_path):
 
 
 def test_checkpoints_are_sorted_by_number_and_unfinished_ones_ignored(tmp_path):
-    for name in ("step_00000009", "step_00000010", "step_123456789", ".step_00000011", "step_00000012.tmp", "step_x"):
+    for name in ("step_00000009", "step_99999999", "step_100000000", ".step_00000011", "step_00000012.tmp", "step_x"):
         (tmp_path / name).mkdir()
-    assert [p.name for p in checkpoints(tmp_path)] == ["step_123456789", "step_00000010", "step_00000009"]
+    assert [p.name for p in checkpoints(tmp_path)] == ["step_100000000", "step_99999999", "step_00000009"]
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
@@ -548,9 +551,32 @@ def test_a_pickle_in_disguise_runs_no_code(tmp_path, dump):
     record["sha256"]["model.safetensors"] = file_digest(weights)  # its maker knows how to hash
     (folder / "checkpoint.json").write_text(json.dumps(record))
     assert load_newest(tmp_path / "run", pytest.fail)[0] == folder
-    with pytest.raises(SafetensorError):
+    with pytest.raises(ValueError, match="weights can.t be read"):
         load_model(folder, record)
     assert not (tmp_path / "bang").exists()
     with open(weights, "rb") as file:  # torch.load, too, heeds the suffix of a path
         torch.load(file, weights_only=False) if dump is torch.save else pickle.load(file)
     assert (tmp_path / "bang").exists()  # the bomb is live: another loader would have set it off
+
+
+# local_init -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("causal, offsets", ((False, (-1, 1, -2, 2)), (True, (-1, -2, -3, -4))))
+@pytest.mark.parametrize("n_kv_head", (4, 2))
+def test_local_init_points_every_head_at_one_neighbour(causal, offsets, n_kv_head):
+    """The attention scores of random text, computed by hand from the first block, peak at each head's offset."""
+    c = model.ModelConfig(1, 4, n_kv_head, 16, 128, 64, 50, 50, 64, causal=causal, init_std=0.06, rope_base=100.0, local_init=True)
+    for on in (True, False):
+        torch.manual_seed(0)
+        net = model.Transformer(dataclasses.replace(c, local_init=on)).init_weights()
+        attn = net.blocks[0].attn
+        x = net.blocks[0].attn_norm(net.embed(torch.randint(0, 51, (8, 64))))
+        q = attn.q_norm(attn.q_proj(x).view(8, 64, 4, 16)).transpose(1, 2)
+        k = attn.k_norm(attn.k_proj(x).view(8, 64, n_kv_head, 16)).transpose(1, 2).repeat_interleave(4 // n_kv_head, 1)
+        scores = model.rotate(q, net.cos, net.sin) @ model.rotate(k, net.cos, net.sin).transpose(-1, -2)  # (8, 4, 64, 64)
+        best = scores.argmax(-1) - torch.arange(64)
+        inner = best[:, :, 5:-5]
+        for head, offset in enumerate(offsets):
+            share = (inner[:, head] == offset).float().mean()
+            assert share > 0.9 if on else share < 0.3
