@@ -1,6 +1,7 @@
 # make quickstart: from a bare Python to a diffusion language model that writes, in a few minutes on a CPU.
 PYTHON ?= python3
 VENV ?= .venv
+RUNS ?= runs
 RUN = $(VENV)/bin/python
 
 .PHONY: quickstart test test-all clean
@@ -15,10 +16,10 @@ corpora/docs/meta.json: | $(VENV)/ready
 
 # QUICKSTART_FLAGS shortens it: make quickstart QUICKSTART_FLAGS=--steps=40
 quickstart: $(VENV)/ready corpora/docs/meta.json
-	$(RUN) train.py configurator/quickstart_ar.py --resume=auto $(QUICKSTART_FLAGS)
-	$(RUN) train.py configurator/quickstart.py --compare=runs/quickstart_ar --resume=auto $(QUICKSTART_FLAGS)
-	$(RUN) sample.py --run_dir=runs/quickstart --batch=2
-	$(RUN) sample.py --run_dir=runs/quickstart --text="Return the [MASK:20] of the list."
+	$(RUN) train.py configurator/quickstart_ar.py --run_dir=$(RUNS)/quickstart_ar --resume=auto $(QUICKSTART_FLAGS)
+	$(RUN) train.py configurator/quickstart.py --run_dir=$(RUNS)/quickstart --compare=$(RUNS)/quickstart_ar --resume=auto $(QUICKSTART_FLAGS)
+	$(RUN) sample.py --run_dir=$(RUNS)/quickstart --batch=2
+	$(RUN) sample.py --run_dir=$(RUNS)/quickstart --text="Return the [MASK:20] of the list."
 
 test: $(VENV)/ready
 	$(RUN) -m pytest -q -m "not slow" tests

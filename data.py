@@ -11,6 +11,7 @@ Both token files start with the end-of-document token and every document ends wi
 import argparse
 import ast
 import hashlib
+import http.client
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+BETWEEN_LINES = re.compile(r"\S\n(?=[^\s/])")
 CHUNK = 1 << 20  # characters tokenized at a time
 CHECKED = 1 << 30  # bytes; larger token files are not hashed again at every start, only sized
 
@@ -57,13 +59,14 @@ class Tiktoken:
             raise ValueError(f"cannot download tokenizer '{name}' ({type(problem).__name__}); "
                              "set TIKTOKEN_CACHE_DIR to a folder that holds its files") from None
         self.name, self.eos_id = name, self.encoding.eot_token
-        self.n_vocab = self.mask_id = self.eos_id + 1  # the other special tokens lie above and are no text
+        text = self.encoding._mergeable_ranks.values()  # p50k_base has text above its eos; other specials are no text
+        self.n_vocab = self.mask_id = max(self.eos_id, *text) + 1
 
     def encode(self, text):
         return np.asarray(self.encoding.encode_ordinary(text), np.uint32)
 
     def decode(self, ids):
-        return self.encoding.decode([int(i) for i in ids if i < self.eos_id])
+        return self.encoding.decode([int(i) for i in ids if i != self.eos_id and i < self.mask_id])
 
 
 def tokenizer(name):
@@ -100,9 +103,10 @@ def python_docs():
 def text_chunks(path, start=0, stop=None):
     """Yield the UTF-8 text in bytes [start, stop) of `path` in pieces that tokenize as the whole would.
 
-    A piece ends at a single newline between two non-blank characters: no pre-tokenizer joins across it.
+    A piece ends at a single newline between two non-blank characters, of which the second is no
+    slash: no pre-tokenizer joins across it (o200k_base keeps slashes with punctuation before the newline).
     """
-    held, position = "", start
+    held, scanned, position = "", 0, start
     with open(path, "rb") as file:
         file.seek(start)
         rest = b""
@@ -118,10 +122,11 @@ def text_chunks(path, start=0, stop=None):
             rest = (rest + read)[cut:]
             if not read:
                 break
-            cuts = [m.start() + 2 for m in re.finditer(r"\S\n(?=\S)", held)]
+            cuts = [m.start() + 2 for m in BETWEEN_LINES.finditer(held, scanned)]
+            scanned = max(0, len(held) - 2)
             if cuts:
                 yield held[: cuts[-1]]
-                held = held[cuts[-1] :]
+                held, scanned = held[cuts[-1] :], 0
     if held:
         yield held
 
@@ -138,18 +143,22 @@ def partial(data):
 
 def json_texts(path, field):
     """Yield record[field] for every line of a .jsonl file; raises ValueError with the line's number."""
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                text = json.loads(line)[field]
-            except json.JSONDecodeError as problem:
+                text = json.loads(line.decode("utf-8"))[field]
+            except UnicodeDecodeError as problem:
+                raise ValueError(f"{path}:{number}: not UTF-8 near byte {problem.start} of the line") from None
+            except (ValueError, RecursionError) as problem:  # also integers too long for Python, and deep nesting
                 raise ValueError(f"{path}:{number}: not JSON: {problem}") from None
             except (KeyError, TypeError):
                 raise ValueError(f"{path}:{number}: no field '{field}'; name the text's field with --field") from None
             if not isinstance(text, str):
                 raise ValueError(f"{path}:{number}: field '{field}' is not text")
+            if re.search("[\ud800-\udfff]", text):  # JSON's escapes can say what UTF-8 can't
+                raise ValueError(f"{path}:{number}: field '{field}' holds half a character (a lone surrogate)")
             yield text
 
 
@@ -252,8 +261,8 @@ def load_corpus(folder):
         meta = json.loads((folder / "meta.json").read_text())
         dtype = {"uint16": np.dtype(np.uint16), "uint32": np.dtype(np.uint32)}[meta["dtype"]]
         expected = {split: (meta[split]["tokens"], meta[split]["sha256"]) for split in ("train", "val")}
-        assert meta["n_vocab"] <= meta["mask_id"] and meta["val"]["bytes"] > 0 and meta["tokenizer"]
-    except (json.JSONDecodeError, KeyError, TypeError, AssertionError) as problem:
+        assert meta["eos_id"] < meta["n_vocab"] <= meta["mask_id"] and meta["val"]["bytes"] > 0 and meta["tokenizer"]
+    except (ValueError, KeyError, TypeError, AssertionError) as problem:
         raise ValueError(f"{folder}/meta.json is damaged ({type(problem).__name__}: {problem}); prepare it again") from None
     arrays = {}
     for split, (count, digest) in expected.items():
@@ -265,6 +274,8 @@ def load_corpus(folder):
         arrays[split] = np.memmap(path, dtype, mode="r")
         if size <= CHECKED and hashlib.sha256(arrays[split]).hexdigest() != digest:
             raise ValueError(f"{path}: its SHA-256 is not the one in meta.json; prepare the corpus again")
+        if size <= CHECKED and (largest := int(arrays[split].max())) >= meta["n_vocab"]:
+            raise ValueError(f"{path}: token {largest}, but meta.json says the vocabulary is {meta['n_vocab']}; prepare it again")
     return Corpus(folder, meta, **arrays)
 
 
@@ -274,13 +285,14 @@ def load_corpus(folder):
 def permute(index, n, seed, epoch):
     """A keyed bijection of [0, n), applied to `index`: nothing of size n is stored.
 
-    Six Feistel rounds over the next power of four, and cycle walking back into the range.
+    Twelve Feistel rounds over the next power of four (six leave a bias below n = 16), and cycle walking
+    back into the range.
     index, epoch: int64 arrays of one shape. Returns int64.
     """
     half = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
     key = finalize(np.uint64(seed & 0xFFFFFFFFFFFFFFFF) ^ finalize(epoch.astype(np.uint64)))
-    keys = [finalize(key + np.uint64(round_ + 1)) for round_ in range(6)]
+    keys = [finalize(key + np.uint64(round_ + 1)) for round_ in range(12)]
     result = index.astype(np.uint64)
     outside = np.ones(len(result), bool)
     while outside.any():
@@ -308,10 +320,10 @@ class Blocks:
     blocks is used, and a smaller subset is contained in a larger one.
     """
 
-    def __init__(self, tokens, length, seed=0, unique_tokens=0):
+    def __init__(self, tokens, length, seed=0, unique_tokens=0, what="training"):
         available = (len(tokens) - 1) // length
         if available < 1:
-            raise ValueError(f"the corpus has {len(tokens) - 1} tokens, fewer than one block of {length}")
+            raise ValueError(f"the {what} split has {len(tokens) - 1} tokens, fewer than one block of {length}")
         if unique_tokens and not length <= unique_tokens <= available * length:
             raise ValueError(f"unique_tokens={unique_tokens} must lie between one block ({length}) "
                              f"and the corpus ({available * length} tokens in whole blocks)")
@@ -341,7 +353,7 @@ class Blocks:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="docs, shakespeare, or a .txt or .jsonl file")
+    parser.add_argument("source", nargs="?", default="docs", help="docs (the default), shakespeare, or a .txt or .jsonl file")
     parser.add_argument("--name", help="folder under --out (default: the source's name)")
     parser.add_argument("--out", default="corpora", help="where corpora are kept (default: corpora)")
     parser.add_argument("--tokenizer", default="bytes", help="bytes, or a tiktoken encoding such as gpt2 (default: bytes)")
@@ -392,7 +404,10 @@ def download(url, path):
         try:
             with urllib.request.urlopen(url, timeout=60) as response, open(partial_path, "wb") as file:
                 shutil.copyfileobj(response, file)
-        except OSError as problem:
+                if file.tell() != int(response.headers.get("Content-Length", file.tell())):
+                    raise OSError(f"the connection closed after {file.tell()} bytes")
+        except (OSError, http.client.HTTPException) as problem:
+            partial_path.unlink(missing_ok=True)
             raise OSError(f"cannot download {url}: {problem}; save it as a .txt file and give its path instead") from None
         partial_path.rename(path)
     return path

@@ -248,8 +248,7 @@ def masked_weights(p, rows, which, bits, inside):
     density = time_density(p, t, rows.mean)
     if p.estimator == "time":
         return noisy, s.dr(t) / (s.r(t) * density)
-    forced = exactly(bits, np.ones_like(count), inside)
-    noisy |= forced & ~noisy.any(1, keepdims=True)
+    noisy |= exactly(bits, np.ones_like(count), inside)  # the smallest draw: masked anyway unless none is
     return noisy, s.dr(t) * length / (noisy.sum(1) * density)
 
 

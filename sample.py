@@ -34,7 +34,7 @@ class Config:
     temperature: float = setting(1.0, "of the softmax; 0 takes the likeliest token", low=0)
     top_k: int = setting(0, "keep the k likeliest tokens (0: all)", low=0)
     top_p: float = setting(1.0, "keep the likeliest tokens that hold this probability together", above=0, high=1)
-    seed: int = setting(0, "of the samples", low=0)
+    seed: int = setting(0, "of the samples", low=0, high=2**62)
     show: bool = setting(False, "draw the denoising in the terminal, step by step")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one")
 

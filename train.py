@@ -41,7 +41,7 @@ class Config:
     run_dir: str = setting("runs/default", "folder of the run: settings, metrics, checkpoints, loss curve")
     corpus: str = setting("corpora/docs", "folder that data.py prepared")
     resume: Literal["no", "auto", "yes"] = setting("no", "continue from the newest checkpoint: auto if there is one, yes must have one")
-    seed: int = setting(1337, "of the weights, the data order and the noise", low=0)
+    seed: int = setting(1337, "of the weights, the data order and the noise", low=0, high=2**62)
     # what is learned
     objective: Literal["masked", "uniform", "ar"] = setting("masked", "masked diffusion, uniform diffusion, or autoregressive")
     loss: Literal["elbo", "maskgit", "paper"] = setting("elbo", "elbo: the bound; maskgit: unweighted, masked only; paper: Quokka's, uniform only")
@@ -395,7 +395,7 @@ def main():
     try:
         corpus = data.load_corpus(cfg.corpus)
         blocks = data.Blocks(corpus.train, cfg.block_len, cfg.seed, cfg.unique_tokens)
-        val_blocks = data.Blocks(corpus.val, cfg.block_len)
+        val_blocks = data.Blocks(corpus.val, cfg.block_len, what="validation")
         meta = corpus.meta
         model_config = ModelConfig(**cfg.shape(), n_vocab=meta["n_vocab"], mask_id=meta["mask_id"], block_len=cfg.block_len,
                                    causal=cfg.objective == "ar", tied=cfg.tied, timed=cfg.objective == "uniform",

@@ -10,6 +10,7 @@ that is wrong is reported at once, before anything starts.
 import dataclasses
 import difflib
 import json
+import math
 import os
 import runpy
 import sys
@@ -52,7 +53,7 @@ def load(settings, argv=None, about=""):
             return problems.append(f"{where}: unknown setting '{name}'; {hint}")
         try:
             values[name] = within(fields[name], convert(value, types_[name]))
-        except ValueError as problem:
+        except (ValueError, OverflowError) as problem:
             problems.append(f"{where}: {name}={value!r}: {problem}")
 
     for arg in argv:
@@ -63,7 +64,7 @@ def load(settings, argv=None, about=""):
                 problems.append(f"{arg}: write --{name}=VALUE")
             else:
                 assign(name, value if equals else "True", arg)  # a bare --flag switches a bool on
-        elif not Path(arg).is_file():
+        elif not os.path.isfile(arg):  # Path.is_file raises on names that are too long
             problems.append(f"{arg}: no such override file (flags are written --key=value)")
         else:
             try:
@@ -74,21 +75,25 @@ def load(settings, argv=None, about=""):
             for name, value in overrides.items():
                 assign(name, value, arg)
     result = settings(**values)
-    if not problems and hasattr(result, "problems"):
-        problems = result.problems()
+    if hasattr(result, "problems"):
+        problems += result.problems()
     if problems:
         fail(*problems)
     return result
 
 
 def read_file(path):
-    """The plain assignments of an override file: what it imports, defines or marks with _ is left out."""
+    """The plain assignments of an override file; modules, functions, classes and _names are left out."""
     folder = str(Path(path).resolve().parent)  # a file outside configurator/ may import its neighbours
+    before = set(sys.modules)
     sys.path.insert(0, folder)
     try:
         names = runpy.run_path(str(path))
     finally:
         sys.path.remove(folder)
+        for name in set(sys.modules) - before:  # another folder may have neighbours of the same names
+            if str(getattr(sys.modules[name], "__file__", "")).startswith(folder + os.sep):
+                del sys.modules[name]
     skip = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
     return {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, skip)}
 
@@ -118,8 +123,10 @@ def convert(value, kind):
     except ValueError:
         raise ValueError("expected a number") from None
     if kind is float:
+        if not math.isfinite(number):
+            raise ValueError("expected a finite number")
         return float(number)
-    if number != number or number in (float("inf"), float("-inf")) or number != int(number):
+    if not math.isfinite(number) or number != int(number):
         raise ValueError("expected a whole number")
     try:
         return int(value)  # exact for digits; floats hold whole numbers only up to 2**53

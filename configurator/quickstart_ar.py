@@ -1,7 +1,7 @@
 # The autoregressive twin of quickstart: same size, same tokens.
-# Hardware: two CPU cores, about two minutes. Expect TODO bits/byte.
+# Hardware: two CPU cores, about TODO. Expect TODO bits/byte.
+
 from configurator.quickstart import *
 
 run_dir = "runs/quickstart_ar"
 objective = "ar"
-compare = ""

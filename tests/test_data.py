@@ -257,7 +257,7 @@ def test_prepare_text(tmp_path):
 
 
 def test_large_vocabulary_takes_four_bytes(tmp_path):
-    tokens = SimpleNamespace(name="wide", n_vocab=70000, eos_id=69999, mask_id=70000,
+    tokens = SimpleNamespace(name="wide", n_vocab=300_000, eos_id=299_999, mask_id=300_000,
                              encode=lambda text: np.array([65536 + ord(c) for c in text], np.uint32))
     data.prepare(write_jsonl(tmp_path / "x.jsonl", stories(20)), tmp_path / "out", tokens, fraction=0.5)
     corpus = data.load_corpus(tmp_path / "out")
@@ -420,7 +420,7 @@ def pair_up(folder):
     (edit_json(lambda meta: meta.pop("eos_id")), "meta.json is damaged"),
     (edit_json(lambda meta: meta["val"].pop("bytes")), "meta.json is damaged"),
     (edit_json(lambda meta: meta.update(mask_id=256)), "meta.json is damaged"),
-    (edit_json(lambda meta: meta.update(n_vocab=100)), "n_vocab|vocabulary"),
+    (edit_json(lambda meta: meta.update(n_vocab=100, eos_id=99)), "n_vocab|vocabulary"),
     (pair_up, "n_vocab|vocabulary"),
     (edit_bytes("meta.json", lambda raw: raw[: len(raw) // 2]), "meta.json is damaged"),
     (edit_bytes("meta.json", lambda raw: b"[]"), "meta.json is damaged"),

@@ -566,15 +566,15 @@ def test_a_pickle_in_disguise_runs_no_code(tmp_path, dump):
 @pytest.mark.parametrize("n_kv_head", (4, 2))
 def test_local_init_points_every_head_at_one_neighbour(causal, offsets, n_kv_head):
     """The attention scores of random text, computed by hand from the first block, peak at each head's offset."""
-    c = model.ModelConfig(1, 4, n_kv_head, 16, 128, 64, 50, 50, 64, causal=causal, init_std=0.06, rope_base=100.0, local_init=True)
+    c = ModelConfig(1, 4, n_kv_head, 16, 128, 64, 50, 50, 64, causal=causal, init_std=0.06, rope_base=100.0, local_init=True)
     for on in (True, False):
         torch.manual_seed(0)
-        net = model.Transformer(dataclasses.replace(c, local_init=on)).init_weights()
+        net = Transformer(dataclasses.replace(c, local_init=on)).init_weights()
         attn = net.blocks[0].attn
         x = net.blocks[0].attn_norm(net.embed(torch.randint(0, 51, (8, 64))))
         q = attn.q_norm(attn.q_proj(x).view(8, 64, 4, 16)).transpose(1, 2)
         k = attn.k_norm(attn.k_proj(x).view(8, 64, n_kv_head, 16)).transpose(1, 2).repeat_interleave(4 // n_kv_head, 1)
-        scores = model.rotate(q, net.cos, net.sin) @ model.rotate(k, net.cos, net.sin).transpose(-1, -2)  # (8, 4, 64, 64)
+        scores = rotate(q, net.cos, net.sin) @ rotate(k, net.cos, net.sin).transpose(-1, -2)  # (8, 4, 64, 64)
         best = scores.argmax(-1) - torch.arange(64)
         inner = best[:, :, 5:-5]
         for head, offset in enumerate(offsets):

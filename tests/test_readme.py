@@ -1,0 +1,56 @@
+"""The README's commands run as printed, but for a few steps and in folders of the test."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from test_train import corpus  # noqa: F401  (fixture)
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
+SHORT = ["--steps=3", "--eval_rows=4", "--compile=False", "--device=cpu"]
+
+
+def run(command, *more):
+    words = shlex.split(command)
+    python = [sys.executable, "-m", "torch.distributed.run"] if words[0] == "torchrun" else [sys.executable]
+    done = subprocess.run([*python, *words[1:], *more], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_every_command_is_known_to_this_file():
+    assert {c.split()[0] for c in COMMANDS if c} == {"make", "python", "torchrun"}
+    assert sum("train.py" in c for c in COMMANDS) == 5
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "train.py" in c])
+def test_training_commands(command, corpus, tmp_path):  # noqa: F811
+    output = run(command, *SHORT, f"--corpus={corpus}", f"--run_dir={tmp_path / 'run'}")
+    assert "step      3/3" in output and (tmp_path / "run" / "loss.png").is_file()
+
+
+@pytest.fixture(scope="module")
+def trained(corpus, tmp_path_factory):  # noqa: F811
+    run_dir = tmp_path_factory.mktemp("readme") / "run"
+    run("python train.py configurator/quickstart.py", *SHORT, f"--corpus={corpus}", f"--run_dir={run_dir}")
+    return run_dir
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "sample.py" in c])
+def test_sampling_commands(command, trained):
+    assert run(command, f"--run_dir={trained}", "--steps=4").strip()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configurator").glob("[a-z]*.py")), ids=lambda p: p.stem)
+def test_every_override_file_is_documented_and_valid(path):
+    import configurator
+    import train
+
+    head = path.read_text().split("\n\n")[0]
+    assert all(word in head for word in ("Hardware", "Expect")), "say what it trains, on what hardware, for how long, what to expect"
+    cfg = configurator.load(train.Config, [str(path)])
+    assert cfg.run_dir == f"runs/{path.stem}"
