@@ -583,7 +583,7 @@ def test_unique_subset_is_random():
 def test_blocks_refuse():
     tokens = np.zeros(9, np.uint16)
     assert data.Blocks(tokens, 8).n == 1
-    with pytest.raises(ValueError, match="the corpus has 8 tokens, fewer than one block of 9"):
+    with pytest.raises(ValueError, match="the training split has 8 tokens, fewer than one block of 9"):
         data.Blocks(tokens, 9)
     with pytest.raises(ValueError, match="fewer than one block"):
         data.Blocks(tokens[:0], 1)
