@@ -11,6 +11,10 @@ $(VENV)/ready: requirements.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
+$(VENV)/ready-to-test: requirements-test.txt | $(VENV)/ready
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	touch $@
+
 corpora/docs/meta.json: | $(VENV)/ready
 	$(RUN) data.py docs
 
@@ -21,10 +25,10 @@ quickstart: $(VENV)/ready corpora/docs/meta.json
 	$(RUN) sample.py --run_dir=$(RUNS)/quickstart --batch=2
 	$(RUN) sample.py --run_dir=$(RUNS)/quickstart --text="Return the [MASK:20] of the list."
 
-test: $(VENV)/ready
+test: $(VENV)/ready-to-test
 	$(RUN) -m pytest -q -m "not slow" tests
 
-test-all: $(VENV)/ready
+test-all: $(VENV)/ready-to-test
 	$(RUN) -m pytest -q tests
 
 clean:

@@ -4,7 +4,8 @@
     python data.py shakespeare                           # downloads 1.1 MB
     python data.py my.jsonl --field=text --tokenizer=gpt2
 
-Writes corpora/<name>/: train.bin and val.bin (raw uint16 or uint32 tokens) and meta.json beside them.
+Writes corpora/<name>/: train.bin and val.bin (raw uint16 or uint32 tokens), meta.json, and token_bytes.bin
+(uint16: every token's length in UTF-8 bytes, for bits per byte).
 Both token files start with the end-of-document token and every document ends with one.
 """
 
@@ -44,6 +45,9 @@ class Bytes:
     def decode(self, ids):
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
+    def token_bytes(self):
+        return np.array([1] * 256 + [0], np.uint16)
+
 
 class Tiktoken:
     """A tiktoken encoding by name; the mask is the first id after its end-of-text token."""
@@ -65,12 +69,19 @@ class Tiktoken:
     def encode(self, text):
         return np.asarray(self.encoding.encode_ordinary(text), np.uint32)
 
+    def token_bytes(self):
+        lengths = np.zeros(self.n_vocab, np.uint16)
+        for token, i in self.encoding._mergeable_ranks.items():
+            lengths[i] = len(token)
+        return lengths
+
     def decode(self, ids):
         return self.encoding.decode([int(i) for i in ids if i != self.eos_id and i < self.mask_id])
 
 
 def tokenizer(name):
-    """The tokenizer called `name`. n_vocab counts the ids that can occur in text, eos included, mask not."""
+    """The tokenizer called `name`. n_vocab counts the ids that can occur in text, eos included, mask not;
+    token_bytes() is the length of each in UTF-8 bytes, of which eos has none."""
     return Bytes() if name == "bytes" else Tiktoken(name)
 
 
@@ -229,6 +240,7 @@ def prepare(source, folder, tokens, field="text", fraction=0.1, progress=lambda 
             s["sha256"] = s.pop("hash").hexdigest()
         meta = dict(format=1, source=Path(source).name, tokenizer=tokens.name, n_vocab=tokens.n_vocab,
                     eos_id=tokens.eos_id, mask_id=tokens.mask_id, dtype=dtype.name, **splits)
+        tokens.token_bytes().tofile(building / "token_bytes.bin")
         (building / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
         building.rename(folder)
     finally:
@@ -240,16 +252,13 @@ def prepare(source, folder, tokens, field="text", fraction=0.1, progress=lambda 
 
 
 class Corpus(NamedTuple):
-    """A prepared folder: its metadata and both token files, memory-mapped."""
+    """A prepared folder: its metadata, both token files, memory-mapped, and every token's length in bytes."""
 
     folder: Path
     meta: dict
     train: np.ndarray
     val: np.ndarray
-
-    def bytes_per_token(self):
-        """UTF-8 bytes per token of the validation text, separators counted as tokens of no bytes."""
-        return self.meta["val"]["bytes"] / (self.meta["val"]["tokens"] - 1)
+    token_bytes: np.ndarray
 
 
 def load_corpus(folder):
@@ -276,7 +285,10 @@ def load_corpus(folder):
             raise ValueError(f"{path}: its SHA-256 is not the one in meta.json; prepare the corpus again")
         if size <= CHECKED and (largest := int(arrays[split].max())) >= meta["n_vocab"]:
             raise ValueError(f"{path}: token {largest}, but meta.json says the vocabulary is {meta['n_vocab']}; prepare it again")
-    return Corpus(folder, meta, **arrays)
+    lengths = folder / "token_bytes.bin"
+    if not lengths.is_file() or lengths.stat().st_size != 2 * meta["n_vocab"]:
+        raise ValueError(f"{lengths}: missing, or not of the vocabulary in meta.json; prepare the corpus again")
+    return Corpus(folder, meta, **arrays, token_bytes=np.fromfile(lengths, np.uint16))
 
 
 # -------------------------------------------------------------------------------------------------- blocks

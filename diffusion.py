@@ -220,11 +220,11 @@ def make_batch(p, x, rows, which, valid=None, spacing=None):
         return Batch(np.where(noisy, drawn, x), x.reshape(-1), weigh(*(part / 2 for part in parts)), time=time, keep=keep)
     s = schedule(p.schedule)
     ratio = s.r(t)
-    alpha = np.maximum(1 - ratio, 1e-6)  # the integrand is O(α) there; the floor keeps its factors finite
+    alpha = np.maximum(1 - ratio, 1e-6)  # the integrand is O(α) there; the floors keep its factors finite
     noisy = (unit(bits) <= ratio[:, None]) & inside
     z = np.where(noisy, drawn, x)
     weight = s.dr(t) / (p.n_vocab * alpha) / (total * time_density(p, t, rows.mean))
-    beta = np.repeat(p.n_vocab * alpha / ratio, L).astype(np.float32)
+    beta = np.repeat(p.n_vocab * alpha / np.maximum(ratio, 1e-9), L).astype(np.float32)
     return Batch(z, x.reshape(-1), weigh(live * weight[:, None]), time=time, keep=keep, noisy=z.reshape(-1), beta=beta)
 
 
@@ -233,7 +233,8 @@ def masked_weights(p, rows, which, bits, inside):
 
     Σ over a row of weight·CE estimates length × NELBO/token (for `maskgit` all weights are 1):
     time form   i.i.d. positions, w(t) = r′/r;
-    ratio form  the same positions, r′·length/k for the realized k, one position forced where k = 0;
+    ratio form  the same positions, r′·length/k for the realized k, one position forced where k = 0
+                (so it estimates (L·NELBO + C₁)/(L + 1), C₁ the cross-entropy of a single mask);
     count form  exactly k, 1/k × length × (1/length)/P(k), P(k) = F(r⁻¹(k/length)) − F(r⁻¹((k−1)/length)).
     """
     t, length, count = rows.t[which], rows.length[which], rows.count[which]
@@ -311,7 +312,8 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
         logits = logits.masked_fill(logits < kth, float("-inf"))
     if top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        probs = ordered.softmax(-1)
+        before = probs.cumsum(-1) - probs
         cut = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
         logits = logits.masked_fill(cut, float("-inf"))
     return logits
@@ -323,8 +325,8 @@ def draw_tokens(logits, temperature, generator):
     if temperature == 0:
         token = logits.argmax(-1)
     else:
-        noise = torch.rand(probs.shape, generator=generator, device=probs.device).clamp_min_(1e-38)
-        token = (probs / -noise.log()).argmax(-1)  # exponential races: p_j/E_j is largest at j with probability p_j
+        race = torch.empty_like(probs).exponential_(generator=generator)
+        token = (probs / race).argmax(-1)  # p_j/E_j is largest at j with probability p_j
     return token, probs.gather(-1, token[..., None])[..., 0]
 
 

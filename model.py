@@ -246,6 +246,10 @@ class Transformer(nn.Module):
             x = block(x, cos, sin, keep)
         return self.norm(x)
 
+    def logits(self, hidden):
+        """Logits over the text tokens, in fp32. hidden (…, D) → (…, n_vocab)."""
+        return F.linear(hidden, self.head[: self.config.n_vocab]).float()
+
     def n_params(self, embeddings=True):
         """Parameters; without `embeddings`, neither the embedding nor an untied head counts."""
         total = sum(p.numel() for p in self.parameters())

@@ -17,7 +17,6 @@ import configurator
 import data
 import diffusion
 from configurator import setting
-from kernels import head_logits
 from model import load_model, load_newest, read_checkpoint
 
 
@@ -78,8 +77,7 @@ def sample_ar(model, z, cfg, eos_id, generator, watch):
     c = model.config
     context = torch.cat((torch.full_like(z[:, :1], eos_id), z), dim=1)  # documents begin after a separator
     for i in range(int((z[0] == c.mask_id).nonzero()[0]), z.shape[1]):
-        hidden = model(context[:, : i + 1])[:, -1]
-        logits = head_logits(hidden, model.head, c.n_vocab)[:, : c.n_vocab]
+        logits = model.logits(model(context[:, : i + 1])[:, -1])
         token, _ = diffusion.draw_tokens(diffusion.filter_logits(logits, cfg.temperature, cfg.top_k, cfg.top_p), cfg.temperature, generator)
         context[:, i + 1] = token
         watch(context[:, 1:])
@@ -92,7 +90,7 @@ def sample_masked(model, z, cfg, steps, schedule, generator, watch):
     c = model.config
     for i in range(steps):
         masked = z == c.mask_id
-        logits = head_logits(model(z), model.head, c.n_vocab)[..., : c.n_vocab]
+        logits = model.logits(model(z))
         token, _ = diffusion.draw_tokens(diffusion.filter_logits(logits, cfg.temperature, cfg.top_k, cfg.top_p), cfg.temperature, generator)
         if cfg.sampler == "low_confidence":
             confidence = logits.softmax(-1).gather(-1, token[..., None])[..., 0]
@@ -114,7 +112,7 @@ def sample_uniform(model, z, cfg, steps, schedule, posterior, generator, watch):
     for i in range(steps):
         t, s = 1 - i / steps, 1 - (i + 1) / steps
         ratio, next_ratio = float(schedule.r(t)), float(schedule.r(s))
-        logits = head_logits(model(z, torch.full((len(z),), t, device=z.device)), model.head, c.n_vocab)[..., : c.n_vocab]
+        logits = model.logits(model(z, torch.full((len(z),), t, device=z.device)))
         if posterior:
             logits = diffusion.leave_one_out(logits, z, ratio)
         new = diffusion.uniform_step(logits, z, ratio, next_ratio, generator, cfg.temperature, cfg.top_k, cfg.top_p)

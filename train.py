@@ -35,6 +35,9 @@ from model import ModelConfig, Transformer, checkpoints, file_digest, ladder, lo
 PEAK = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 
 
+VALIDATION_SEED = 2**63  # beyond every training seed: all runs are validated with the same noise
+
+
 @dataclass
 class Config:
     # where
@@ -112,11 +115,11 @@ class Config:
         if self.estimator != "count" and (self.objective, self.loss) != ("masked", "elbo"):
             say(f"estimator={self.estimator} needs objective=masked and loss=elbo")
         if self.objective == "ar":
-            for name in ("schedule", "time"):
+            for name in ("schedule", "time", "time_sigma"):
                 if getattr(self, name) != getattr(defaults, name):
                     say(f"{name}={getattr(self, name)} has no meaning for objective=ar")
-        if self.time_correction and self.time != "moving_gaussian":
-            say("time_correction needs time=moving_gaussian")
+        if self.time_correction and (self.time != "moving_gaussian" or self.loss != "elbo"):
+            say("time_correction needs time=moving_gaussian and loss=elbo")
         try:
             diffusion.schedule(self.schedule)
         except ValueError as problem:
@@ -133,10 +136,16 @@ class Config:
             for name in ("n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "d_ff"):
                 if getattr(self, name) != getattr(defaults, name):
                     say(f"{name}={getattr(self, name)} contradicts model={self.model}; give one of the two")
-        if self.min_lr > self.lr:
-            say(f"min_lr={self.min_lr} is above lr={self.lr}")
+        if self.min_lr > self.lr or -1 < self.min_lr < 0:
+            say(f"min_lr={self.min_lr} must be -1 or lie between 0 and lr={self.lr}")
+        if self.lr_schedule == "wsd" and self.min_lr == 0:
+            say("lr_schedule=wsd decays exponentially and never reaches min_lr=0; give a positive one")
+        if self.lr_schedule == "wsd" and self.steps and self.warmup + self.decay > self.steps:
+            say(f"warmup={self.warmup} and decay={self.decay} don't fit into steps={self.steps}")
         if self.device == "cuda" and not torch.cuda.is_available():
             say("device=cuda, but this machine has no usable GPU; use --device=cpu")
+        if self.device != "cpu" and 0 < torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+            say(f"{os.environ['LOCAL_WORLD_SIZE']} ranks on this machine, but {torch.cuda.device_count()} GPUs")
         return wrong
 
     def shape(self):
@@ -177,7 +186,7 @@ def learning_rate(cfg, step, steps):
         return low + 0.5 * (cfg.lr - low) * (1 + math.cos(math.pi * done))
     if cfg.lr_schedule == "wsd" and step >= steps - cfg.decay:
         done = (step - (steps - cfg.decay) + 1) / cfg.decay
-        return cfg.lr * (max(low, 1e-3 * cfg.lr) / cfg.lr) ** done
+        return cfg.lr * (low / cfg.lr) ** done
     return cfg.lr
 
 
@@ -203,19 +212,20 @@ def prefetched(batches, depth=4):
     """Iterate over a generator that runs in a thread, `depth` items ahead; its exceptions arrive here."""
     ready, done = queue.Queue(depth), threading.Event()
 
+    def offer(item):  # never blocks for good: the consumer may have left
+        while not done.is_set():
+            with contextlib.suppress(queue.Full):
+                return ready.put(item, timeout=0.1)
+
     def produce():
-        item = None
         try:
             for item in batches:
-                while not done.is_set():
-                    with contextlib.suppress(queue.Full):
-                        ready.put(item, timeout=0.1)
-                        break
+                offer(item)
                 if done.is_set():
                     return
-            ready.put(StopIteration())
+            offer(StopIteration())
         except BaseException as problem:
-            ready.put(problem)
+            offer(problem)
 
     thread = threading.Thread(target=produce, daemon=True)
     thread.start()
@@ -244,14 +254,18 @@ def training_batches(process, blocks, first_sample, first_step, steps, cfg, rank
             yield to_tensors(diffusion.make_batch(process, blocks.rows(rows.sample[which]), rows, which), pin)
 
 
+def spread(n_rows, available):
+    """n_rows of `available` blocks, evenly spaced: documents of every kind."""
+    return np.arange(n_rows) * available // n_rows
+
+
 @torch.no_grad()
 def evaluate(objective, process, blocks, n_rows, micro, rank, world, device, autocast):
-    """The parts of the loss on the first n_rows validation blocks, summed over ranks: (P,) in nats per token.
+    """The parts of the loss on n_rows evenly spread validation blocks, summed over ranks: (P,) in nats per token.
 
     The noise is a function of the row alone and one lattice spans all rows, so the figure does not
     depend on batch size, ranks or training.
     """
-    n_rows = min(n_rows or blocks.available, blocks.available)
     parts = -(-n_rows // (micro * world)) * world
     rows = diffusion.step_rows(process, 0, n_rows)
     total = 0.0
@@ -260,7 +274,8 @@ def evaluate(objective, process, blocks, n_rows, micro, rank, world, device, aut
         which = rows.deal(part, parts)
         valid = np.arange(micro) < len(which)
         which = np.concatenate((which, np.full(micro - len(which), n_rows - 1)))
-        batch = diffusion.make_batch(process, blocks.in_order(which), rows, which, valid, parts / n_rows)
+        x = blocks.in_order(spread(n_rows, blocks.available)[which])
+        batch = diffusion.make_batch(process, x, rows, which, valid, parts / n_rows)
         with autocast():
             total = total + objective(to_device(to_tensors(batch, False), device)).double()
     objective.train()
@@ -273,7 +288,10 @@ def evaluate(objective, process, blocks, n_rows, micro, rank, world, device, aut
 
 
 def save_checkpoint(run, step, network, optimizer, record, keep):
-    """Write run/step_<step>/ so that it exists only when complete, then drop all but the newest `keep`."""
+    """Write run/step_<step>/ so that it exists only when complete, then drop all but the newest `keep`.
+
+    A checkpoint of a later step is a damaged one that the run fell back from: it goes too.
+    """
     from safetensors.torch import save_file
 
     final, building = run / f"step_{step:08d}", run / f".step_{step:08d}"
@@ -291,7 +309,9 @@ def save_checkpoint(run, step, network, optimizer, record, keep):
         shutil.rmtree(final)
     building.rename(final)
     flush_to_disk(run)
-    for old in checkpoints(run)[keep:]:
+    written = checkpoints(run)
+    place = written.index(final)
+    for old in written[:place] + written[place + keep :]:
         shutil.rmtree(old)
 
 
@@ -312,13 +332,14 @@ def load_checkpoint(folder, network, optimizer):
     for name, p in network.named_parameters():
         prefix = f"{name}."
         state = {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix) and "." not in k.removeprefix(prefix)}
-        optimizer.state[p] = {k: v if k == "step" and p.device.type == "cpu" else v.to(p.device) for k, v in state.items()}
+        optimizer.state[p] = {k: v.to(p.device) for k, v in state.items()}
 
 
 def check_resumable(record, model_config, corpus_record):
     """Raises ValueError, naming each difference, if a checkpoint is of another architecture or corpus."""
+    initial = ("dropout", "init_std", "scaled_init", "local_init")  # of no consequence to the weights' shapes
     for what, old, new in (("architecture", record["model"], asdict(model_config)), ("corpus", record["corpus"], corpus_record)):
-        differ = [f"{k} {old.get(k)} → {new.get(k)}" for k in new if old.get(k) != new.get(k)]
+        differ = [f"{k} {old.get(k)} → {new.get(k)}" for k in new if old.get(k) != new.get(k) and k not in initial]
         if differ:
             raise ValueError(f"cannot resume with another {what}: {', '.join(differ)}; use another --run_dir")
 
@@ -326,13 +347,8 @@ def check_resumable(record, model_config, corpus_record):
 def trim_metrics(path, step):
     """Drop what an interrupted run logged after its last checkpoint: those steps are about to be repeated."""
     if path.is_file():
-        kept = []
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # the crash may have cut the last line
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
+        temporary.write_text("".join(json.dumps(m) + "\n" for m in read_metrics(path.parent) if m["step"] <= step))
         temporary.replace(path)
 
 
@@ -340,8 +356,12 @@ def trim_metrics(path, step):
 
 
 def read_metrics(run):
-    path = Path(run) / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """The records of a run's metrics.jsonl; a last line that a crash cut is left out."""
+    path, records = Path(run) / "metrics.jsonl", []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
 
 
 def draw(runs, path):
@@ -421,8 +441,13 @@ def main():
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     stop = threading.Event()
+
+    def request_stop(signum, _):
+        stop.set()
+        signal.signal(signum, signal.SIG_DFL)  # a second one ends the process at once
+
     for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, lambda *_: stop.set())
+        signal.signal(signum, request_stop)
 
     tokens_per_step = cfg.batch_size * cfg.block_len
     budget = cfg.tokens or cfg.epochs * blocks.n * cfg.block_len
@@ -434,23 +459,26 @@ def main():
         cfg.schedule, cfg.time, cfg.time_sigma, cfg.time_correction, cfg.short_rows)
     # Validation: the bound itself, uniform t, whole rows, noise of its own. A masked network is
     # time-agnostic and takes the count form; a uniform one knows t through its own schedule.
-    val_process = process._replace(seed=cfg.seed + 2**32, loss="elbo", estimator="count", time="uniform", short_rows=0.0,
+    val_process = process._replace(seed=VALIDATION_SEED, loss="elbo", estimator="count", time="uniform", short_rows=0.0,
                                    schedule=cfg.schedule if cfg.objective == "uniform" else "linear")
 
     torch.manual_seed(cfg.seed)
     network = Transformer(model_config).init_weights().to(device)
     optimizer = make_optimizer(cfg, network)
     first_step, samples, pending = 0, 0, []
+    n_parts = 2 if cfg.loss == "paper" else 1
     if record:
         load_checkpoint(folder, network, optimizer)
-        first_step, samples, pending = record["step"], record["samples"], record["pending"]
+        first_step, samples = record["step"], record["samples"]
+        pending = [row for row in record["pending"] if len(row) == n_parts + 1]  # another loss has other parts
     # Validation runs the plain module: a second graph would take longer to compile than it saves.
     objective = plain = Objective(network, posterior=cfg.loss == "paper")
     if world > 1:
-        objective = DistributedDataParallel(objective, device_ids=[device] if device.type == "cuda" else None)
+        objective = DistributedDataParallel(objective, device_ids=[device] if device.type == "cuda" else None,
+                                            broadcast_buffers=False, gradient_as_bucket_view=True)
     if cfg.compile:  # around DDP: its buckets then split the backward graph, and communication overlaps
         objective = torch.compile(objective, dynamic=False, fullgraph=world == 1)
-    bf16 = torch.cuda.is_available() if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     dtype = torch.bfloat16 if cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and bf16) else torch.float32
 
     def autocast():
@@ -463,7 +491,7 @@ def main():
     if rank == 0:
         run.mkdir(parents=True, exist_ok=True)
         (run / "settings.json").write_text(configurator.dump(cfg) + "\n")
-        trim_metrics(run / "metrics.jsonl", first_step)
+        trim_metrics(run / "metrics.jsonl", first_step if record else -1)
         metrics_file = open(run / "metrics.jsonl", "a", buffering=1)
         if wandb:
             wandb = wandb.init(project=cfg.wandb, name=run.name, config=asdict(cfg), resume="allow")
@@ -473,7 +501,8 @@ def main():
     say(f"{steps:,} steps of {tokens_per_step:,} tokens: {steps * tokens_per_step:,} tokens, "
         f"{steps * cfg.batch_size / blocks.n:.2f} epochs of {blocks.n * cfg.block_len:,}")
     if record:
-        say(f"resumed from {folder}")
+        changed = [f"{k} {v} → {getattr(cfg, k)}" for k, v in record["settings"].items() if getattr(cfg, k, v) != v and k != "resume"]
+        say(f"resumed from {folder}" + (f"; changed settings: {', '.join(changed)}" if changed else ""))
 
     def log(step, **values):
         if rank == 0:
@@ -482,15 +511,19 @@ def main():
             if wandb:
                 wandb.log(values, step=step)
 
+    eval_rows = min(cfg.eval_rows or val_blocks.available, val_blocks.available)
+    scored = val_blocks.in_order(spread(eval_rows, val_blocks.available))[:, 1:]
+    bytes_per_token = corpus.token_bytes[scored].mean()
+
     def validate(step):
         def measure(p):
-            return evaluate(plain, p, val_blocks, cfg.eval_rows, micro, rank, world, device, autocast)
+            return evaluate(plain, p, val_blocks, eval_rows, micro, rank, world, device, autocast)
 
         loss, extra = sum(measure(val_process)), {}
         if cfg.loss == "paper":
             noisy, clean = measure(val_process._replace(loss="paper"))
             extra = dict(val_paper=noisy + clean, val_noisy=2 * noisy, val_clean=2 * clean)
-        bits = loss / math.log(2) / corpus.bytes_per_token()
+        bits = loss / math.log(2) / bytes_per_token
         log(step, objective=cfg.objective, val_loss=loss, val_bpb=bits, **extra)
         say(f"step {step:>6}  validation {loss:.4f} nats/token  {bits:.4f} bits/byte"
             + "".join(f"  {k[4:]} {v:.4f}" for k, v in extra.items()), flush=True)
@@ -503,7 +536,6 @@ def main():
                 steps=steps, pending=pending), cfg.keep)
 
     # Losses and norms stay on the device until a line is due: no sync in between.
-    n_parts = 2 if cfg.loss == "paper" else 1
     recent = torch.zeros(cfg.log_every, n_parts + 1, device=device)
 
     def flush(first, last):

@@ -1,5 +1,6 @@
 """Corpora: tokenizers, prepare, load_corpus, the stateless permutation and Blocks."""
 
+import os
 import contextlib
 import hashlib
 import http.server
@@ -220,7 +221,7 @@ def check_files(folder, tokens):
     """What meta.json says against the bytes on disk and an independent decoding of them. Returns the texts."""
     meta, texts = json.loads((folder / "meta.json").read_text()), {}
     dtype = np.dtype(meta["dtype"])
-    assert sorted(p.name for p in folder.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+    assert sorted(p.name for p in folder.iterdir()) == ["meta.json", "token_bytes.bin", "train.bin", "val.bin"]
     assert [meta[k] for k in ("tokenizer", "n_vocab", "eos_id", "mask_id")] \
         == [tokens.name, tokens.n_vocab, tokens.eos_id, tokens.mask_id]
     for split in ("train", "val"):
@@ -243,7 +244,7 @@ def test_prepare_jsonl(tmp_path, name, request):
     assert meta["dtype"] == "uint16" and meta["source"] == "x.jsonl"
     corpus = data.load_corpus(tmp_path / "out")
     assert corpus.meta == meta
-    assert corpus.bytes_per_token() == sum(len(t.encode()) for t in texts["val"]) / (len(corpus.val) - 1)
+    assert corpus.token_bytes[corpus.val].sum() == sum(len(t.encode()) for t in texts["val"])
     assert seen[-1][0] == 60 and seen[-1][2] == sum(len(t.encode()) for t in stories(60))
 
 
@@ -257,7 +258,7 @@ def test_prepare_text(tmp_path):
 
 
 def test_large_vocabulary_takes_four_bytes(tmp_path):
-    tokens = SimpleNamespace(name="wide", n_vocab=300_000, eos_id=299_999, mask_id=300_000,
+    tokens = SimpleNamespace(name="wide", n_vocab=300_000, eos_id=299_999, mask_id=300_000, token_bytes=lambda: np.ones(300_000, np.uint16),
                              encode=lambda text: np.array([65536 + ord(c) for c in text], np.uint32))
     data.prepare(write_jsonl(tmp_path / "x.jsonl", stories(20)), tmp_path / "out", tokens, fraction=0.5)
     corpus = data.load_corpus(tmp_path / "out")
@@ -590,3 +591,16 @@ def test_blocks_refuse():
     for unique in (3, 9):
         with pytest.raises(ValueError, match=f"unique_tokens={unique} must lie between one block"):
             data.Blocks(tokens, 4, 0, unique)
+
+
+def test_token_bytes_add_up_to_the_text(tmp_path):
+    """Bits per byte of any block rests on this: the lengths of the tokens of a split sum to its bytes."""
+    (tmp_path / "t.txt").write_text("Straße, naïve; 数 and 🙂.\n" * 50)
+    for name in ["bytes"] + (["gpt2"] if "TIKTOKEN_CACHE_DIR" in os.environ else []):
+        meta = data.prepare(tmp_path / "t.txt", tmp_path / name, data.tokenizer(name))
+        corpus = data.load_corpus(tmp_path / name)
+        for split in ("train", "val"):
+            assert corpus.token_bytes[getattr(corpus, split)].sum() == meta[split]["bytes"]
+    (tmp_path / "bytes" / "token_bytes.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="token_bytes.bin: missing"):
+        data.load_corpus(tmp_path / "bytes")

@@ -54,3 +54,16 @@ def test_every_override_file_is_documented_and_valid(path):
     assert all(word in head for word in ("Hardware", "Expect")), "say what it trains, on what hardware, for how long, what to expect"
     cfg = configurator.load(train.Config, [str(path)])
     assert cfg.run_dir == f"runs/{path.stem}"
+
+
+def test_nobody_imports_what_the_readme_says_they_do_not():
+    import ast
+
+    allowed = {"train": {"model", "diffusion", "data", "configurator"}, "sample": {"model", "diffusion", "data", "configurator"},
+               "model": {"kernels"}, "diffusion": {"kernels"}, "kernels": set(), "data": set(), "configurator/__init__": set()}
+    ours = {"train", "sample", "model", "diffusion", "kernels", "data", "configurator"}
+    for name, may in allowed.items():
+        nodes = list(ast.walk(ast.parse((ROOT / f"{name}.py").read_text())))
+        found = {a.name.split(".")[0] for n in nodes if isinstance(n, ast.Import) for a in n.names}
+        found |= {n.module.split(".")[0] for n in nodes if isinstance(n, ast.ImportFrom) and n.module}
+        assert found & ours <= may, name

@@ -184,6 +184,44 @@ def test_unfinished_checkpoint_is_no_checkpoint(run_main):
     assert sorted(p.name for p in run.glob("*step_*")) == ["step_00000010", "step_00000020"]
 
 
+def test_killed_before_its_first_checkpoint_starts_over(run_main, tmp_path):
+    whole = run_main("--steps=20", run="whole")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text((whole / "metrics.jsonl").read_text())  # all that was left
+    assert losses(run_main("--steps=20", "--resume=auto")) == losses(whole)
+
+
+def test_a_damaged_later_checkpoint_never_costs_a_good_one(run_main):
+    run = run_main("--steps=40", "--save_every=20")
+    (checkpoints(run)[0] / "model.safetensors").write_bytes(b"")
+    run_main("--steps=30", "--resume=auto", "--keep=1")
+    assert [p.name for p in checkpoints(run)] == ["step_00000030"]
+
+
+def test_prefetching_ends_when_its_reader_leaves():
+    """Also where the queue is full and only the end is left to deliver; and errors arrive."""
+    def numbers(fail=False):
+        yield from range(5)
+        if fail:
+            raise ValueError("broken")
+
+    for fail in (False, True):
+        stream = train.prefetched(numbers(fail), depth=4)
+        assert next(stream) == 0
+        time.sleep(0.3)
+        stream.close()  # must not hang
+    assert list(train.prefetched(numbers())) == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="broken"):
+        list(train.prefetched(numbers(True)))
+
+
+def test_validation_does_not_depend_on_batch_or_seed(run_main):
+    first = {k: v for k, v in losses(run_main("--steps=1", "--eval_rows=13", "--lr=1e-9", run="a"))[-1].items()}
+    other = losses(run_main("--steps=1", "--eval_rows=13", "--lr=1e-9", "--batch_size=6", run="b"))[-1]
+    assert other["val_loss"] == pytest.approx(first["val_loss"], rel=1e-5)
+    assert (train.spread(13, 100) < 100).all() and len(set(train.spread(13, 100))) == 13 and train.spread(13, 100)[-1] > 90
+
+
 # compilation ------------------------------------------------------------------------------------------------
 
 
@@ -195,6 +233,16 @@ def test_compiled_equals_eager_and_never_recompiles(run_main):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # of the training step
     assert not torch._dynamo.utils.counters["graph_break"]
     assert_close(eager, compiled, 1e-3)
+
+
+@pytest.mark.slow
+def test_compiled_ranks_with_accumulation_equal_one_eager_rank(corpus, tmp_path, run_main):
+    one = run_main("--steps=6", "--log_every=1")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    process = start(corpus, tmp_path / "two", "--steps=6", "--log_every=1", "--micro_batch=2", "--compile=True", launcher=torchrun)
+    output = process.communicate(timeout=500)[0]
+    assert process.returncode == 0, output
+    assert_close(one, tmp_path / "two", 1e-3)
 
 
 # bad input --------------------------------------------------------------------------------------------------
@@ -214,6 +262,9 @@ def refused(run_main, capsys, *flags, run="run"):
     (["--steps=1", "--lr=-1"], "must be above 0"),
     (["--steps=1", "--objective=mask"], "did you mean 'masked'?"),
     (["--steps=1", "--schedule=sigmoid"], "unknown schedule 'sigmoid'"),
+    (["--steps=1", "--loss=maskgit", "--time=moving_gaussian", "--time_correction"], "time_correction needs"),
+    (["--steps=10", "--lr_schedule=wsd", "--decay=8"], "don't fit into steps=10"),
+    (["--steps=1", "--min_lr=-0.5"], "min_lr=-0.5 must be -1 or lie between"),
     (["--steps=1", "--loss=paper"], "loss=paper needs objective=uniform"),
     (["--steps=1", "--loss=maskgit", "--objective=ar"], "loss=maskgit needs objective=masked"),
     (["--steps=1", "--epochs=1"], "exactly one of steps, tokens and epochs"),
