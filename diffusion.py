@@ -9,6 +9,7 @@ Symbols (SPEC.md): t time, r(t) noise ratio, α = 1 − r, L block length, k cor
 x clean tokens, z noisy tokens.
 """
 
+import functools
 import math
 from typing import Callable, NamedTuple
 
@@ -162,6 +163,7 @@ def gaussian_cdf(z):
     return torch.special.ndtr(torch.as_tensor(z, dtype=torch.float64)).numpy()
 
 
+@functools.lru_cache
 def capacity(p, n_rows, spacing=None):
     """Positions that any micro-batch of n_rows rows can mask: known before compiling (SPEC §3).
 

@@ -1,5 +1,5 @@
 # Masked diffusion on the documentation inside every CPython (`python data.py docs`), in bytes.
-# Hardware: two CPU cores, about two and a half minutes. Expect about 3.1 bits/byte of validation NELBO.
+# Hardware: two CPU cores, about three minutes. Expect about 3.1 bits/byte of validation NELBO.
 #
 # Small and shallow on purpose: at a few million tokens, steps count for more than parameters.
 # local_init and untied embeddings are what make it learn in minutes: see results/local_init.md.
