@@ -8,11 +8,11 @@ RUN = $(VENV)/bin/python
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(RUN) -m pip install --quiet --no-compile --disable-pip-version-check -r requirements.txt
 	touch $@
 
 $(VENV)/ready-to-test: requirements-test.txt | $(VENV)/ready
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	$(RUN) -m pip install --quiet --no-compile --disable-pip-version-check -r requirements-test.txt
 	touch $@
 
 corpora/docs/meta.json: | $(VENV)/ready

@@ -270,8 +270,9 @@ def load_corpus(folder):
         meta = json.loads((folder / "meta.json").read_text())
         dtype = {"uint16": np.dtype(np.uint16), "uint32": np.dtype(np.uint32)}[meta["dtype"]]
         expected = {split: (meta[split]["tokens"], meta[split]["sha256"]) for split in ("train", "val")}
-        assert meta["eos_id"] < meta["n_vocab"] <= meta["mask_id"] and meta["val"]["bytes"] > 0 and meta["tokenizer"]
-    except (ValueError, KeyError, TypeError, AssertionError) as problem:
+        if not (meta["eos_id"] < meta["n_vocab"] <= meta["mask_id"] and meta["val"]["bytes"] > 0 and meta["tokenizer"]):
+            raise ValueError("eos_id < n_vocab ≤ mask_id, text in val and a tokenizer are needed")
+    except (ValueError, KeyError, TypeError) as problem:
         raise ValueError(f"{folder}/meta.json is damaged ({type(problem).__name__}: {problem}); prepare it again") from None
     arrays = {}
     for split, (count, digest) in expected.items():
@@ -332,14 +333,15 @@ class Blocks:
     blocks is used, and a smaller subset is contained in a larger one.
     """
 
-    def __init__(self, tokens, length, seed=0, unique_tokens=0, what="training"):
+    def __init__(self, tokens, length, seed=0, unique_tokens=0, n_vocab=2**32, what="training"):
         available = (len(tokens) - 1) // length
         if available < 1:
             raise ValueError(f"the {what} split has {len(tokens) - 1} tokens, fewer than one block of {length}")
         if unique_tokens and not length <= unique_tokens <= available * length:
             raise ValueError(f"unique_tokens={unique_tokens} must lie between one block ({length}) "
                              f"and the corpus ({available * length} tokens in whole blocks)")
-        self.seed, self.available, self.n = seed, available, (unique_tokens or available * length) // length
+        self.what, self.n_vocab, self.seed = what, n_vocab, seed
+        self.available, self.n = available, (unique_tokens or available * length) // length
         step = tokens.strides[0]
         self.table = np.lib.stride_tricks.as_strided(tokens, (available, length + 1), (length * step, step), writeable=False)
 
@@ -353,11 +355,14 @@ class Blocks:
 
     def rows(self, sample):
         """Tokens of the samples, (len(sample), length + 1) int64: the token before the block, then the block."""
-        return self.table[self.ids(sample)].astype(np.int64)
+        return self.read(self.ids(sample))
 
-    def in_order(self, index):
-        """The blocks `index` as they stand in the file; for validation."""
-        return self.table[index].astype(np.int64)
+    def read(self, index):
+        """The blocks numbered `index` as they stand in the file. Raises ValueError for ids that are no text."""
+        rows = self.table[index].astype(np.int64)
+        if (largest := rows.max(initial=0)) >= self.n_vocab:
+            raise ValueError(f"the {self.what} split holds token {largest}, beyond its vocabulary of {self.n_vocab}; prepare it again")
+        return rows
 
 
 # ---------------------------------------------------------------------------------------------------- main

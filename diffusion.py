@@ -205,7 +205,7 @@ def make_batch(p, x, rows, which, valid=None, spacing=None):
     live = inside if valid is None else inside & valid[:, None]
     total = rows.length.sum()  # tokens of the global batch
     if p.objective == "ar":
-        return Batch(x[:, :-1], x[:, 1:].reshape(-1), weigh(live / total), keep=keep)
+        return Batch(x[:, :-1], x[:, 1:].reshape(-1), weigh(live / total))  # causal: no row sees past its own end
     x = x[:, 1:]
     bits = random_bits(p.seed, MASK, sample, L)
     if p.objective == "masked":
@@ -290,9 +290,7 @@ def loss_parts(model, batch, posterior=False):
 
     `posterior`: for the uniform bound of a network that was trained with the `paper` loss.
     """
-    hidden = model(batch.tokens, batch.time, batch.keep).flatten(0, 1)
-    if batch.index is not None:
-        hidden = hidden.index_select(0, batch.index)
+    hidden = model(batch.tokens, batch.time, batch.keep, batch.index).flatten(0, -2)  # (C, D)
     n_vocab = model.config.n_vocab
     if batch.beta is None:
         nats = linear_cross_entropy(hidden, model.head, batch.targets, n_vocab)
@@ -322,14 +320,12 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
 
 
 def draw_tokens(logits, temperature, generator):
-    """One token per position, the likeliest at temperature 0, and its probability. (…, V) → (…), (…)."""
-    probs = logits.softmax(-1)
+    """One token per position, the likeliest at temperature 0. (…, V) → (…)."""
     if temperature == 0:
-        token = logits.argmax(-1)
-    else:
-        race = torch.empty_like(probs).exponential_(generator=generator)
-        token = (probs / race).argmax(-1)  # p_j/E_j is largest at j with probability p_j
-    return token, probs.gather(-1, token[..., None])[..., 0]
+        return logits.argmax(-1)
+    probs = logits.softmax(-1)
+    race = torch.empty_like(probs).exponential_(generator=generator)
+    return (probs / race).argmax(-1)  # p_j/E_j is largest at j with probability p_j
 
 
 def reveal_ancestral(masked, ratio, next_ratio, generator):
@@ -355,7 +351,7 @@ def uniform_step(logits, z, ratio, next_ratio, generator, temperature=1.0, top_k
     """
     V = logits.shape[-1]
     logits = filter_logits(logits, temperature, top_k, top_p)
-    token, _ = draw_tokens(logits, temperature, generator)
+    token = draw_tokens(logits, temperature, generator)
     probs = F.one_hot(token, V).float() if temperature == 0 else logits.softmax(-1)
     alpha_s, a = 1 - next_ratio, (1 - ratio) / (1 - next_ratio)
     q_z = alpha_s * probs.gather(-1, z[..., None])[..., 0] + (1 - alpha_s) / V

@@ -121,7 +121,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(c.n_head * c.head_dim, c.d_model, bias=False)
         self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.norm_eps), RMSNorm(c.head_dim, c.norm_eps)
 
-    def forward(self, x, cos, sin, keep):
+    def forward(self, x, cos, sin, keep, index):
         B, L, _ = x.shape
         c = self.c
         q, k, v = (proj(x).view(B, L, -1, c.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -133,7 +133,12 @@ class Attention(nn.Module):
         mask = None if keep is None or c.causal else keep[:, None, None, :]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=c.causal,
                                            dropout_p=c.dropout if self.training else 0.0)
-        return self.o_proj(y.transpose(1, 2).reshape(B, L, -1))
+        return self.o_proj(pick(y.transpose(1, 2).reshape(B, L, -1), index))
+
+
+def pick(x, index):
+    """Positions `index` (C,) of a flattened batch; all of them if it is None. (B, L, D) → (C, D)."""
+    return x if index is None else x.flatten(0, 1).index_select(0, index)
 
 
 class MLP(nn.Module):
@@ -154,8 +159,8 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = RMSNorm(c.d_model, c.norm_eps), MLP(c)
         self.drop = nn.Dropout(c.dropout)
 
-    def forward(self, x, cos, sin, keep):
-        x = x + self.drop(self.attn(self.attn_norm(x), cos, sin, keep))
+    def forward(self, x, cos, sin, keep, index=None):
+        x = pick(x, index) + self.drop(self.attn(self.attn_norm(x), cos, sin, keep, index))
         return x + self.drop(self.mlp(self.mlp_norm(x)))
 
 
@@ -233,18 +238,19 @@ class Transformer(nn.Module):
     def head(self):
         return self.embed.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(self, ids, t=None, keep=None):
+    def forward(self, ids, t=None, keep=None, index=None):
         """Hidden states after the last norm. ids (B, L); t (B,) where timed; keep (B, L) bool, False past a
-        row's end, where no position before may look. Returns (B, L, D)."""
+        row's end, where no position before may look. Returns (B, L, D), or with `index` (C,) into the flattened
+        batch just those positions, (C, D): after the last attention only they are computed."""
         x = self.embed(ids)
         if self.time is not None:
             x = x + self.time(t).to(x.dtype)
         x = self.drop(x)
         L = ids.shape[1]
         cos, sin = self.cos[:L], self.sin[:L]
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x, cos, sin, keep)
-        return self.norm(x)
+        return self.norm(self.blocks[-1](x, cos, sin, keep, index))
 
     def logits(self, hidden):
         """Logits over the text tokens, in fp32. hidden (…, D) → (…, n_vocab)."""
@@ -256,17 +262,19 @@ class Transformer(nn.Module):
         vocabulary = self.config.padded_vocab * self.config.d_model
         return total if embeddings else total - vocabulary * (1 if self.lm_head is None else 2)
 
-    def flops_per_token(self, head_share=1.0, causal=None):
+    def flops_per_token(self, share=1.0, causal=None):
         """Training FLOPs (forward and backward) per token of a full block.
 
-        6 per weight of a matrix product, the head for `head_share` of the tokens only, and attention's
-        two L×L products; `causal` (default: the model's own) counts half of them.
+        6 per weight of a matrix product and attention's two L×L products, of which `causal` (default: the
+        model's own) counts half; what follows the last attention, for `share` of the tokens only.
         """
         c = self.config
         causal = c.causal if causal is None else causal
-        matrices = sum(p.numel() for name, p in self.blocks.named_parameters() if p.dim() == 2)
+        matrices = sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2)
+        last = self.blocks[-1]
+        picked = sum(p.numel() for p in (last.attn.o_proj.weight, *last.mlp.parameters()))
         attention = 12 * c.n_layer * c.n_head * c.head_dim * c.block_len * (0.5 if causal else 1)
-        return 6 * (matrices + head_share * c.padded_vocab * c.d_model) + attention
+        return 6 * (matrices - picked + share * (picked + c.padded_vocab * c.d_model)) + attention
 
 
 # ------------------------------------------------------------------------------------------ weights on disk
@@ -281,15 +289,22 @@ def file_digest(path):
     return digest.hexdigest()
 
 
+def record_digest(record):
+    """SHA-256 of a checkpoint's JSON record, independent of its layout."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
 def read_checkpoint(folder):
-    """The JSON record of a checkpoint folder, after checking every file's SHA-256; raises ValueError."""
+    """The JSON record of a checkpoint folder, after checking it and every file by SHA-256; raises ValueError."""
     folder = Path(folder)
     try:
         record = json.loads((folder / "checkpoint.json").read_text())
+        if record.pop("record_sha256") != record_digest(record):
+            raise ValueError(f"{folder / 'checkpoint.json'} is damaged")
         for name, digest in {"model.safetensors": None, **record["sha256"]}.items():
             if not (folder / name).is_file() or file_digest(folder / name) != digest:
                 raise ValueError(f"{folder / name} is missing or damaged")
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as problem:
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as problem:
         raise ValueError(f"{folder} is no complete checkpoint ({type(problem).__name__}: {problem})") from None
     return record
 

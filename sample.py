@@ -48,6 +48,13 @@ class Config:
         return wrong
 
 
+def check_meaning(cfg, objective):
+    """Raises ValueError if a setting says nothing to a model of this objective."""
+    for name in {"ar": ("steps", "sampler"), "uniform": ("sampler",), "masked": ()}[objective]:
+        if getattr(cfg, name) != getattr(Config(), name):
+            raise ValueError(f"{name}={getattr(cfg, name)} has no meaning for objective={objective}, which this checkpoint was trained with")
+
+
 def template(cfg, tokens, block_len, causal):
     """Token ids with the mask id wherever something is to be written; raises ValueError if it can't be."""
     if cfg.text:
@@ -78,7 +85,7 @@ def sample_ar(model, z, cfg, eos_id, generator, watch):
     context = torch.cat((torch.full_like(z[:, :1], eos_id), z), dim=1)  # documents begin after a separator
     for i in range(int((z[0] == c.mask_id).nonzero()[0]), z.shape[1]):
         logits = model.logits(model(context[:, : i + 1])[:, -1])
-        token, _ = diffusion.draw_tokens(diffusion.filter_logits(logits, cfg.temperature, cfg.top_k, cfg.top_p), cfg.temperature, generator)
+        token = diffusion.draw_tokens(diffusion.filter_logits(logits, cfg.temperature, cfg.top_k, cfg.top_p), cfg.temperature, generator)
         context[:, i + 1] = token
         watch(context[:, 1:])
     return context[:, 1:]
@@ -91,7 +98,7 @@ def sample_masked(model, z, cfg, steps, schedule, generator, watch):
     for i in range(steps):
         masked = z == c.mask_id
         logits = model.logits(model(z))
-        token, _ = diffusion.draw_tokens(diffusion.filter_logits(logits, cfg.temperature, cfg.top_k, cfg.top_p), cfg.temperature, generator)
+        token = diffusion.draw_tokens(diffusion.filter_logits(logits, cfg.temperature, cfg.top_k, cfg.top_p), cfg.temperature, generator)
         if cfg.sampler == "low_confidence":
             confidence = logits.softmax(-1).gather(-1, token[..., None])[..., 0]
             reveal = diffusion.reveal_confident(masked, confidence, steps - i)
@@ -146,6 +153,7 @@ def main():
         tokens = data.tokenizer(record["corpus"]["tokenizer"])
         if (tokens.n_vocab, tokens.mask_id) != (record["model"]["n_vocab"], record["model"]["mask_id"]):
             raise ValueError(f"the checkpoint's vocabulary is not that of tokenizer '{tokens.name}'")
+        check_meaning(cfg, record["settings"]["objective"])
         ids = template(cfg, tokens, record["model"]["block_len"], record["model"]["causal"])
         model = load_model(folder, record, device).eval()
     except (ValueError, OSError) as problem:

@@ -17,7 +17,7 @@ import time
 from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,11 +29,11 @@ import configurator
 import data
 import diffusion
 from configurator import setting
-from model import ModelConfig, Transformer, checkpoints, file_digest, ladder, load_newest, swiglu_width
+from model import ModelConfig, Transformer, checkpoints, file_digest, ladder, load_newest, record_digest, swiglu_width
 
-# Dense bf16 peak in FLOP/s, for MFU.
-PEAK = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
-
+# Dense bf16 peak in FLOP/s, for MFU: the first name that occurs in the device's.
+PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "GH200": 989e12, "H200": 989e12, "B200": 2250e12,
+        "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 
 VALIDATION_SEED = 2**63  # beyond every training seed: all runs are validated with the same noise
 
@@ -117,7 +117,7 @@ class Config:
         if self.objective == "ar":
             for name in ("schedule", "time", "time_sigma"):
                 if getattr(self, name) != getattr(defaults, name):
-                    say(f"{name}={getattr(self, name)} has no meaning for objective=ar")
+                    say(f"{name}={getattr(self, name)} has no meaning for objective=ar; leave it at {getattr(defaults, name)}")
         if self.time_correction and (self.time != "moving_gaussian" or self.loss != "elbo"):
             say("time_correction needs time=moving_gaussian and loss=elbo")
         try:
@@ -140,8 +140,6 @@ class Config:
             say(f"min_lr={self.min_lr} must be -1 or lie between 0 and lr={self.lr}")
         if self.lr_schedule == "wsd" and self.min_lr == 0:
             say("lr_schedule=wsd decays exponentially and never reaches min_lr=0; give a positive one")
-        if self.lr_schedule == "wsd" and self.steps and self.warmup + self.decay > self.steps:
-            say(f"warmup={self.warmup} and decay={self.decay} don't fit into steps={self.steps}")
         if self.device == "cuda" and not torch.cuda.is_available():
             say("device=cuda, but this machine has no usable GPU; use --device=cpu")
         if self.device != "cpu" and 0 < torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
@@ -173,6 +171,68 @@ class Objective(nn.Module):
         return diffusion.loss_parts(self.network, batch, self.posterior)
 
 
+# ----------------------------------------------------------------------------------------- the user's files
+
+
+class Inputs(NamedTuple):
+    """What a run reads before it writes anything."""
+
+    corpus: data.Corpus
+    blocks: data.Blocks
+    val_blocks: data.Blocks
+    model_config: ModelConfig
+    corpus_record: dict  # what a checkpoint keeps of the corpus
+    steps: int
+    folder: Path | None  # the checkpoint to continue from
+    record: dict | None
+
+
+def open_inputs(cfg, warn):
+    """Check everything that can be wrong with the user's files; raises ValueError or OSError, writes nothing."""
+    run = Path(cfg.run_dir)
+    corpus = data.load_corpus(cfg.corpus)
+    meta = corpus.meta
+    blocks = data.Blocks(corpus.train, cfg.block_len, cfg.seed, cfg.unique_tokens, meta["n_vocab"])
+    val_blocks = data.Blocks(corpus.val, cfg.block_len, n_vocab=meta["n_vocab"], what="validation")
+    budget = cfg.tokens or cfg.epochs * blocks.n * cfg.block_len
+    steps = cfg.steps or math.ceil(budget / (cfg.batch_size * cfg.block_len))
+    if cfg.lr_schedule == "wsd" and cfg.warmup + cfg.decay > steps:
+        raise ValueError(f"warmup={cfg.warmup} and decay={cfg.decay} don't fit into {steps} steps")
+    model_config = ModelConfig(
+        **cfg.shape(), n_vocab=meta["n_vocab"], mask_id=meta["mask_id"], block_len=cfg.block_len,
+        causal=cfg.objective == "ar", tied=cfg.tied, timed=cfg.objective == "uniform", dropout=cfg.dropout,
+        rope_base=cfg.rope_base, init_std=cfg.init_std, scaled_init=cfg.scaled_init, local_init=cfg.local_init)
+    corpus_record = {k: meta[k] for k in ("tokenizer", "n_vocab", "mask_id", "eos_id")}
+    corpus_record |= {f"{split}_sha256": meta[split]["sha256"] for split in ("train", "val")}
+    folder = record = None
+    if run.exists() and any(run.iterdir()) and cfg.resume == "no":
+        raise FileExistsError(f"{run} is not empty; continue it with --resume=auto or choose another --run_dir")
+    if cfg.resume == "yes" or (cfg.resume == "auto" and checkpoints(run)):
+        folder, record = load_newest(run, warn)
+        check_resumable(record, model_config, corpus_record)
+        if restarted := [k for k in ("seed", "unique_tokens") if record["settings"][k] != getattr(cfg, k)]:
+            warn(f"resumed with another {' and '.join(restarted)}: the data order changes here, epochs are no longer exact")
+    if cfg.compare and not Path(cfg.compare).is_dir():
+        raise FileNotFoundError(f"compare={cfg.compare}: no such run")
+    return Inputs(corpus, blocks, val_blocks, model_config, corpus_record, steps, folder, record)
+
+
+def open_tracker(cfg, run):
+    """A Weights & Biases run, continued under the id that the run folder keeps; raises ValueError."""
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("--wandb needs the wandb package: pip install wandb") from None
+    known = run / "wandb_id.txt"
+    try:
+        tracker = wandb.init(project=cfg.wandb, name=run.name, config=asdict(cfg), resume="allow",
+                             id=known.read_text() if known.is_file() else None)
+    except wandb.Error as problem:
+        raise ValueError(f"wandb: {str(problem).splitlines()[0]}; log in with 'wandb login' or set WANDB_MODE=offline") from None
+    known.write_text(tracker.id)
+    return tracker
+
+
 # --------------------------------------------------------------------------------------------------- pieces
 
 
@@ -197,6 +257,13 @@ def make_optimizer(cfg, network):
         dict(params=[p for p in network.parameters() if p.dim() < 2], weight_decay=0.0),
     ]
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=True)
+
+
+def has_bf16(device):
+    """Whether the hardware multiplies bfloat16 matrices itself."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def to_tensors(batch, pin):
@@ -246,17 +313,21 @@ def training_batches(process, blocks, first_sample, first_step, steps, cfg, rank
     """Every micro-batch of this rank from `first_step` on: a pure function of its arguments."""
     micro = cfg.micro_batch or cfg.batch_size // world
     parts = cfg.batch_size // micro
+    ahead = 64  # steps whose block ids are computed at once: the permutation costs numpy calls, not arithmetic
     for step in range(first_step, steps):
         first = first_sample + (step - first_step) * cfg.batch_size
+        place = (step - first_step) % ahead * cfg.batch_size
+        if place == 0:
+            ids = blocks.ids(first + np.arange(ahead * cfg.batch_size))
         rows = diffusion.step_rows(process, first, cfg.batch_size, step / steps)
         for part in range(rank, parts, world):
             which = rows.deal(part, parts)
-            yield to_tensors(diffusion.make_batch(process, blocks.rows(rows.sample[which]), rows, which), pin)
+            yield to_tensors(diffusion.make_batch(process, blocks.read(ids[place + which]), rows, which), pin)
 
 
 def spread(n_rows, available):
-    """n_rows of `available` blocks, evenly spaced: documents of every kind."""
-    return np.arange(n_rows) * available // n_rows
+    """n_rows evenly spaced blocks of `available`, shuffled: a row's place sets its noise level, its document must not."""
+    return data.permute(np.arange(n_rows), n_rows, VALIDATION_SEED, np.zeros(n_rows, np.int64)) * available // n_rows
 
 
 @torch.no_grad()
@@ -267,15 +338,14 @@ def evaluate(objective, process, blocks, n_rows, micro, rank, world, device, aut
     depend on batch size, ranks or training.
     """
     parts = -(-n_rows // (micro * world)) * world
-    rows = diffusion.step_rows(process, 0, n_rows)
+    rows, ids = diffusion.step_rows(process, 0, n_rows), spread(n_rows, blocks.available)
     total = 0.0
     objective.eval()
     for part in range(rank, parts, world):
         which = rows.deal(part, parts)
         valid = np.arange(micro) < len(which)
         which = np.concatenate((which, np.full(micro - len(which), n_rows - 1)))
-        x = blocks.in_order(spread(n_rows, blocks.available)[which])
-        batch = diffusion.make_batch(process, x, rows, which, valid, parts / n_rows)
+        batch = diffusion.make_batch(process, blocks.read(ids[which]), rows, which, valid, parts / n_rows)
         with autocast():
             total = total + objective(to_device(to_tensors(batch, False), device)).double()
     objective.train()
@@ -302,7 +372,7 @@ def save_checkpoint(run, step, network, optimizer, record, keep):
                for key, value in optimizer.state[p].items()}, building / "optimizer.safetensors")
     files = ("model.safetensors", "optimizer.safetensors")
     record = dict(record, step=step, sha256={name: file_digest(building / name) for name in files})
-    (building / "checkpoint.json").write_text(json.dumps(record, indent=2) + "\n")
+    (building / "checkpoint.json").write_text(json.dumps(dict(record, record_sha256=record_digest(record)), indent=2) + "\n")
     for path in (*building.iterdir(), building):
         flush_to_disk(path)
     if final.exists():  # an earlier, damaged one of the same step
@@ -328,11 +398,11 @@ def load_checkpoint(folder, network, optimizer):
     from safetensors.torch import load_file
 
     network.load_state_dict(load_file(folder / "model.safetensors"))
-    saved = load_file(folder / "optimizer.safetensors")
-    for name, p in network.named_parameters():
-        prefix = f"{name}."
-        state = {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix) and "." not in k.removeprefix(prefix)}
-        optimizer.state[p] = {k: v.to(p.device) for k, v in state.items()}
+    parameters = dict(network.named_parameters())
+    for name, value in load_file(folder / "optimizer.safetensors").items():
+        parameter, _, key = name.rpartition(".")
+        p = parameters[parameter]
+        optimizer.state[p][key] = value.to(p.device)
 
 
 def check_resumable(record, model_config, corpus_record):
@@ -411,35 +481,6 @@ def main():
     say = print if rank == 0 else lambda *_, **__: None
     run = Path(cfg.run_dir)
 
-    # Everything that can be wrong with the user's files is found here, before anything is written.
-    try:
-        corpus = data.load_corpus(cfg.corpus)
-        blocks = data.Blocks(corpus.train, cfg.block_len, cfg.seed, cfg.unique_tokens)
-        val_blocks = data.Blocks(corpus.val, cfg.block_len, what="validation")
-        meta = corpus.meta
-        model_config = ModelConfig(**cfg.shape(), n_vocab=meta["n_vocab"], mask_id=meta["mask_id"], block_len=cfg.block_len,
-                                   causal=cfg.objective == "ar", tied=cfg.tied, timed=cfg.objective == "uniform",
-                                   dropout=cfg.dropout, rope_base=cfg.rope_base, init_std=cfg.init_std, scaled_init=cfg.scaled_init, local_init=cfg.local_init)
-        corpus_record = {k: meta[k] for k in ("tokenizer", "n_vocab", "mask_id", "eos_id")} | {"train_sha256": meta["train"]["sha256"]}
-        folder = record = None
-        if run.exists() and any(run.iterdir()) and cfg.resume == "no":
-            raise FileExistsError(f"{run} is not empty; continue it with --resume=auto or choose another --run_dir")
-        if cfg.resume == "yes" or (cfg.resume == "auto" and checkpoints(run)):
-            folder, record = load_newest(run, lambda warning: say(f"warning: {warning}", file=sys.stderr))
-            check_resumable(record, model_config, corpus_record)
-        if cfg.compare and not Path(cfg.compare).is_dir():
-            raise FileNotFoundError(f"compare={cfg.compare}: no such run")
-        wandb = None
-        if cfg.wandb and rank == 0:
-            import wandb
-    except (ValueError, OSError) as problem:
-        configurator.fail(str(problem))
-    except ImportError:
-        configurator.fail("--wandb needs the wandb package: pip install wandb")
-
-    # CPU tensors travel by gloo even where gradients go by NCCL: agreeing to stop then needs no GPU sync.
-    if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     stop = threading.Event()
 
     def request_stop(signum, _):
@@ -449,9 +490,23 @@ def main():
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, request_stop)
 
+    try:
+        corpus, blocks, val_blocks, model_config, corpus_record, steps, folder, record = open_inputs(
+            cfg, lambda warning: say(f"warning: {warning}", file=sys.stderr))
+        tracker = None
+        if rank == 0:
+            run.mkdir(parents=True, exist_ok=True)
+            if cfg.wandb:
+                tracker = open_tracker(cfg, run)
+    except (ValueError, OSError) as problem:
+        configurator.fail(str(problem))
+
+    # CPU tensors travel by gloo even where gradients go by NCCL: agreeing to stop then needs no GPU sync.
+    if world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
     tokens_per_step = cfg.batch_size * cfg.block_len
-    budget = cfg.tokens or cfg.epochs * blocks.n * cfg.block_len
-    steps = cfg.steps or math.ceil(budget / tokens_per_step)
+    meta = corpus.meta
     micro = cfg.micro_batch or cfg.batch_size // world
     accumulation = cfg.batch_size // (micro * world)
     process = diffusion.Process(
@@ -478,23 +533,20 @@ def main():
                                             broadcast_buffers=False, gradient_as_bucket_view=True)
     if cfg.compile:  # around DDP: its buckets then split the backward graph, and communication overlaps
         objective = torch.compile(objective, dynamic=False, fullgraph=world == 1)
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    dtype = torch.bfloat16 if cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and bf16) else torch.float32
+    dtype = torch.bfloat16 if cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and has_bf16(device)) else torch.float32
 
     def autocast():
         return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
-    head_share = diffusion.capacity(process, micro) / (micro * cfg.block_len) if cfg.objective == "masked" else 1.0
-    flops = network.flops_per_token(head_share)
-    peak = next((p for name, p in PEAK.items() if device.type == "cuda" and name in torch.cuda.get_device_name()), None)
+    share = diffusion.capacity(process, micro) / (micro * cfg.block_len) if cfg.objective == "masked" else 1.0
+    flops = network.flops_per_token(share)
+    name = torch.cuda.get_device_name() if device.type == "cuda" and dtype == torch.bfloat16 else ""
+    peak = next((p for known, p in PEAK.items() if known in name), None)
 
     if rank == 0:
-        run.mkdir(parents=True, exist_ok=True)
         (run / "settings.json").write_text(configurator.dump(cfg) + "\n")
         trim_metrics(run / "metrics.jsonl", first_step if record else -1)
         metrics_file = open(run / "metrics.jsonl", "a", buffering=1)
-        if wandb:
-            wandb = wandb.init(project=cfg.wandb, name=run.name, config=asdict(cfg), resume="allow")
     say(configurator.dump(cfg))
     say(f"{network.n_params():,} parameters ({network.n_params(False):,} without embeddings), "
         f"{flops / 1e6:.1f} MFLOP per token, {str(dtype)[6:]} on {world} × {device.type}")
@@ -508,11 +560,11 @@ def main():
         if rank == 0:
             values = dict(step=step, tokens=(samples + (step - first_step) * cfg.batch_size) * cfg.block_len, **values)
             metrics_file.write(json.dumps(values) + "\n")
-            if wandb:
-                wandb.log(values, step=step)
+            if tracker:
+                tracker.log(values, step=step)
 
     eval_rows = min(cfg.eval_rows or val_blocks.available, val_blocks.available)
-    scored = val_blocks.in_order(spread(eval_rows, val_blocks.available))[:, 1:]
+    scored = val_blocks.read(spread(eval_rows, val_blocks.available))[:, 1:]
     bytes_per_token = corpus.token_bytes[scored].mean()
 
     def validate(step):
@@ -552,7 +604,10 @@ def main():
             pending.append(row)
         recent.zero_()
 
-    stream = prefetched(training_batches(process, blocks, samples, first_step, steps, cfg, rank, world, device.type == "cuda"))
+    gpu = device.type == "cuda"
+    stream = training_batches(process, blocks, samples, first_step, steps, cfg, rank, world, pin=gpu)
+    if gpu:  # on a CPU a thread would only take time from the step's own
+        stream = prefetched(stream)
     if first_step == 0:
         validate(0)
     objective.train()
@@ -566,7 +621,10 @@ def main():
         if cfg.dropout:  # dropout masks, too, are a function of the step
             torch.manual_seed(hash((cfg.seed, step, rank)))
         for part in range(accumulation):
-            batch = to_device(next(stream), device)
+            try:
+                batch = to_device(next(stream), device)
+            except ValueError as problem:  # tokens outside the vocabulary, in a corpus too large to check at the start
+                configurator.fail(f"step {step}: {problem}")
             last = part == accumulation - 1
             with contextlib.nullcontext() if world == 1 or last else objective.no_sync():
                 with autocast():
@@ -621,8 +679,8 @@ def main():
         for line in filter(None, map(summary, runs)):
             say(line)
         say(f"loss curve: {run / 'loss.png'}    try: python sample.py --run_dir={run}")
-    if wandb:
-        wandb.finish()
+    if tracker:
+        tracker.finish()
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()

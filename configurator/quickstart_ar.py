@@ -5,3 +5,4 @@ from configurator.quickstart import *
 
 run_dir = "runs/quickstart_ar"
 objective = "ar"
+schedule = "linear"  # AR has no noise; this is the default

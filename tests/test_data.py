@@ -553,7 +553,7 @@ def test_rows_are_slices_with_the_token_before(corpus):
     assert rows.dtype == np.int64 and rows.shape == (len(sample), length + 1)
     for row, b in zip(rows, blocks.ids(sample)):
         assert row.tolist() == tokens[b * length : (b + 1) * length + 1].tolist()
-    every = blocks.in_order(np.arange(blocks.available))
+    every = blocks.read(np.arange(blocks.available))
     assert every[0, 0] == tokens[0]
     assert every[:, 1:].ravel().tolist() == tokens[1 : 1 + blocks.available * length].tolist()
 

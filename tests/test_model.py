@@ -19,7 +19,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 import kernels
 import train
 from model import (LADDER, ModelConfig, Transformer, checkpoints, file_digest, ladder, ladder_params, load_model,
-                   load_newest, read_checkpoint, rotate, swiglu_width)
+                   load_newest, read_checkpoint, record_digest, rotate, swiglu_width)
 
 PAPER = Path(__file__).resolve().parent.parent / "../shared/paper"
 needs_paper = pytest.mark.skipif(not PAPER.is_dir(), reason="the paper's tables are not on this machine")
@@ -168,6 +168,18 @@ def test_a_padded_row_equals_the_shorter_row_alone(causal):
         torch.testing.assert_close(hidden[row, :n], model(ids[row : row + 1, :n])[0], rtol=0, atol=1e-5)
     if not causal:  # without keep the padding would be seen
         assert (model(ids)[1, :2] - hidden[1, :2]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("causal", (False, True))
+def test_picked_positions_are_those_of_the_whole(causal):
+    """The last block computes only what counts: values and every gradient equal those of picking afterwards."""
+    model = build(causal=causal)
+    ids, index = tokens(3, 16), torch.tensor([0, 5, 17, 33, 33, 47])
+    picked, whole = model(ids, index=index), model(ids).flatten(0, 1)[index]
+    close(picked, whole)
+    direction = torch.randn(whole.shape, generator=torch.Generator().manual_seed(3))
+    for a, b in zip(*(torch.autograd.grad((h * direction).sum(), list(model.blocks.parameters())) for h in (picked, whole)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 @torch.no_grad()
@@ -346,7 +358,8 @@ def measure_flops(model, rows, share):
     length = model.config.block_len
     counter = FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH), counter:  # two plain products, which the counter knows; the others recompute
-        hidden = model(tokens(rows, length)).flatten(0, 1)[: int(share * rows * length)]
+        index = None if share == 1 else torch.arange(int(share * rows * length))
+        hidden = model(tokens(rows, length), index=index).flatten(0, -2)
         targets = torch.zeros(len(hidden), dtype=torch.long)
         kernels.linear_cross_entropy(hidden, model.head, targets, 100).sum().backward()
     by_operation = counter.get_flop_counts()["Global"]
@@ -502,7 +515,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path):
         assert load_newest(tmp_path, pytest.fail)[0] == newest  # it was the damage, and only that
 
 
-@pytest.mark.parametrize("text", ("[]", "null", '{"sha256": null}', '{"sha256": {}}'))
+@pytest.mark.parametrize("text", ("[]", "null", '{"sha256": null}', '{"sha256": {}}', '{"record_sha256": "0"}'))
 def test_a_record_of_another_form_is_damage_too(tmp_path, text):
     (tmp_path / "checkpoint.json").write_text(text)
     with pytest.raises(ValueError):
@@ -549,7 +562,8 @@ def test_a_pickle_in_disguise_runs_no_code(tmp_path, dump):
     dump(Bomb(tmp_path / "bang"), weights)
     record = json.loads((folder / "checkpoint.json").read_text())
     record["sha256"]["model.safetensors"] = file_digest(weights)  # its maker knows how to hash
-    (folder / "checkpoint.json").write_text(json.dumps(record))
+    del record["record_sha256"]
+    (folder / "checkpoint.json").write_text(json.dumps(record | {"record_sha256": record_digest(record)}))
     assert load_newest(tmp_path / "run", pytest.fail)[0] == folder
     with pytest.raises(ValueError, match="weights can.t be read"):
         load_model(folder, record)

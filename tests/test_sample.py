@@ -85,6 +85,15 @@ def test_ar_cannot_fill_in_the_middle(run_main, write, capsys):  # noqa: F811
     assert "can't fill holes before given text" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("objective, flag, message", (("ar", "--steps=3", "steps=3 has no meaning for objective=ar"),
+                                                      ("uniform", "--sampler=low_confidence", "sampler=low_confidence has no meaning")))
+def test_settings_without_meaning_are_refused(run_main, write, capsys, objective, flag, message):  # noqa: F811
+    run = run_main("--steps=3", f"--objective={objective}")
+    with pytest.raises(SystemExit):
+        write(run, flag)
+    assert message in capsys.readouterr().err
+
+
 def test_no_run_no_traceback():
     done = subprocess.run([sys.executable, "sample.py", "--run_dir=nowhere"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.strip() == "sample.py: no usable checkpoint in 'nowhere'"

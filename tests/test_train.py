@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -162,16 +163,29 @@ def test_stop_signal_saves_and_exits_zero(corpus, tmp_path, run_main):
     assert losses(tmp_path / "stopped") == losses(run_main(*flags, run="whole"))
 
 
-def test_damaged_checkpoint_falls_back_to_the_one_before(run_main, capsys):
+def test_a_signal_while_starting_up_is_heard(corpus, tmp_path):
+    process = start(corpus, tmp_path / "run", "--steps=100000")
+    while not (tmp_path / "run" / "settings.json").is_file():  # the handlers stand before anything is written
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "stopped by a signal" in output and "Traceback" not in output
+    assert checkpoints(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name, after, damage", (("optimizer.safetensors", b"", "is missing or damaged"),
+                                                 ("checkpoint.json", b'"samples": 32', "is damaged")))
+def test_damaged_checkpoint_falls_back_to_the_one_before(run_main, capsys, name, after, damage):
     run = run_main("--steps=40", "--save_every=20")
     whole = losses(run)
-    path = checkpoints(run)[0] / "optimizer.safetensors"
+    path = checkpoints(run)[0] / name
     content = bytearray(path.read_bytes())
-    content[-5] ^= 1
+    content[content.rindex(after) + len(after) - 1] ^= 1  # one bit: the last byte, or 320 samples made 330
     path.write_bytes(content)
     run_main("--steps=40", "--save_every=20", "--resume=auto")
     captured = capsys.readouterr()
-    assert "step_00000040/optimizer.safetensors is missing or damaged" in captured.err
+    assert f"step_00000040/{name} {damage}" in captured.err
     assert "resumed from" in captured.out and "step_00000020" in captured.out
     assert losses(run) == whole
 
@@ -182,6 +196,26 @@ def test_unfinished_checkpoint_is_no_checkpoint(run_main):
     assert [p.name for p in checkpoints(run)] == ["step_00000010"]
     run_main("--steps=20", "--resume=auto")
     assert sorted(p.name for p in run.glob("*step_*")) == ["step_00000010", "step_00000020"]
+
+
+@pytest.mark.parametrize("owner, name", ((train, "file_digest"), (train, "flush_to_disk"), (Path, "rename")))
+def test_a_crash_while_saving_leaves_the_last_good_checkpoint(run_main, monkeypatch, owner, name):
+    flags = ["--steps=40", "--save_every=10", "--keep=1"]
+    whole = losses(run_main(*flags, run="whole"))
+    working = getattr(owner, name)
+
+    def crash(path, *arguments):
+        if "step_00000030" in str(path):
+            raise RuntimeError("power cut")
+        return working(path, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run_main(*flags)
+    run = run_main("--steps=40", "--save_every=0", "--resume=auto")
+    assert losses(run) == whole
+    assert sorted(p.name for p in run.glob("*step_*")) == [".step_00000030", "step_00000020", "step_00000040"]  # the torn one is never read
 
 
 def test_killed_before_its_first_checkpoint_starts_over(run_main, tmp_path):
@@ -219,7 +253,7 @@ def test_validation_does_not_depend_on_batch_or_seed(run_main):
     first = {k: v for k, v in losses(run_main("--steps=1", "--eval_rows=13", "--lr=1e-9", run="a"))[-1].items()}
     other = losses(run_main("--steps=1", "--eval_rows=13", "--lr=1e-9", "--batch_size=6", run="b"))[-1]
     assert other["val_loss"] == pytest.approx(first["val_loss"], rel=1e-5)
-    assert (train.spread(13, 100) < 100).all() and len(set(train.spread(13, 100))) == 13 and train.spread(13, 100)[-1] > 90
+    assert (train.spread(13, 100) < 100).all() and len(set(train.spread(13, 100))) == 13 and sorted(train.spread(13, 100))[-1] > 90
 
 
 # compilation ------------------------------------------------------------------------------------------------
@@ -233,6 +267,20 @@ def test_compiled_equals_eager_and_never_recompiles(run_main):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # of the training step
     assert not torch._dynamo.utils.counters["graph_break"]
     assert_close(eager, compiled, 1e-3)
+
+
+@pytest.mark.slow
+def test_compiled_and_two_rank_runs_resume_as_if_uninterrupted(corpus, tmp_path):
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    for name, launcher, more in (("compiled", (sys.executable,), ["--compile=True"]), ("two", torchrun, ["--micro_batch=2"])):
+        flags = ["--save_every=10", "--lr_schedule=constant", *more]
+        for run, sequence in ((f"{name}_whole", (["--steps=20"],)), (f"{name}_broken", (["--steps=10"], ["--steps=20", "--resume=yes"]))):
+            for steps in sequence:
+                process = start(corpus, tmp_path / run, *flags, *steps, launcher=launcher)
+                output = process.communicate(timeout=300)[0]
+                assert process.returncode == 0, output
+        one, other = ([m for m in losses(tmp_path / f"{name}_{run}") if "loss" in m] for run in ("whole", "broken"))
+        assert one == other
 
 
 @pytest.mark.slow
@@ -263,7 +311,8 @@ def refused(run_main, capsys, *flags, run="run"):
     (["--steps=1", "--objective=mask"], "did you mean 'masked'?"),
     (["--steps=1", "--schedule=sigmoid"], "unknown schedule 'sigmoid'"),
     (["--steps=1", "--loss=maskgit", "--time=moving_gaussian", "--time_correction"], "time_correction needs"),
-    (["--steps=10", "--lr_schedule=wsd", "--decay=8"], "don't fit into steps=10"),
+    (["--steps=10", "--lr_schedule=wsd", "--decay=8"], "don't fit into 10 steps"),
+    (["--epochs=1", "--lr_schedule=wsd", "--decay=8000"], "decay=8000 don't fit into"),
     (["--steps=1", "--min_lr=-0.5"], "min_lr=-0.5 must be -1 or lie between"),
     (["--steps=1", "--loss=paper"], "loss=paper needs objective=uniform"),
     (["--steps=1", "--loss=maskgit", "--objective=ar"], "loss=maskgit needs objective=masked"),
@@ -309,6 +358,20 @@ def test_resuming_on_another_corpus(run_main, capsys, corpus, tmp_path):
     assert "another corpus: train_sha256" in refused(run_main, capsys, "--steps=9", "--resume=auto", f"--corpus={tmp_path / 'other'}")
 
 
+def test_resuming_with_another_seed_is_said_aloud(run_main, capsys):
+    run_main("--steps=5")
+    run_main("--steps=6", "--resume=auto", "--seed=7")
+    assert "another seed: the data order changes here" in capsys.readouterr().err
+
+
+def test_a_token_beyond_the_vocabulary_in_a_corpus_too_large_to_check(run_main, capsys, corpus, tmp_path, monkeypatch):
+    shutil.copytree(corpus, tmp_path / "large")
+    with open(tmp_path / "large" / "train.bin", "r+b") as file:
+        file.write(b"\xff\xff" * 5000)
+    monkeypatch.setattr(data, "CHECKED", 0)
+    assert "the training split holds token 65535" in refused(run_main, capsys, "--steps=100", f"--corpus={tmp_path / 'large'}")
+
+
 def test_loss_that_is_not_finite_stops_and_keeps_the_good_checkpoint(run_main, capsys):
     run = run_main("--steps=10", "--lr_schedule=constant")
     error = refused(run_main, capsys, "--steps=40", "--resume=auto", "--lr=1e30", "--lr_schedule=constant", "--clip=0", "--save_every=1")
@@ -339,6 +402,38 @@ def test_learning_rates():
     assert wsd[79] == 1 and wsd[99] == pytest.approx(0.1) and wsd[89] == pytest.approx(0.1**0.5)  # exponential
     cfg.lr_schedule = "constant"
     assert train.learning_rate(cfg, 99, 100) == 1
+
+
+def test_two_runs_beside_each_other(run_main, capsys, tmp_path):
+    ar = run_main("--steps=10", "--objective=ar", run="ar")
+    capsys.readouterr()
+    run = run_main("--steps=10", f"--compare={ar}", run="masked")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "bits/byte," in line]
+    assert len(lines) == 2 and "NELBO, an upper bound" in lines[0] and "exact NLL" in lines[1]
+    assert (run / "loss.png").stat().st_size > 1.2 * (ar / "loss.png").stat().st_size  # two runs' curves, not one
+
+
+def test_wandb_run_is_continued_under_its_id(run_main, monkeypatch, tmp_path):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = run_main("--steps=5", "--wandb=test")
+    first = (run / "wandb_id.txt").read_text()
+    run_main("--steps=10", "--wandb=test", "--resume=auto")
+    assert (run / "wandb_id.txt").read_text() == first
+    folders = [p.name for p in (tmp_path / "wandb").glob("offline-run-*")]
+    assert folders and all(name.endswith(first) for name in folders)
+
+
+def test_wandb_that_cannot_log_in_is_one_line(run_main, capsys, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+
+    def refuse(**_):
+        raise wandb.errors.UsageError("No API key configured.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    assert "wandb: No API key configured.; log in with" in refused(run_main, capsys, "--steps=1", "--wandb=test")
 
 
 def test_settings_are_saved_and_complete(run_main):
