@@ -81,7 +81,7 @@ class Config:
     min_lr: float = setting(-1.0, "final learning rate (-1: a tenth of lr)", low=-1)
     lr_schedule: Literal["cosine", "wsd", "constant"] = setting("cosine", "cosine, warmup-stable-decay (exponential decay) or constant")
     warmup: int = setting(100, "steps of linear warm-up", low=0)
-    decay: int = setting(1000, "steps of decay at the end, for wsd", low=0)
+    decay: float = setting(1000.0, "of wsd: steps of decay at the end (below 1: their share of all steps)", above=0)
     beta1: float = setting(0.9, "AdamW's β₁", low=0, high=0.9999)
     beta2: float = setting(0.95, "AdamW's β₂", low=0, high=0.99999)
     weight_decay: float = setting(0.1, "of matrices and embeddings; norms never decay", low=0)
@@ -196,8 +196,8 @@ def open_inputs(cfg, warn):
     val_blocks = data.Blocks(corpus.val, cfg.block_len, n_vocab=meta["n_vocab"], what="validation")
     budget = cfg.tokens or cfg.epochs * blocks.n * cfg.block_len
     steps = cfg.steps or math.ceil(budget / (cfg.batch_size * cfg.block_len))
-    if cfg.lr_schedule == "wsd" and cfg.warmup + cfg.decay > steps:
-        raise ValueError(f"warmup={cfg.warmup} and decay={cfg.decay} don't fit into {steps} steps")
+    if cfg.lr_schedule == "wsd" and cfg.decay >= 1 and cfg.warmup + cfg.decay > steps:
+        raise ValueError(f"warmup={cfg.warmup} and decay={cfg.decay:g} don't fit into {steps} steps")
     model_config = ModelConfig(
         **cfg.shape(), n_vocab=meta["n_vocab"], mask_id=meta["mask_id"], block_len=cfg.block_len,
         causal=cfg.objective == "ar", tied=cfg.tied, timed=cfg.objective == "uniform", dropout=cfg.dropout,
@@ -239,13 +239,14 @@ def open_tracker(cfg, run):
 def learning_rate(cfg, step, steps):
     """The learning rate of step `step` (from 0) of `steps`."""
     low = cfg.lr / 10 if cfg.min_lr < 0 else cfg.min_lr
+    decay = cfg.decay if cfg.decay >= 1 else max(1, round(cfg.decay * steps))
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / (cfg.warmup + 1)
     if cfg.lr_schedule == "cosine":
         done = (step - cfg.warmup) / max(1, steps - cfg.warmup)
         return low + 0.5 * (cfg.lr - low) * (1 + math.cos(math.pi * done))
-    if cfg.lr_schedule == "wsd" and step >= steps - cfg.decay:
-        done = (step - (steps - cfg.decay) + 1) / cfg.decay
+    if cfg.lr_schedule == "wsd" and step >= steps - decay:
+        done = (step - (steps - decay) + 1) / decay
         return cfg.lr * (low / cfg.lr) ** done
     return cfg.lr
 

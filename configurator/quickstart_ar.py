@@ -1,5 +1,5 @@
 # The autoregressive twin of quickstart: same size, same tokens.
-# Hardware: two CPU cores, about three minutes. Expect about 2.0 bits/byte.
+# Hardware: two CPU cores, about three minutes. Expect about 1.96 bits/byte.
 
 from configurator.quickstart import *
 

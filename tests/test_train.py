@@ -400,6 +400,9 @@ def test_learning_rates():
     cfg.lr_schedule = "wsd"
     wsd = [train.learning_rate(cfg, s, 100) for s in range(100)]
     assert wsd[79] == 1 and wsd[99] == pytest.approx(0.1) and wsd[89] == pytest.approx(0.1**0.5)  # exponential
+    cfg.decay = 0.2  # the same as a share
+    assert wsd == [train.learning_rate(cfg, s, 100) for s in range(100)]
+    assert train.learning_rate(cfg, 2, 3) > 0  # more warm-up than steps: no decay, no failure
     cfg.lr_schedule = "constant"
     assert train.learning_rate(cfg, 99, 100) == 1
 
