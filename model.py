@@ -263,7 +263,7 @@ class Transformer(nn.Module):
         return total if embeddings else total - vocabulary * (1 if self.lm_head is None else 2)
 
     def flops_per_token(self, share=1.0, causal=None):
-        """Training FLOPs (forward and backward) per token of a full block.
+        """Training FLOPs (forward and backward) per token of a full block, of what is really computed.
 
         6 per weight of a matrix product and attention's two L×L products, of which `causal` (default: the
         model's own) counts half; what follows the last attention, for `share` of the tokens only.

@@ -100,6 +100,7 @@ def sample_masked(model, z, cfg, steps, schedule, generator, watch):
         logits = model.logits(model(z))
         token = diffusion.draw_tokens(diffusion.filter_logits(logits, cfg.temperature, cfg.top_k, cfg.top_p), cfg.temperature, generator)
         if cfg.sampler == "low_confidence":
+            # the model's own probability: temperature, top-k and top-p choose tokens, not the order
             confidence = logits.softmax(-1).gather(-1, token[..., None])[..., 0]
             reveal = diffusion.reveal_confident(masked, confidence, steps - i)
         else:

@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import os
+import platform
 import queue
 import shutil
 import signal
@@ -71,8 +72,8 @@ class Config:
     local_init: bool = setting(False, "heads start out looking at neighbouring positions: small diffusion models learn sooner")
     # how long, on what
     steps: int = setting(0, "optimizer steps; give exactly one of steps, tokens and epochs", low=0)
-    tokens: float = setting(0.0, "training tokens in all, repeats included", low=0)
-    epochs: float = setting(0.0, "passes over the (unique) training tokens", low=0)
+    tokens: float = setting(0.0, "training tokens in all, repeats included", low=0, high=1e15)
+    epochs: float = setting(0.0, "passes over the (unique) training tokens", low=0, high=1e9)
     unique_tokens: int = setting(0, "train on a fixed random subset of this many tokens (0: all)", low=0)
     batch_size: int = setting(64, "rows per optimizer step, over all ranks", low=1)
     micro_batch: int = setting(0, "rows per rank and forward pass (0: no gradient accumulation)", low=0)
@@ -143,7 +144,7 @@ class Config:
         if self.device == "cuda" and not torch.cuda.is_available():
             say("device=cuda, but this machine has no usable GPU; use --device=cpu")
         if self.device != "cpu" and 0 < torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
-            say(f"{os.environ['LOCAL_WORLD_SIZE']} ranks on this machine, but {torch.cuda.device_count()} GPUs")
+            say(f"{os.environ['LOCAL_WORLD_SIZE']} ranks on this machine, but {torch.cuda.device_count()} GPUs; start one rank per GPU")
         return wrong
 
     def shape(self):
@@ -183,6 +184,8 @@ class Inputs(NamedTuple):
     model_config: ModelConfig
     corpus_record: dict  # what a checkpoint keeps of the corpus
     steps: int
+    eval_rows: int
+    bytes_per_token: float  # of exactly the validation tokens that are scored
     folder: Path | None  # the checkpoint to continue from
     record: dict | None
 
@@ -203,6 +206,8 @@ def open_inputs(cfg, warn):
         causal=cfg.objective == "ar", tied=cfg.tied, timed=cfg.objective == "uniform", dropout=cfg.dropout,
         rope_base=cfg.rope_base, init_std=cfg.init_std, scaled_init=cfg.scaled_init, local_init=cfg.local_init)
     corpus_record = {k: meta[k] for k in ("tokenizer", "n_vocab", "mask_id", "eos_id")}
+    eval_rows = min(cfg.eval_rows or val_blocks.available, val_blocks.available)
+    bytes_per_token = float(corpus.token_bytes[val_blocks.read(spread(eval_rows, val_blocks.available))[:, 1:]].mean())
     corpus_record |= {f"{split}_sha256": meta[split]["sha256"] for split in ("train", "val")}
     folder = record = None
     if run.exists() and any(run.iterdir()) and cfg.resume == "no":
@@ -214,7 +219,7 @@ def open_inputs(cfg, warn):
             warn(f"resumed with another {' and '.join(restarted)}: the data order changes here, epochs are no longer exact")
     if cfg.compare and not Path(cfg.compare).is_dir():
         raise FileNotFoundError(f"compare={cfg.compare}: no such run")
-    return Inputs(corpus, blocks, val_blocks, model_config, corpus_record, steps, folder, record)
+    return Inputs(corpus, blocks, val_blocks, model_config, corpus_record, steps, eval_rows, bytes_per_token, folder, record)
 
 
 def open_tracker(cfg, run):
@@ -225,12 +230,11 @@ def open_tracker(cfg, run):
         raise ValueError("--wandb needs the wandb package: pip install wandb") from None
     known = run / "wandb_id.txt"
     try:
-        tracker = wandb.init(project=cfg.wandb, name=run.name, config=asdict(cfg), resume="allow",
-                             id=known.read_text() if known.is_file() else None)
+        return wandb.init(project=cfg.wandb, name=run.name, config=asdict(cfg), resume="allow",
+                          id=known.read_text() if known.is_file() else None)
     except wandb.Error as problem:
-        raise ValueError(f"wandb: {str(problem).splitlines()[0]}; log in with 'wandb login' or set WANDB_MODE=offline") from None
-    known.write_text(tracker.id)
-    return tracker
+        reason = str(problem).partition("\n")[0] or type(problem).__name__
+        raise ValueError(f"wandb: {reason}; log in with 'wandb login' or set WANDB_MODE=offline") from None
 
 
 # --------------------------------------------------------------------------------------------------- pieces
@@ -239,7 +243,7 @@ def open_tracker(cfg, run):
 def learning_rate(cfg, step, steps):
     """The learning rate of step `step` (from 0) of `steps`."""
     low = cfg.lr / 10 if cfg.min_lr < 0 else cfg.min_lr
-    decay = cfg.decay if cfg.decay >= 1 else max(1, round(cfg.decay * steps))
+    decay = cfg.decay if cfg.decay >= 1 else max(1, min(round(cfg.decay * steps), steps - cfg.warmup))
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / (cfg.warmup + 1)
     if cfg.lr_schedule == "cosine":
@@ -261,9 +265,11 @@ def make_optimizer(cfg, network):
 
 
 def has_bf16(device):
-    """Whether the hardware multiplies bfloat16 matrices itself."""
+    """Whether the hardware multiplies bfloat16 matrices itself; oneDNN also emulates it, slowly, on AVX-512."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if platform.machine() in ("x86_64", "AMD64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
@@ -492,13 +498,11 @@ def main():
         signal.signal(signum, request_stop)
 
     try:
-        corpus, blocks, val_blocks, model_config, corpus_record, steps, folder, record = open_inputs(
+        corpus, blocks, val_blocks, model_config, corpus_record, steps, eval_rows, bytes_per_token, folder, record = open_inputs(
             cfg, lambda warning: say(f"warning: {warning}", file=sys.stderr))
         tracker = None
-        if rank == 0:
-            run.mkdir(parents=True, exist_ok=True)
-            if cfg.wandb:
-                tracker = open_tracker(cfg, run)
+        if cfg.wandb and rank == 0:
+            tracker = open_tracker(cfg, run)
     except (ValueError, OSError) as problem:
         configurator.fail(str(problem))
 
@@ -541,12 +545,16 @@ def main():
 
     share = diffusion.capacity(process, micro) / (micro * cfg.block_len) if cfg.objective == "masked" else 1.0
     flops = network.flops_per_token(share)
-    name = torch.cuda.get_device_name() if device.type == "cuda" and dtype == torch.bfloat16 else ""
-    peak = next((p for known, p in PEAK.items() if known in name), None)
+    gpu_name = torch.cuda.get_device_name() if device.type == "cuda" and dtype == torch.bfloat16 else ""
+    peak = next((p for known, p in PEAK.items() if known in gpu_name), None)
 
     if rank == 0:
-        (run / "settings.json").write_text(configurator.dump(cfg) + "\n")
-        trim_metrics(run / "metrics.jsonl", first_step if record else -1)
+        run.mkdir(parents=True, exist_ok=True)
+        if first_step < steps:  # else there is nothing to do, and nothing changes
+            (run / "settings.json").write_text(configurator.dump(cfg) + "\n")
+            trim_metrics(run / "metrics.jsonl", first_step if record else -1)
+        if tracker:
+            (run / "wandb_id.txt").write_text(tracker.id)
         metrics_file = open(run / "metrics.jsonl", "a", buffering=1)
     say(configurator.dump(cfg))
     say(f"{network.n_params():,} parameters ({network.n_params(False):,} without embeddings), "
@@ -563,10 +571,6 @@ def main():
             metrics_file.write(json.dumps(values) + "\n")
             if tracker:
                 tracker.log(values, step=step)
-
-    eval_rows = min(cfg.eval_rows or val_blocks.available, val_blocks.available)
-    scored = val_blocks.read(spread(eval_rows, val_blocks.available))[:, 1:]
-    bytes_per_token = corpus.token_bytes[scored].mean()
 
     def validate(step):
         def measure(p):
@@ -625,7 +629,7 @@ def main():
             try:
                 batch = to_device(next(stream), device)
             except ValueError as problem:  # tokens outside the vocabulary, in a corpus too large to check at the start
-                configurator.fail(f"step {step}: {problem}")
+                configurator.fail(f"step {step}: {problem}", everywhere=True)
             last = part == accumulation - 1
             with contextlib.nullcontext() if world == 1 or last else objective.no_sync():
                 with autocast():

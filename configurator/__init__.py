@@ -24,11 +24,13 @@ def setting(default, doc, *, low=None, high=None, above=None):
     return dataclasses.field(default=default, metadata=dict(doc=doc, low=low, high=high, above=above))
 
 
-def fail(*problems):
-    """Print one line per problem (on rank 0 only, under torchrun) and exit with code 2."""
-    if os.environ.get("RANK", "0") == "0":
+def fail(*problems, everywhere=False):
+    """Print one line per problem and exit with code 2. Under torchrun every rank finds the same problems, so one
+    per machine speaks; `everywhere` is for what a single rank may have met."""
+    rank = os.environ.get("RANK", "0")
+    if everywhere or os.environ.get("LOCAL_RANK", rank) == "0":
         for problem in problems:
-            print(f"{Path(sys.argv[0]).name}: {problem}", file=sys.stderr)
+            print(f"{Path(sys.argv[0]).name}: " + (f"rank {rank}: " if everywhere and rank != "0" else "") + str(problem), file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -1,7 +1,7 @@
 """How much does the trainer cost beyond the model? The same network in a bare loop, for comparison.
 
     python results/bare_loop.py            # prints tokens/s of a loop shaped like nanoGPT's
-    python train.py configurator/shakespeare_ar_cpu.py --run_dir=runs/speed --steps=1000 --eval_every=0   # the trainer's own figure
+    python train.py configurator/shakespeare_ar_cpu.py --run_dir=runs/speed --steps=1000 --eval_every=0 --save_every=0   # the trainer's own figure
 
 Random crops from a memory map, AdamW, clipping, compiled; 4 layers, 4 heads, 128 wide, block 64, batch 12.
 """

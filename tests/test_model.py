@@ -171,14 +171,16 @@ def test_a_padded_row_equals_the_shorter_row_alone(causal):
 
 
 @pytest.mark.parametrize("causal", (False, True))
-def test_picked_positions_are_those_of_the_whole(causal):
+@pytest.mark.parametrize("n_kv_head", (4, 2))
+def test_picked_positions_are_those_of_the_whole(causal, n_kv_head):
     """The last block computes only what counts: values and every gradient equal those of picking afterwards."""
-    model = build(causal=causal)
+    model = build(causal=causal, n_kv_head=n_kv_head)
     ids, index = tokens(3, 16), torch.tensor([0, 5, 17, 33, 33, 47])
-    picked, whole = model(ids, index=index), model(ids).flatten(0, 1)[index]
+    keep = torch.arange(16) < torch.tensor([[16], [3], [16]])
+    picked, whole = model(ids, keep=keep, index=index), model(ids, keep=keep).flatten(0, 1)[index]
     close(picked, whole)
     direction = torch.randn(whole.shape, generator=torch.Generator().manual_seed(3))
-    for a, b in zip(*(torch.autograd.grad((h * direction).sum(), list(model.blocks.parameters())) for h in (picked, whole)), strict=True):
+    for a, b in zip(*(torch.autograd.grad((h * direction).sum(), list(model.parameters())) for h in (picked, whole)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 

@@ -1,5 +1,6 @@
 """The trainer as its users run it: real files, real processes, real signals."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,14 +10,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
 import data
+import diffusion
 import train
-from model import checkpoints
+from model import checkpoints, load_model, load_newest
 
 TINY = ["--n_layer=2", "--n_head=2", "--d_model=32", "--block_len=32", "--batch_size=8", "--compile=False", "--warmup=5",
         "--eval_rows=16", "--log_every=5", "--eval_every=0", "--save_every=0", "--dtype=float32", "--device=cpu"]
@@ -249,11 +252,45 @@ def test_prefetching_ends_when_its_reader_leaves():
         list(train.prefetched(numbers(True)))
 
 
-def test_validation_does_not_depend_on_batch_or_seed(run_main):
-    first = {k: v for k, v in losses(run_main("--steps=1", "--eval_rows=13", "--lr=1e-9", run="a"))[-1].items()}
+def test_validation_does_not_depend_on_the_batch(run_main):
+    first = losses(run_main("--steps=1", "--eval_rows=13", "--lr=1e-9", run="a"))[-1]
     other = losses(run_main("--steps=1", "--eval_rows=13", "--lr=1e-9", "--batch_size=6", run="b"))[-1]
     assert other["val_loss"] == pytest.approx(first["val_loss"], rel=1e-5)
     assert (train.spread(13, 100) < 100).all() and len(set(train.spread(13, 100))) == 13 and sorted(train.spread(13, 100))[-1] > 90
+    assert abs(np.corrcoef(np.arange(1024), train.spread(1024, 4400))[0, 1]) < 0.1  # noise level and document are unrelated
+
+
+def test_validation_is_the_same_on_any_number_of_ranks(run_main, corpus, monkeypatch):
+    """13 rows dealt to ranks, some of which fill up with rows that don't count, or get none at all."""
+    folder, record = load_newest(run_main("--steps=3"), print)
+    objective = train.Objective(load_model(folder, record), False)
+    blocks = data.Blocks(data.load_corpus(corpus).val, 32)
+    process = diffusion.Process("masked", 257, 257, 32, train.VALIDATION_SEED)
+    monkeypatch.setattr(train.dist, "all_reduce", lambda total: total)
+
+    def validate(micro, world):
+        return sum(sum(train.evaluate(objective, process, blocks, 13, micro, rank, world, torch.device("cpu"), contextlib.nullcontext))
+                   for rank in range(world))
+
+    whole = validate(13, 1)
+    for micro, world in ((4, 1), (3, 2), (1, 4), (5, 3), (64, 2)):
+        assert validate(micro, world) == pytest.approx(whole, rel=1e-5)
+
+
+def test_batches_are_the_blocks_of_their_samples(corpus):
+    """Block ids are computed 64 steps ahead: no batch may notice, nor a run that resumes around a border."""
+    blocks = data.Blocks(data.load_corpus(corpus).train, 32, 1, 32 * 50)
+    process = diffusion.Process("ar", 257, 257, 32, 1)
+    cfg = train.Config(batch_size=6, micro_batch=1)
+    whole = [[b.targets.numpy() for b in train.training_batches(process, blocks, 0, 0, 140, cfg, rank, 2, False)] for rank in range(2)]
+    for step in range(140):
+        rows = np.empty((6, 32), np.int64)
+        for part in range(6):  # parts go to the ranks in turn
+            rows[part] = whole[part % 2][step * 3 + part // 2]
+        assert np.array_equal(rows, blocks.rows(6 * step + np.arange(6))[:, 1:])
+    for first in (1, 63, 64, 65):
+        again = [b.targets.numpy() for b in train.training_batches(process, blocks, 6 * first, first, 140, cfg, 0, 2, False)]
+        assert all(map(np.array_equal, again, whole[0][3 * first :]))
 
 
 # compilation ------------------------------------------------------------------------------------------------
@@ -327,6 +364,7 @@ def refused(run_main, capsys, *flags, run="run"):
     (["--steps=1", "--resume=yes"], "no usable checkpoint"),
     (["--steps=1", "--compare=nowhere"], "no such run"),
     (["nowhere.py", "--steps=1"], "no such override file"),
+    (["--tokens=1e300"], "must be at most 1000000000000000.0"),
 ))
 def test_bad_settings_are_refused_before_anything_is_written(run_main, capsys, tmp_path, flags, message):
     assert message in refused(run_main, capsys, *flags)
@@ -364,12 +402,22 @@ def test_resuming_with_another_seed_is_said_aloud(run_main, capsys):
     assert "another seed: the data order changes here" in capsys.readouterr().err
 
 
-def test_a_token_beyond_the_vocabulary_in_a_corpus_too_large_to_check(run_main, capsys, corpus, tmp_path, monkeypatch):
+@pytest.mark.parametrize("split, name", (("train", "training"), ("val", "validation")))
+def test_a_token_beyond_the_vocabulary_in_a_corpus_too_large_to_check(run_main, capsys, corpus, tmp_path, monkeypatch, split, name):
     shutil.copytree(corpus, tmp_path / "large")
-    with open(tmp_path / "large" / "train.bin", "r+b") as file:
-        file.write(b"\xff\xff" * 5000)
+    with open(tmp_path / "large" / f"{split}.bin", "r+b") as file:
+        file.write(b"\xff\xff" * 3000)
     monkeypatch.setattr(data, "CHECKED", 0)
-    assert "the training split holds token 65535" in refused(run_main, capsys, "--steps=100", f"--corpus={tmp_path / 'large'}")
+    assert f"the {name} split holds token 65535" in refused(run_main, capsys, "--steps=100", f"--corpus={tmp_path / 'large'}")
+    assert split == "train" or not (tmp_path / "run").exists()
+
+
+def test_nothing_to_do_changes_nothing(run_main, capsys):
+    run = run_main("--steps=5")
+    before = {p.name: p.read_text() for p in run.iterdir() if p.suffix in (".json", ".jsonl")}
+    run_main("--steps=4", "--resume=auto")
+    assert "nothing to do" in capsys.readouterr().out
+    assert {p.name: p.read_text() for p in run.iterdir() if p.suffix in (".json", ".jsonl")} == before
 
 
 def test_loss_that_is_not_finite_stops_and_keeps_the_good_checkpoint(run_main, capsys):
@@ -402,7 +450,8 @@ def test_learning_rates():
     assert wsd[79] == 1 and wsd[99] == pytest.approx(0.1) and wsd[89] == pytest.approx(0.1**0.5)  # exponential
     cfg.decay = 0.2  # the same as a share
     assert wsd == [train.learning_rate(cfg, s, 100) for s in range(100)]
-    assert train.learning_rate(cfg, 2, 3) > 0  # more warm-up than steps: no decay, no failure
+    short = [train.learning_rate(cfg, s, 12) for s in range(12)]  # the share gives way to the warm-up
+    assert short[:10] == wsd[:10] and short[-1] == pytest.approx(0.1) and train.learning_rate(cfg, 2, 3) > 0
     cfg.lr_schedule = "constant"
     assert train.learning_rate(cfg, 99, 100) == 1
 
