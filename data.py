@@ -265,7 +265,8 @@ def load_corpus(folder):
     """Open a prepared corpus after checking size, dtype and checksum; raises ValueError or FileNotFoundError."""
     folder = Path(folder)
     if not (folder / "meta.json").is_file():
-        raise FileNotFoundError(f"no corpus in '{folder}'; prepare one with: python data.py {folder.name}")
+        raise FileNotFoundError(f"no corpus in '{folder}'; prepare one with: python data.py "
+                                + (folder.name if folder.name in ("docs", "shakespeare") else f"FILE --name={folder.name}"))
     try:
         meta = json.loads((folder / "meta.json").read_text())
         dtype = {"uint16": np.dtype(np.uint16), "uint32": np.dtype(np.uint32)}[meta["dtype"]]

@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import inspect
 import json
 import math
 import os
@@ -35,6 +36,9 @@ from model import ModelConfig, Transformer, checkpoints, file_digest, ladder, lo
 # Dense bf16 peak in FLOP/s, for MFU: the first name that occurs in the device's.
 PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "GH200": 989e12, "H200": 989e12, "B200": 2250e12,
         "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+
+# The rotary tables never change: no need to broadcast them. Newer torch calls that setting by another name.
+BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters else "broadcast_buffers"
 
 VALIDATION_SEED = 2**63  # beyond every training seed: all runs are validated with the same noise
 
@@ -535,7 +539,9 @@ def main():
     objective = plain = Objective(network, posterior=cfg.loss == "paper")
     if world > 1:
         objective = DistributedDataParallel(objective, device_ids=[device] if device.type == "cuda" else None,
-                                            broadcast_buffers=False, gradient_as_bucket_view=True)
+                                            gradient_as_bucket_view=True, **{BUFFERS: False})
+    if cfg.compile and first_step < steps:
+        say("the first step compiles the model, which takes up to a minute on a CPU", flush=True)
     if cfg.compile:  # around DDP: its buckets then split the backward graph, and communication overlaps
         objective = torch.compile(objective, dynamic=False, fullgraph=world == 1)
     dtype = torch.bfloat16 if cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and has_bf16(device)) else torch.float32
@@ -562,7 +568,7 @@ def main():
     say(f"{steps:,} steps of {tokens_per_step:,} tokens: {steps * tokens_per_step:,} tokens, "
         f"{steps * cfg.batch_size / blocks.n:.2f} epochs of {blocks.n * cfg.block_len:,}")
     if record:
-        changed = [f"{k} {v} → {getattr(cfg, k)}" for k, v in record["settings"].items() if getattr(cfg, k, v) != v and k != "resume"]
+        changed = [f"{k} {v!r} → {getattr(cfg, k)!r}" for k, v in record["settings"].items() if getattr(cfg, k, v) != v and k != "resume"]
         say(f"resumed from {folder}" + (f"; changed settings: {', '.join(changed)}" if changed else ""))
 
     def log(step, **values):
