@@ -439,7 +439,7 @@ def test_load_refuses(tmp_path, damage, message):
 
 
 def test_load_refuses_a_missing_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no corpus in .*absent'; prepare one with: python data.py absent"):
+    with pytest.raises(FileNotFoundError, match="no corpus in .*absent'; prepare one with: python data.py FILE --name=absent"):
         data.load_corpus(tmp_path / "absent")
     with pytest.raises(FileNotFoundError, match="no corpus in"):
         data.load_corpus(tmp_path)  # a folder, but nothing in it
