@@ -399,6 +399,36 @@ def test_moving_gaussian_quantile_inverts_its_distribution(mean, sigma):
 
 
 def test_gathered_head_equals_the_full_head():
+    """Loss and gradients of the gathered rows against softmax over every position, in fp64."""
+    torch.manual_seed(0)
+    hidden = torch.randn(4, 16, 8, dtype=torch.float64, requires_grad=True)
+    head = torch.randn(64, 8, dtype=torch.float64, requires_grad=True)
+    p = d.Process("masked", 50, 50, 16)
+    rows = d.step_rows(p, 0, 4)
+    x = np.random.default_rng(0).integers(0, 50, (4, 17))
+    batch = d.make_batch(p, x, rows, rows.deal(0, 1))
+    model = SimpleNamespace(config=SimpleNamespace(n_vocab=50), head=head)
+
+    class Network:
+        config, head = model.config, model.head
+
+        def __call__(self, tokens, time, keep, index):
+            return hidden.flatten(0, 1)[index]
+
+    tensors = d.Batch(*(None if a is None else torch.from_numpy(np.ascontiguousarray(a)) for a in batch))
+    loss = d.loss_parts(Network(), tensors).sum()
+    got = torch.autograd.grad(loss, (hidden, head))
+    logits = (hidden @ head[:50].T).log_softmax(-1)  # excluded columns left out instead of masked
+    nats = -logits.gather(-1, torch.tensor(x[:, 1:, None]))[..., 0]
+    weight = torch.tensor(np.where(batch.tokens == 50, 1 / rows.count[:, None] / 4, 0.0))  # linear: mean over masked, mean over rows
+    full = (nats * weight).sum()
+    assert loss.item() == pytest.approx(full.item(), rel=1e-6)
+    for a, b in zip(got, torch.autograd.grad(full, (hidden, head))):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    assert (got[1][50:] == 0).all()
+
+
+def test_gathered_network_equals_the_full_one():
     """Loss and every gradient of the gathered rows against a network and softmax over all positions."""
     torch.manual_seed(0)
     network = Transformer(ModelConfig(2, 2, 2, 8, 16, 64, 50, 50, 16, causal=False, init_std=0.3)).init_weights()
@@ -414,9 +444,9 @@ def test_gathered_head_equals_the_full_head():
     nats = -logits.gather(-1, torch.tensor(x[:, 1:, None]))[..., 0]
     weight = torch.tensor(np.where(batch.tokens == 50, 1 / rows.count[:, None] / 16, 0.0))  # linear: mean over masked, mean over rows
     full = (nats * weight).sum()
-    assert loss.item() == pytest.approx(full.item(), rel=1e-5)
+    assert loss.item() == pytest.approx(full.item(), rel=1e-6)
     for a, b in zip(got, torch.autograd.grad(full, list(network.parameters())), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert (got[0][51:] == 0).all()  # the embedding's padding, which is the head's too
 
 
