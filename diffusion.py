@@ -285,18 +285,19 @@ def weigh(*parts):
 # ---------------------------------------------------------------------------------------------------- losses
 
 
-def loss_parts(model, batch, posterior=False):
-    """The P parts of the loss, (P,) fp32, whose sum is the loss in nats per token.
+def loss_and_parts(model, batch, posterior=False):
+    """The loss in nats per token, () fp32, and without gradients the P parts whose sum it is, (P,).
 
     `posterior`: for the uniform bound of a network that was trained with the `paper` loss.
     """
     hidden = model(batch.tokens, batch.time, batch.keep, batch.index).flatten(0, -2)  # (C, D)
     n_vocab = model.config.n_vocab
+    weights = batch.weights.sum(1)
     if batch.beta is None:
-        nats = linear_cross_entropy(hidden, model.head, batch.targets, n_vocab)
+        loss, nats = linear_cross_entropy(hidden, model.head, batch.targets, weights, n_vocab)
     else:
-        nats = linear_uniform_bound(hidden, model.head, batch.noisy, batch.targets, batch.beta, n_vocab, posterior)
-    return (nats[:, None] * batch.weights).sum(0)
+        loss, nats = linear_uniform_bound(hidden, model.head, batch.noisy, batch.targets, batch.beta, weights, n_vocab, posterior)
+    return loss, (nats[:, None] * batch.weights).sum(0)
 
 
 # -------------------------------------------------------------------------------------------- reverse steps

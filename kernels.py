@@ -1,12 +1,63 @@
-"""The operations where speed and memory are decided, as plain PyTorch for torch.compile to fuse.
+"""The operations where speed and memory are decided: LM head with loss, and attention.
 
-Each takes the hidden states of just the positions that count, multiplies by the LM head and reduces
-over the vocabulary. Columns at and above `n_vocab` (mask token, padding) are excluded from every
-softmax, so no probability is ever spent on them.
+A kernel here is three things side by side: a short PyTorch reference, which torch.compile fuses and which
+runs on CPUs and where Triton is missing; the Triton kernel; and a `torch.library.custom_op` through which
+autograd, torch.compile, DDP and FSDP see it. Only what Inductor cannot do for itself is written by hand:
+it would keep the logits, their fp32 copy and their gradient; here each chunk of logits exists once, and
+the gradient is written over it.
+
+Columns at and above `n_vocab` (mask token, padding) are excluded from every softmax, so no probability is
+ever spent on them.
 """
+
+import contextlib
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no kernels then, only references
+    triton = None
+
+
+def has_kernels(tensor):
+    """Whether the Triton kernels can run where `tensor` is."""
+    return triton is not None and tensor.is_cuda
+
+
+# ------------------------------------------------------------------------------------- head and loss in one
+# Both losses return (Σ weights·nats, nats): the first in fp32 and differentiable by the hidden states and
+# the head, the second (C,) fp32 for statistics only.
+
+
+def linear_cross_entropy(hidden, head, targets, weights, n_vocab):
+    """−log softmax(hidden headᵀ)[target] over the text tokens, in nats, and its weighted sum.
+
+    hidden (C, D), head (V_padded, D), targets (C,), weights (C,) → () and (C,) fp32.
+    """
+    if has_kernels(hidden):
+        return head_loss_of(hidden, head, targets, weights, None, None, n_vocab, False)
+    nats = F.cross_entropy(head_logits(hidden, head, n_vocab), targets, reduction="none")
+    return (nats * weights).sum(), nats.detach()
+
+
+def linear_uniform_bound(hidden, head, z, x, beta, weights, n_vocab, posterior):
+    """The integrand of the uniform-diffusion bound without its factor −α′/(Vα), in nats (SPEC §6), and its weighted sum.
+
+    hidden (C, D); z, x (C,) noisy and true tokens; beta (C,) = Vα/(1−α). `posterior`: the network was
+    trained with cross-entropy, so its logits are the full posterior's; the bound wants the
+    leave-one-out posterior, which lies log(1+β) lower at the noisy token. Returns () and (C,) fp32.
+    """
+    if has_kernels(hidden):
+        return head_loss_of(hidden, head, x, weights, z, beta, n_vocab, posterior)
+    logits = head_logits(hidden, head, n_vocab)
+    if posterior:
+        logits = logits.scatter_add(1, z[:, None], -torch.log1p(beta)[:, None])
+    nats = uniform_bound(F.softmax(logits, dim=-1)[:, :n_vocab], z, x, beta)
+    return (nats * weights).sum(), nats.detach()
 
 
 def head_logits(hidden, head, n_vocab):
@@ -14,24 +65,6 @@ def head_logits(hidden, head, n_vocab):
     logits = F.linear(hidden, head).float()
     excluded = torch.arange(logits.shape[-1], device=logits.device) >= n_vocab
     return logits.masked_fill(excluded, float("-inf"))
-
-
-def linear_cross_entropy(hidden, head, targets, n_vocab):
-    """−log softmax(hidden headᵀ)[target] over the text tokens, in nats. hidden (C, D), targets (C,) → (C,) fp32."""
-    return F.cross_entropy(head_logits(hidden, head, n_vocab), targets, reduction="none")
-
-
-def linear_uniform_bound(hidden, head, z, x, beta, n_vocab, posterior):
-    """The integrand of the uniform-diffusion bound without its factor −α′/(Vα), in nats (SPEC §6).
-
-    hidden (C, D); z, x (C,) noisy and true tokens; beta (C,) = Vα/(1−α). `posterior`: the network was
-    trained with cross-entropy, so its logits are the full posterior's; the bound wants the
-    leave-one-out posterior, which lies log(1+β) lower at the noisy token. Returns (C,) fp32.
-    """
-    logits = head_logits(hidden, head, n_vocab)
-    if posterior:
-        logits = logits.scatter_add(1, z[:, None], -torch.log1p(beta)[:, None])
-    return uniform_bound(F.softmax(logits, dim=-1)[:, :n_vocab], z, x, beta)
 
 
 def uniform_bound(probs, z, x, beta):
@@ -48,3 +81,250 @@ def uniform_bound(probs, z, x, beta):
     kept = (-(n_vocab - 1) * log_beta - log_u_sum + n_vocab * log_z + (n_vocab + beta) * (beta - bz) / (1 + bz)) / (1 + beta)
     moved = (1 + beta) * log_beta - log_u_sum - beta * log_x + (n_vocab + beta) * (log_z - bz / (1 + bz))
     return torch.where(z == x, kept, moved)
+
+
+# Rows whose logits exist at one time: enough for the matrix products to be efficient, 2.4 GB in bf16 at GPT-2's vocabulary.
+CHUNK = 24_576
+
+if triton is not None:
+
+    @triton.jit
+    def text_logits(logits, column, width: tl.constexpr, n_vocab: tl.constexpr):
+        """Logits of one row in fp32, −∞ beyond the text tokens. The width is a multiple of 64, n_vocab odd as often
+        as not: a load masked by the width goes by 16 bytes, one masked by n_vocab by 2."""
+        y = tl.load(logits + column, mask=column < width, other=-float("inf")).to(tl.float32)
+        return tl.where(column < n_vocab, y, -float("inf"))
+
+    @triton.jit
+    def cross_entropy_rows(logits, targets, weights, nats, width: tl.constexpr, n_vocab: tl.constexpr,
+                           BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
+        """nats = logsumexp − logit[target] of one row; then, over the logits, weight·(softmax − one-hot)."""
+        row = tl.program_id(0).to(tl.int64)  # row·width passes 2³¹ near row 42 700 of a GPT-2 vocabulary
+        logits += row * width
+        lane = tl.arange(0, BLOCK)
+        top, total = -float("inf"), 0.0  # online softmax: Σ exp(logit − top)
+        for start in range(0, n_vocab, BLOCK):
+            y = text_logits(logits, start + lane, width, n_vocab)
+            new = tl.maximum(top, tl.max(y, 0))
+            total = total * tl.exp(top - new) + tl.sum(tl.exp(y - new), 0)
+            top = new
+        lse = top + tl.log(total)
+        target = tl.load(targets + row)
+        tl.store(nats + row, lse - tl.load(logits + target).to(tl.float32))
+        if BACKWARD:
+            tl.debug_barrier()  # the target's logit is read before another thread overwrites it
+            weight = tl.load(weights + row)
+            for start in range(0, width, BLOCK):
+                column = start + lane
+                y = text_logits(logits, column, width, n_vocab)
+                gradient = weight * (tl.exp(y - lse) - tl.where(column == target, 1.0, 0.0))
+                tl.store(logits + column, gradient.to(logits.dtype.element_ty), mask=column < width)
+
+    @triton.jit
+    def log1p(y):
+        """log(1 + y) for y ≥ 0, to rounding: below 0.4 by 2·atanh(y/(2 + y))'s series (the plain logarithm is coarse near 1)."""
+        s = y / (2.0 + y)
+        q = s * s
+        series = 2.0 * s * (1.0 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11))))))
+        return tl.where(y < 0.4, series, tl.log(1.0 + y))
+
+    @triton.jit
+    def uniform_bound_rows(logits, targets, weights, noisy, betas, nats, width: tl.constexpr, n_vocab: tl.constexpr,
+                           POSTERIOR: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
+        """`uniform_bound` of one row; then its gradient over the logits.
+
+        The bound depends on the probabilities p through S = Σ log(1+βp_j), p_z and p_x. With g_j its derivative
+        by p_j, that by logit j is p_j·(g_j − Σ_k p_k g_k). A constant may be left out of g: of S's share
+        β/(1+βp_j), β itself where β is small, so that the difference loses no digits.
+        """
+        row = tl.program_id(0).to(tl.int64)
+        logits += row * width
+        lane = tl.arange(0, BLOCK)
+        x, z, beta = tl.load(targets + row), tl.load(noisy + row), tl.load(betas + row)
+        log_beta = log1p(beta)
+        shift = log_beta if POSTERIOR else 0.0  # what logit z loses
+        top, total = -float("inf"), 0.0
+        for start in range(0, n_vocab, BLOCK):
+            column = start + lane
+            y = text_logits(logits, column, width, n_vocab)
+            y = tl.where(column == z, y - shift, y)
+            new = tl.maximum(top, tl.max(y, 0))
+            total = total * tl.exp(top - new) + tl.sum(tl.exp(y - new), 0)
+            top = new
+        lse = top + tl.log(total)
+        S, T = 0.0, 0.0  # T = Σ_k p_k times S's share of g_k
+        for start in range(0, n_vocab, BLOCK):
+            column = start + lane
+            y = text_logits(logits, column, width, n_vocab)
+            p = tl.exp(tl.where(column == z, y - shift, y) - lse)
+            S += tl.sum(log1p(beta * p), 0)
+            T += tl.sum(p * beta * tl.where(beta < 1.0, -beta * p, 1.0) / (1.0 + beta * p), 0)
+        pz = tl.exp(tl.load(logits + z).to(tl.float32) - shift - lse)
+        px = tl.exp(tl.load(logits + x).to(tl.float32) - tl.where(x == z, shift, 0.0) - lse)
+        bz, bx = beta * pz, beta * px
+        log_z, V = log1p(bz), n_vocab * 1.0
+        kept = (-(V - 1.0) * log_beta - S + V * log_z + (V + beta) * (beta - bz) / (1.0 + bz)) / (1.0 + beta)
+        moved = (1.0 + beta) * log_beta - S - beta * log1p(bx) + (V + beta) * (log_z - bz / (1.0 + bz))
+        stays = z == x
+        tl.store(nats + row, tl.where(stays, kept, moved))
+        if BACKWARD:
+            tl.debug_barrier()
+            by_S = tl.where(stays, -1.0 / (1.0 + beta), -1.0)
+            by_z = tl.where(stays, -beta * beta * (V * (1.0 - pz) + 1.0 + beta) / ((1.0 + beta) * (1.0 + bz) * (1.0 + bz)),
+                            (V + beta) * beta * bz / ((1.0 + bz) * (1.0 + bz)))
+            by_x = tl.where(stays, 0.0, -beta * beta / (1.0 + bx))
+            mean = by_S * T + pz * by_z + px * by_x  # Σ_k p_k g_k
+            weight = tl.load(weights + row)
+            for start in range(0, width, BLOCK):
+                column = start + lane
+                y = text_logits(logits, column, width, n_vocab)
+                p = tl.exp(tl.where(column == z, y - shift, y) - lse)
+                by_p = beta * tl.where(beta < 1.0, -beta * p, 1.0) / (1.0 + beta * p)
+                g = by_S * by_p + tl.where(column == z, by_z, 0.0) + tl.where(column == x, by_x, 0.0)
+                tl.store(logits + column, (weight * p * (g - mean)).to(logits.dtype.element_ty), mask=column < width)
+
+    @triton.jit
+    def greedy_rows(logits, tokens, probs, width: tl.constexpr, n_vocab: tl.constexpr, BLOCK: tl.constexpr):
+        """The likeliest token of one row and its probability; the first of equals."""
+        row = tl.program_id(0).to(tl.int64)
+        logits += row * width
+        lane = tl.arange(0, BLOCK)
+        top, total, token = -float("inf"), 0.0, 0
+        for start in range(0, n_vocab, BLOCK):
+            y = text_logits(logits, start + lane, width, n_vocab)
+            here = tl.max(y, 0)
+            token = tl.where(here > top, start + tl.argmax(y, 0), token)
+            new = tl.maximum(top, here)
+            total = total * tl.exp(top - new) + tl.sum(tl.exp(y - new), 0)
+            top = new
+        tl.store(tokens + row, token)
+        tl.store(probs + row, 1.0 / total)
+
+
+def launch(width):
+    """Block size and warps for rows of `width` columns."""
+    block = min(4096, triton.next_power_of_2(width))
+    return dict(BLOCK=block, num_warps=max(1, min(8, block // 512)))
+
+
+@torch.library.custom_op("nanoquokka::head_loss", mutates_args=())
+def head_loss(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, noisy: torch.Tensor | None,
+              beta: torch.Tensor | None, n_vocab: int, posterior: bool, backward: bool,
+              ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Loss, nats and the loss's gradients by `hidden` and `head` (empty without `backward`), a chunk of rows at a time.
+
+    The library multiplies; one program per row reduces its logits and writes their gradient over them. The
+    weights are folded in there, before the product that sums over rows. noisy, beta: of the uniform bound.
+    """
+    rows, width = hidden.shape[0], head.shape[0]
+    targets, weights, noisy, beta = (t if t is None else t.contiguous() for t in (targets, weights, noisy, beta))
+    loss, nats, grad_hidden, grad_head = empty_results(hidden, head, backward)
+    chunk = -(-rows // max(1, -(-rows // CHUNK)))  # chunks of equal size
+    logits = hidden.new_empty(chunk, width)
+    for start in range(0, rows, max(1, chunk)):
+        part = slice(start, min(start + chunk, rows))
+        some = logits[: part.stop - start]
+        torch.mm(hidden[part], head.t(), out=some)
+        if noisy is None:
+            cross_entropy_rows[(len(some),)](some, targets[part], weights[part], nats[part], width, n_vocab, backward, **launch(width))
+        else:
+            uniform_bound_rows[(len(some),)](some, targets[part], weights[part], noisy[part], beta[part], nats[part],
+                                             width, n_vocab, posterior, backward, **launch(width))
+        if backward:
+            torch.mm(some, head, out=grad_hidden[part])
+            torch.addmm(grad_head, some.t(), hidden[part], beta=float(start > 0), out=grad_head)  # β = 0 ignores what was there
+    if backward and rows == 0:
+        grad_head.zero_()
+    return torch.dot(nats, weights, out=loss), nats, grad_hidden, grad_head
+
+
+def empty_results(hidden, head, backward):
+    return (hidden.new_empty((), dtype=torch.float32), hidden.new_empty(hidden.shape[0], dtype=torch.float32),
+            torch.empty_like(hidden, memory_format=torch.contiguous_format) if backward else hidden.new_empty(0),
+            torch.empty_like(head, memory_format=torch.contiguous_format) if backward else hidden.new_empty(0))
+
+
+@head_loss.register_fake
+def _(hidden, head, targets, weights, noisy, beta, n_vocab, posterior, backward):
+    return empty_results(hidden, head, backward)
+
+
+def keep_gradients(ctx, inputs, output):
+    ctx.save_for_backward(*output[2:])
+
+
+def scale_gradients(ctx, by_loss, *_):
+    grad_hidden, grad_head = ctx.saved_tensors
+    return by_loss * grad_hidden, by_loss * grad_head, *(None,) * 7
+
+
+head_loss.register_autograd(scale_gradients, setup_context=keep_gradients)
+
+
+def head_loss_of(hidden, head, targets, weights, noisy, beta, n_vocab, posterior):
+    """`head_loss` in autocast's precision, with gradients if anything wants them."""
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, head = hidden.to(dtype), head.to(dtype)
+    backward = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
+    loss, nats, *_ = head_loss(hidden, head, targets, weights.float(), noisy, beta, n_vocab, posterior, backward)
+    return loss, nats.detach()
+
+
+def linear_greedy(hidden, head, n_vocab):
+    """The likeliest text token at each position and its probability. hidden (C, D) → (C,) int64 and (C,) fp32. No gradients."""
+    if has_kernels(hidden):
+        return head_greedy(hidden.detach(), head.detach(), n_vocab)
+    probs, tokens = F.softmax(head_logits(hidden.detach(), head.detach(), n_vocab), dim=-1).max(-1)
+    return tokens, probs
+
+
+@torch.library.custom_op("nanoquokka::head_greedy", mutates_args=())
+def head_greedy(hidden: torch.Tensor, head: torch.Tensor, n_vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`linear_greedy` without ever forming probabilities, a chunk of rows at a time."""
+    tokens, probs = hidden.new_empty(len(hidden), dtype=torch.int64), hidden.new_empty(len(hidden), dtype=torch.float32)
+    for start in range(0, len(hidden), CHUNK):
+        logits = hidden[start : start + CHUNK] @ head.t()
+        greedy_rows[(len(logits),)](logits, tokens[start:], probs[start:], head.shape[0], n_vocab, **launch(head.shape[0]))
+    return tokens, probs
+
+
+@head_greedy.register_fake
+def _(hidden, head, n_vocab):
+    return hidden.new_empty(len(hidden), dtype=torch.int64), hidden.new_empty(len(hidden), dtype=torch.float32)
+
+
+# --------------------------------------------------------------------------------------------------- attention
+
+
+def attention(q, k, v, mask, causal, dropout):
+    """Softmax attention. q, k, v (B, H, L, head_dim); mask (B, 1, 1, L) bool or None → (B, H, L, head_dim).
+
+    On a CPU torch's flash attention is made for long rows: short ones are faster by plain products, which
+    torch.compile fuses with the softmax (a quarter of the time at 64 tokens, equal near 256).
+    """
+    L = q.shape[-2]
+    if q.is_cuda or L > 128 or dropout:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if causal:
+        mask = torch.ones(L, L, dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1).to(v.dtype) @ v
+
+
+def preferring_cudnn(device):
+    """A context in which attention goes to cuDNN on Hopper and later: about 1.5× FlashAttention-2 there."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return contextlib.nullcontext()
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True)
+
+
+def attention_backend(q, causal):
+    """The name of the implementation that torch picks for queries, keys and values like q (B, H, L, head_dim) without mask."""
+    if not q.is_cuda and q.shape[-2] <= 128:
+        return "plain products"
+    choice = torch._fused_sdp_choice(q, q, q, is_causal=causal)  # the very function that the dispatcher asks
+    return next((name for name, backend in SDPBackend.__members__.items() if int(backend) == choice), str(choice))

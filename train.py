@@ -166,14 +166,14 @@ class Config:
 
 
 class Objective(nn.Module):
-    """The network with its loss, as one module for DDP and torch.compile. Batch → (P,) parts of the loss."""
+    """The network with its loss, as one module for DDP and torch.compile. Batch → loss (), its parts (P,)."""
 
     def __init__(self, network, posterior):
         super().__init__()
         self.network, self.posterior = network, posterior
 
     def forward(self, batch):
-        return diffusion.loss_parts(self.network, batch, self.posterior)
+        return diffusion.loss_and_parts(self.network, batch, self.posterior)
 
 
 # ----------------------------------------------------------------------------------------- the user's files
@@ -358,7 +358,7 @@ def evaluate(objective, process, blocks, n_rows, micro, rank, world, device, aut
         which = np.concatenate((which, np.full(micro - len(which), n_rows - 1)))
         batch = diffusion.make_batch(process, blocks.read(ids[which]), rows, which, valid, parts / n_rows)
         with autocast():
-            total = total + objective(to_device(to_tensors(batch, False), device)).double()
+            total = total + objective(to_device(to_tensors(batch, False), device))[1].double()
     objective.train()
     if world > 1:
         dist.all_reduce(total)
@@ -639,9 +639,9 @@ def main():
             last = part == accumulation - 1
             with contextlib.nullcontext() if world == 1 or last else objective.no_sync():
                 with autocast():
-                    parts = objective(batch)
-                (parts.sum() * world).backward()  # DDP averages over ranks; the weights already do
-            recent[step - flushed - 1, :n_parts] += parts.detach()
+                    loss, parts = objective(batch)
+                (loss * world).backward()  # DDP averages over ranks; the weights already do
+            recent[step - flushed - 1, :n_parts] += parts
         norm = nn.utils.clip_grad_norm_(network.parameters(), cfg.clip or math.inf)
         recent[step - flushed - 1, n_parts] = norm
         optimizer.step()

@@ -71,7 +71,7 @@ def estimate(p, denoiser, posterior=False, groups=40, n_rows=1500, progress=0.5)
         batch = d.Batch(*(None if a is None else torch.from_numpy(np.ascontiguousarray(a)) for a in batch))
         # relative to this group's own log-likelihood: takes the noise of drawing x out
         surprise = -np.log([P[int(i)] for i in (x * V ** np.arange(L)[::-1]).sum(1)]).mean() / L
-        values.append(d.loss_parts(denoiser, batch, posterior).sum().item() - surprise + H)
+        values.append(d.loss_and_parts(denoiser, batch, posterior)[0].item() - surprise + H)
     return np.mean(values), np.std(values, ddof=1) / math.sqrt(groups)
 
 
@@ -416,7 +416,7 @@ def test_gathered_head_equals_the_full_head():
             return hidden.flatten(0, 1)[index]
 
     tensors = d.Batch(*(None if a is None else torch.from_numpy(np.ascontiguousarray(a)) for a in batch))
-    loss = d.loss_parts(Network(), tensors).sum()
+    loss = d.loss_and_parts(Network(), tensors)[0]
     got = torch.autograd.grad(loss, (hidden, head))
     logits = (hidden @ head[:50].T).log_softmax(-1)  # excluded columns left out instead of masked
     nats = -logits.gather(-1, torch.tensor(x[:, 1:, None]))[..., 0]
@@ -438,7 +438,7 @@ def test_gathered_network_equals_the_full_one():
     batch = d.make_batch(p, x, rows, rows.deal(0, 1))
     assert len(batch.index) < 16 * 16  # some positions are left out, some of those kept only fill up
     tensors = d.Batch(*(None if a is None else torch.from_numpy(np.ascontiguousarray(a)) for a in batch))
-    loss = d.loss_parts(network, tensors).sum()
+    loss = d.loss_and_parts(network, tensors)[0]
     got = torch.autograd.grad(loss, list(network.parameters()))
     logits = (network(tensors.tokens) @ network.head[:50].T).log_softmax(-1)  # excluded columns left out instead of masked
     nats = -logits.gather(-1, torch.tensor(x[:, 1:, None]))[..., 0]

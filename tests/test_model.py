@@ -363,7 +363,7 @@ def measure_flops(model, rows, share):
         index = None if share == 1 else torch.arange(int(share * rows * length))
         hidden = model(tokens(rows, length), index=index).flatten(0, -2)
         targets = torch.zeros(len(hidden), dtype=torch.long)
-        kernels.linear_cross_entropy(hidden, model.head, targets, 100).sum().backward()
+        kernels.linear_cross_entropy(hidden, model.head, targets, torch.ones(len(targets)), 100)[0].backward()
     by_operation = counter.get_flop_counts()["Global"]
     return counter.get_total_flops() / (rows * length), by_operation[torch.ops.aten.bmm] / (rows * length)
 
@@ -396,9 +396,10 @@ def test_the_head_spends_no_probability_on_mask_and_padding(n_vocab, padded):
     assert (logits[:, n_vocab:] == -math.inf).all()
     text = hidden @ model.head[:n_vocab].T
     torch.testing.assert_close(logits[:, :n_vocab], text)
-    loss = kernels.linear_cross_entropy(hidden, model.head, targets, n_vocab)
-    torch.testing.assert_close(loss, F.cross_entropy(text, targets, reduction="none"))
-    loss.sum().backward()
+    loss, nats = kernels.linear_cross_entropy(hidden, model.head, targets, torch.arange(7.0), n_vocab)
+    torch.testing.assert_close(nats, F.cross_entropy(text, targets, reduction="none"))
+    torch.testing.assert_close(loss, (nats * torch.arange(7.0)).sum())
+    loss.backward()
     assert (model.head.grad[n_vocab:] == 0).all() and model.head.grad[:n_vocab].isfinite().all()
 
 
