@@ -187,7 +187,7 @@ class Batch(NamedTuple):
     weights: np.ndarray  # (C, P) fp32: P parts of the loss, each Σ weight·(nats at the position)
     index: np.ndarray | None = None  # (C,) positions in the flattened batch
     time: np.ndarray | None = None  # (B,) for networks with a time embedding
-    keep: np.ndarray | None = None  # (B, L) False past a short row's end
+    documents: np.ndarray | None = None  # (B, L) attention stays within equal ids: a short row's end is a document of its own
     noisy: np.ndarray | None = None  # (C,) z, for the uniform bound only
     beta: np.ndarray | None = None  # (C,) Vα/(1−α), likewise
 
@@ -201,7 +201,7 @@ def make_batch(p, x, rows, which, valid=None, spacing=None):
     B, L = x.shape[0], p.block_len
     sample, t, length = rows.sample[which], rows.t[which], rows.length[which]
     inside = np.arange(L) < length[:, None]  # (B, L)
-    keep = inside if p.short_rows else None
+    documents = (~inside).astype(np.int32) if p.short_rows else None
     live = inside if valid is None else inside & valid[:, None]
     total = rows.length.sum()  # tokens of the global batch
     if p.objective == "ar":
@@ -211,7 +211,7 @@ def make_batch(p, x, rows, which, valid=None, spacing=None):
     if p.objective == "masked":
         noisy, weight = masked_weights(p, rows, which, bits, inside)
         weight = weight / (rows.count.sum() if p.loss == "maskgit" else total)
-        return pack(p, x, noisy, live * weight[:, None], keep, capacity(p, B, spacing))
+        return pack(p, x, noisy, live * weight[:, None], documents, capacity(p, B, spacing))
     drawn = random_bits(p.seed, REPLACE, sample, L) >> np.uint64(32)
     drawn = (drawn * np.uint64(p.n_vocab) >> np.uint64(32)).astype(np.int64)  # uniform over the text tokens
     time = t.astype(np.float32)
@@ -219,7 +219,7 @@ def make_batch(p, x, rows, which, valid=None, spacing=None):
         noisy, weight = masked_weights(p, rows, which, bits, inside)
         clean_total = max(1, (rows.length - rows.count).sum())
         parts = live * noisy * weight[:, None] / total, live * ~noisy / clean_total
-        return Batch(np.where(noisy, drawn, x), x.reshape(-1), weigh(*(part / 2 for part in parts)), time=time, keep=keep)
+        return Batch(np.where(noisy, drawn, x), x.reshape(-1), weigh(*(part / 2 for part in parts)), time=time, documents=documents)
     s = schedule(p.schedule)
     ratio = s.r(t)
     alpha = np.maximum(1 - ratio, 1e-6)  # the integrand is O(α) there; the floors keep its factors finite
@@ -227,7 +227,7 @@ def make_batch(p, x, rows, which, valid=None, spacing=None):
     z = np.where(noisy, drawn, x)
     weight = s.dr(t) / (p.n_vocab * alpha) / (total * time_density(p, t, rows.mean))
     beta = np.repeat(p.n_vocab * alpha / np.maximum(ratio, 1e-9), L).astype(np.float32)
-    return Batch(z, x.reshape(-1), weigh(live * weight[:, None]), time=time, keep=keep, noisy=z.reshape(-1), beta=beta)
+    return Batch(z, x.reshape(-1), weigh(live * weight[:, None]), time=time, documents=documents, noisy=z.reshape(-1), beta=beta)
 
 
 def masked_weights(p, rows, which, bits, inside):
@@ -265,7 +265,7 @@ def exactly(bits, count, inside):
     return (keys <= threshold) & inside
 
 
-def pack(p, x, noisy, weight, keep, room):
+def pack(p, x, noisy, weight, documents, room):
     """A masked Batch: only the masked positions, padded with weight 0 to a size known at compile time."""
     index = np.flatnonzero(noisy)
     if len(index) > room:
@@ -274,7 +274,7 @@ def pack(p, x, noisy, weight, keep, room):
     padded[: len(index)] = index
     weights = np.zeros(room)
     weights[: len(index)] = weight.reshape(-1)[index]
-    return Batch(np.where(noisy, p.mask_id, x), x.reshape(-1)[padded], weigh(weights), index=padded, keep=keep)
+    return Batch(np.where(noisy, p.mask_id, x), x.reshape(-1)[padded], weigh(weights), index=padded, documents=documents)
 
 
 def weigh(*parts):
@@ -285,18 +285,17 @@ def weigh(*parts):
 # ---------------------------------------------------------------------------------------------------- losses
 
 
-def loss_and_parts(model, batch, posterior=False):
+def loss_and_parts(hidden, head, batch, n_vocab, posterior=False):
     """The loss in nats per token, () fp32, and without gradients the P parts whose sum it is, (P,).
 
-    `posterior`: for the uniform bound of a network that was trained with the `paper` loss.
+    hidden: the network's, (B, L, D) or (C, D); head (V_padded, D). `posterior`: for the uniform bound of a
+    network that was trained with the `paper` loss.
     """
-    hidden = model(batch.tokens, batch.time, batch.keep, batch.index).flatten(0, -2)  # (C, D)
-    n_vocab = model.config.n_vocab
-    weights = batch.weights.sum(1)
+    hidden, weights = hidden.flatten(0, -2), batch.weights.sum(1)  # (C, D), (C,)
     if batch.beta is None:
-        loss, nats = linear_cross_entropy(hidden, model.head, batch.targets, weights, n_vocab)
+        loss, nats = linear_cross_entropy(hidden, head, batch.targets, weights, n_vocab)
     else:
-        loss, nats = linear_uniform_bound(hidden, model.head, batch.noisy, batch.targets, batch.beta, weights, n_vocab, posterior)
+        loss, nats = linear_uniform_bound(hidden, head, batch.noisy, batch.targets, batch.beta, weights, n_vocab, posterior)
     return loss, (nats[:, None] * batch.weights).sum(0)
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from kernels import attention
+from kernels import attention, document_mask, fp8_linear
 
 # The ladder of the Quokka paper's Table 6: (12·n_layer·d_model² in millions, as that table prints it,
 # d_model, head_dim, n_head, n_layer).
@@ -113,16 +114,19 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-def joint_linear(x, *layers):
+def joint_linear(x, *layers, fp8=False):
     """The outputs of several bias-free linear layers side by side, by one larger and faster matrix product.
 
     The weights stay separate parameters (names and checkpoints of Qwen3); under autocast Inductor joins
     them while it casts them to bf16, which it has to do anyway. (…, D) → (…, Σ out_features).
     """
-    return F.linear(x, torch.cat([layer.weight for layer in layers]))
+    weight = torch.cat([layer.weight for layer in layers]) if len(layers) > 1 else layers[0].weight
+    return (fp8_linear if fp8 else F.linear)(x, weight)
 
 
 class Attention(nn.Module):
+    fp8 = False  # `Transformer.use` sets it
+
     def __init__(self, c):
         super().__init__()
         self.c = c
@@ -132,19 +136,17 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(c.n_head * c.head_dim, c.d_model, bias=False)
         self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.norm_eps), RMSNorm(c.head_dim, c.norm_eps)
 
-    def forward(self, x, cos, sin, keep, index):
+    def forward(self, x, cos, sin, mask, index):
         B, L, _ = x.shape
         c = self.c
-        qkv = joint_linear(x, self.q_proj, self.k_proj, self.v_proj).view(B, L, -1, c.head_dim)
+        qkv = joint_linear(x, self.q_proj, self.k_proj, self.v_proj, fp8=self.fp8).view(B, L, -1, c.head_dim)
         q, k, v = qkv.split((c.n_head, c.n_kv_head, c.n_kv_head), dim=2)
         q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)  # (B, H, L, head_dim)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if c.n_kv_head < c.n_head:
             k, v = (t.repeat_interleave(c.n_head // c.n_kv_head, dim=1) for t in (k, v))
-        # causal rows need no mask at their padded end: nothing before it can see it
-        mask = None if keep is None or c.causal else keep[:, None, None, :]
         y = attention(q, k, v, mask, c.causal, c.dropout if self.training else 0.0)
-        return self.o_proj(pick(y.transpose(1, 2).reshape(B, L, -1), index))
+        return joint_linear(pick(y.transpose(1, 2).reshape(B, L, -1), index), self.o_proj, fp8=self.fp8)
 
 
 def pick(x, index):
@@ -153,6 +155,8 @@ def pick(x, index):
 
 
 class MLP(nn.Module):
+    fp8 = False
+
     def __init__(self, c):
         super().__init__()
         self.gate_proj = nn.Linear(c.d_model, c.d_ff, bias=False)
@@ -160,8 +164,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.d_ff, c.d_model, bias=False)
 
     def forward(self, x):
-        gate, up = joint_linear(x, self.gate_proj, self.up_proj).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        gate, up = joint_linear(x, self.gate_proj, self.up_proj, fp8=self.fp8).chunk(2, dim=-1)
+        return joint_linear(F.silu(gate) * up, self.down_proj, fp8=self.fp8)
 
 
 class Block(nn.Module):
@@ -171,8 +175,8 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = RMSNorm(c.d_model, c.norm_eps), MLP(c)
         self.drop = nn.Dropout(c.dropout)
 
-    def forward(self, x, cos, sin, keep, index=None):
-        x = pick(x, index) + self.drop(self.attn(self.attn_norm(x), cos, sin, keep, index))
+    def forward(self, x, cos, sin, mask, index=None):
+        x = pick(x, index) + self.drop(self.attn(self.attn_norm(x), cos, sin, mask, index))
         return x + self.drop(self.mlp(self.mlp_norm(x)))
 
 
@@ -190,8 +194,25 @@ class TimeEmbedding(nn.Module):
         return self.down(F.silu(self.up(torch.cat((angle.cos(), angle.sin()), dim=-1).to(self.up.weight.dtype))))[:, None]
 
 
+def keeping_products():
+    """Contexts for `checkpoint` that keep attention and matrix products, but not gate and up: more than half of what
+    is kept, and no dearer per byte to compute again."""
+    attention_ops = ("_scaled_dot_product", "flex_attention")
+
+    def policy(ctx, op, *args, **kwargs):
+        name = getattr(op, "__name__", str(op))
+        product = any(name.startswith(p) for p in ("mm", "bmm", "_scaled_mm"))
+        narrow = product and args[1].shape[-1] <= 4 * args[0].shape[-1]
+        kept = narrow or any(a in name for a in attention_ops)
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
 class Transformer(nn.Module):
     """Token ids to hidden states; `head` is the LM head's weight (the embedding itself if tied)."""
+
+    recompute = "no"
 
     def __init__(self, config):
         super().__init__()
@@ -250,10 +271,10 @@ class Transformer(nn.Module):
     def head(self):
         return self.embed.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(self, ids, t=None, keep=None, index=None):
-        """Hidden states after the last norm. ids (B, L); t (B,) where timed; keep (B, L) bool, False past a
-        row's end, where no position before may look. Returns (B, L, D), or with `index` (C,) into the flattened
-        batch just those positions, (C, D): after the last attention only they are computed."""
+    def forward(self, ids, t=None, documents=None, index=None):
+        """Hidden states after the last norm. ids (B, L); t (B,) where timed; documents (B, L) ids, within which
+        attention stays. Returns (B, L, D), or with `index` (C,) into the flattened batch just those positions,
+        (C, D): after the last attention only they are computed."""
         x = self.embed(ids)
         if self.time is not None:
             x = x + self.time(t).to(x.dtype)
@@ -262,9 +283,25 @@ class Transformer(nn.Module):
         x = self.drop(x)
         L = ids.shape[1]
         cos, sin = self.cos[:L], self.sin[:L]
+        c = self.config
+        mask = None if documents is None else document_mask(documents, c.causal, c.dropout if self.training else 0.0)
         for block in self.blocks[:-1]:
-            x = block(x, cos, sin, keep)
-        return self.norm(self.blocks[-1](x, cos, sin, keep, index))
+            x = self.run(block, x, cos, sin, mask)
+        return self.norm(self.run(self.blocks[-1], x, cos, sin, mask, index))
+
+    def use(self, recompute="no", fp8=False):
+        """How to train: what the backward pass computes again to save memory (no, selective: everything but
+        attention and the narrow products, full: the blocks), and whether blocks multiply in fp8. Returns self."""
+        self.recompute = recompute
+        for block in self.blocks:
+            block.attn.fp8 = block.mlp.fp8 = fp8
+        return self
+
+    def run(self, block, *args):
+        if self.recompute == "no" or not torch.is_grad_enabled():
+            return block(*args)
+        context = dict(context_fn=keeping_products) if self.recompute == "selective" else {}
+        return checkpoint(block, *args, use_reentrant=False, **context)
 
     def logits(self, hidden):
         """Logits over the text tokens, in fp32. hidden (…, D) → (…, n_vocab)."""

@@ -5,17 +5,14 @@
 """
 
 import contextlib
-import inspect
+import gc
 import json
 import math
 import os
-import platform
-import queue
 import shutil
 import signal
 import sys
 import threading
-import time
 from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,21 +21,15 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import configurator
 import data
 import diffusion
+import kernels
 from configurator import setting
 from model import ModelConfig, Transformer, checkpoints, file_digest, ladder, load_newest, record_digest, swiglu_width
-
-# Dense bf16 peak in FLOP/s, for MFU: the first name that occurs in the device's.
-PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "GH200": 989e12, "H200": 989e12, "B200": 2250e12,
-        "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
-
-# The rotary tables never change: no need to broadcast them. Newer torch calls that setting by another name.
-BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters else "broadcast_buffers"
+from step import (Arriving, Objective, compiled, has_bf16, make_optimizer, moment, optimizer_step, peak_flops, prefetched, seconds,
+                  to_device, to_tensors, uploaded)
 
 VALIDATION_SEED = 2**63  # beyond every training seed: all runs are validated with the same noise
 
@@ -102,7 +93,11 @@ class Config:
     # the machine
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one")
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "of the matrix products; weights stay float32 (auto: bfloat16 where the hardware has it)")
-    compile: bool = setting(True, "torch.compile the model with its loss")
+    compile: Literal["whole", "blocks", "no"] = setting("whole", "torch.compile the model with its loss, or block by block: compiles sooner")
+    recompute: Literal["no", "selective", "full"] = setting("no", "activations computed again to save memory: all but attention and narrow products, or all")
+    fp8: bool = setting(False, "8-bit products in the blocks (Hopper and later; pays from d_model near 1500 on)")
+    cuda_graphs: bool = setting(False, "replay the step as a CUDA graph (small models, one GPU, compile=whole)")
+    estimate: bool = setting(False, "print the predicted peak memory and FLOPs of a step, and stop; --device=cuda needs no GPU then")
 
     def problems(self):
         """Settings that do not go together, one line each."""
@@ -135,6 +130,10 @@ class Config:
                 say(f"head_dim={shape['head_dim']} must be even")
             if shape["n_head"] % shape["n_kv_head"]:
                 say(f"n_head={shape['n_head']} must be a multiple of n_kv_head={shape['n_kv_head']}")
+            for what in ("d_model", "d_ff", "n_kv_head") if self.fp8 else ():
+                width = shape[what] * (shape["head_dim"] if what == "n_kv_head" else 1)
+                if width % 16:
+                    say(f"fp8 needs widths that are multiples of 16, not {what}{' × head_dim' if 'head' in what else ''}={width}")
         except ValueError as problem:
             say(str(problem))
         if self.model:
@@ -145,7 +144,15 @@ class Config:
             say(f"min_lr={self.min_lr} must be -1 or lie between 0 and lr={self.lr}")
         if self.lr_schedule == "wsd" and self.min_lr == 0:
             say("lr_schedule=wsd decays exponentially and never reaches min_lr=0; give a positive one")
-        if self.device == "cuda" and not torch.cuda.is_available():
+        if self.fp8 and (self.micro_batch or self.batch_size // world) * self.block_len % 16:
+            say("fp8 needs micro-batches of a multiple of 16 tokens")
+        if self.fp8 and self.dtype == "float32":
+            say("fp8 goes with dtype=bfloat16 or auto")
+        if self.fp8 and self.device != "cpu" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
+            say("fp8 needs a GPU of compute capability 8.9 or later")
+        if self.cuda_graphs and (self.compile != "whole" or world > 1 or self.device == "cpu"):
+            say("cuda_graphs needs compile=whole and one process on a GPU")
+        if self.device == "cuda" and not torch.cuda.is_available() and not self.estimate:
             say("device=cuda, but this machine has no usable GPU; use --device=cpu")
         if self.device != "cpu" and 0 < torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
             say(f"{os.environ['LOCAL_WORLD_SIZE']} ranks on this machine, but {torch.cuda.device_count()} GPUs; start one rank per GPU")
@@ -163,17 +170,6 @@ class Config:
         shape["n_kv_head"] = shape["n_kv_head"] or shape["n_head"]
         shape["d_ff"] = shape["d_ff"] or max(64, swiglu_width(shape["d_model"]))
         return shape
-
-
-class Objective(nn.Module):
-    """The network with its loss, as one module for DDP and torch.compile. Batch → loss (), its parts (P,)."""
-
-    def __init__(self, network, posterior):
-        super().__init__()
-        self.network, self.posterior = network, posterior
-
-    def forward(self, batch):
-        return diffusion.loss_and_parts(self.network, batch, self.posterior)
 
 
 # ----------------------------------------------------------------------------------------- the user's files
@@ -259,67 +255,6 @@ def learning_rate(cfg, step, steps):
     return cfg.lr
 
 
-def make_optimizer(cfg, network):
-    """AdamW; weight decay on matrices and embeddings only."""
-    groups = [
-        dict(params=[p for p in network.parameters() if p.dim() >= 2], weight_decay=cfg.weight_decay),
-        dict(params=[p for p in network.parameters() if p.dim() < 2], weight_decay=0.0),
-    ]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=True)
-
-
-def has_bf16(device):
-    """Whether the hardware multiplies bfloat16 matrices itself; oneDNN also emulates it, slowly, on AVX-512."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if platform.machine() in ("x86_64", "AMD64"):
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def to_tensors(batch, pin):
-    tensors = (None if a is None else torch.from_numpy(np.ascontiguousarray(a)) for a in batch)
-    return diffusion.Batch(*(t.pin_memory() if pin and t is not None else t for t in tensors))
-
-
-def to_device(batch, device):
-    return diffusion.Batch(*(None if t is None else t.to(device, non_blocking=True) for t in batch))
-
-
-def prefetched(batches, depth=4):
-    """Iterate over a generator that runs in a thread, `depth` items ahead; its exceptions arrive here."""
-    ready, done = queue.Queue(depth), threading.Event()
-
-    def offer(item):  # never blocks for good: the consumer may have left
-        while not done.is_set():
-            with contextlib.suppress(queue.Full):
-                return ready.put(item, timeout=0.1)
-
-    def produce():
-        try:
-            for item in batches:
-                offer(item)
-                if done.is_set():
-                    return
-            offer(StopIteration())
-        except BaseException as problem:
-            offer(problem)
-
-    thread = threading.Thread(target=produce, daemon=True)
-    thread.start()
-    try:
-        while True:
-            item = ready.get()
-            if isinstance(item, StopIteration):
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        done.set()
-        thread.join()
-
-
 def training_batches(process, blocks, first_sample, first_step, steps, cfg, rank, world, pin):
     """Every micro-batch of this rank from `first_step` on: a pure function of its arguments."""
     micro = cfg.micro_batch or cfg.batch_size // world
@@ -333,7 +268,18 @@ def training_batches(process, blocks, first_sample, first_step, steps, cfg, rank
         rows = diffusion.step_rows(process, first, cfg.batch_size, step / steps)
         for part in range(rank, parts, world):
             which = rows.deal(part, parts)
-            yield to_tensors(diffusion.make_batch(process, blocks.read(ids[place + which]), rows, which), pin)
+            try:
+                x = blocks.read(ids[place + which])
+            except ValueError as problem:  # tokens outside the vocabulary, in a corpus too large to check at the start
+                configurator.fail(f"step {step + 1}: {problem}", everywhere=True)
+            yield to_tensors(diffusion.make_batch(process, x, rows, which), pin)
+
+
+def noisy_share(process):
+    """The expected share of positions that a masked process masks, halfway through training; 1 for the others: all get a head."""
+    if process.objective != "masked":
+        return 1.0
+    return float(diffusion.step_rows(process, 0, 4096, 0.5).count.mean()) / process.block_len
 
 
 def spread(n_rows, available):
@@ -489,6 +435,7 @@ def main():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
+        contextlib.ExitStack().enter_context(kernels.preferring_cudnn(device))  # for as long as the process lives
     say = print if rank == 0 else lambda *_, **__: None
     run = Path(cfg.run_dir)
 
@@ -528,31 +475,23 @@ def main():
 
     torch.manual_seed(cfg.seed)
     network = Transformer(model_config).init_weights().to(device)
-    optimizer = make_optimizer(cfg, network)
+    optimizer = make_optimizer(network, cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
     first_step, samples, pending = 0, 0, []
     n_parts = 2 if cfg.loss == "paper" else 1
     if record:
         load_checkpoint(folder, network, optimizer)
         first_step, samples = record["step"], record["samples"]
         pending = [row for row in record["pending"] if len(row) == n_parts + 1]  # another loss has other parts
-    # Validation runs the plain module: a second graph would take longer to compile than it saves.
-    objective = plain = Objective(network, posterior=cfg.loss == "paper")
-    if world > 1:
-        objective = DistributedDataParallel(objective, device_ids=[device] if device.type == "cuda" else None,
-                                            gradient_as_bucket_view=True, **{BUFFERS: False})
-    if cfg.compile and first_step < steps:
+    plain = Objective(network.use(cfg.recompute, cfg.fp8), posterior=cfg.loss == "paper")
+    objective = compiled(plain, cfg.compile, world, cfg.cuda_graphs)
+    if cfg.compile != "no" and first_step < steps:
         say("the first step compiles the model, which takes up to a minute on a CPU", flush=True)
-    if cfg.compile:  # around DDP: its buckets then split the backward graph, and communication overlaps
-        objective = torch.compile(objective, dynamic=False, fullgraph=world == 1)
     dtype = torch.bfloat16 if cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and has_bf16(device)) else torch.float32
 
     def autocast():
         return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
-    share = diffusion.capacity(process, micro) / (micro * cfg.block_len) if cfg.objective == "masked" else 1.0
-    flops = network.flops_per_token(share)
-    gpu_name = torch.cuda.get_device_name() if device.type == "cuda" and dtype == torch.bfloat16 else ""
-    peak = next((p for known, p in PEAK.items() if known in gpu_name), None)
+    peak = peak_flops(device) if dtype == torch.bfloat16 else None
 
     if rank == 0:
         run.mkdir(parents=True, exist_ok=True)
@@ -564,7 +503,8 @@ def main():
         metrics_file = open(run / "metrics.jsonl", "a", buffering=1)
     say(configurator.dump(cfg))
     say(f"{network.n_params():,} parameters ({network.n_params(False):,} without embeddings), "
-        f"{flops / 1e6:.1f} MFLOP per token, {str(dtype)[6:]} on {world} × {device.type}")
+        f"{network.flops_per_token(noisy_share(process)) / 1e6:.1f} MFLOP per token, {str(dtype)[6:]} on {world} × {device.type}, "
+        f"attention: {kernels.attention_backend(torch.empty(1, 1, cfg.block_len, model_config.head_dim, dtype=dtype, device=device), model_config.causal)}")
     say(f"{steps:,} steps of {tokens_per_step:,} tokens: {steps * tokens_per_step:,} tokens, "
         f"{steps * cfg.batch_size / blocks.n:.2f} epochs of {blocks.n * cfg.block_len:,}")
     if record:
@@ -598,55 +538,69 @@ def main():
                 settings=asdict(cfg), model=asdict(model_config), corpus=corpus_record, samples=n_samples,
                 steps=steps, pending=pending), cfg.keep)
 
-    # Losses and norms stay on the device until a line is due: no sync in between.
+    # Losses and norms stay on the device until a line is due; then they travel while training goes on.
     recent = torch.zeros(cfg.log_every, n_parts + 1, device=device)
+    arriving, speeds = deque(), deque(maxlen=20)
 
-    def flush(first, last):
-        """Move the records of steps first+1 … last to `pending`; stop the run if one is not finite."""
-        values = recent[: last - first].clone()
+    def send(first, last, line):
+        """Let the records of steps first+1 … last travel to the host; `line`: what is known of the line that is due, if one is."""
+        values = recent[: last - first]
         if world > 1:
             values[:, -1] /= world  # the norm is the same on every rank, the parts add up
             dist.all_reduce(values)
-        for step, row in enumerate(values.tolist(), first + 1):
-            if not all(map(math.isfinite, row)):
-                good = checkpoints(run)
-                configurator.fail(f"step {step}: the loss or its gradient is not finite ({row}); stopped. "
-                                  + (f"The last good checkpoint is {good[0]}" if good else "There is no checkpoint yet"))
-            pending.append(row)
+        arriving.append((first, last, Arriving(values), line))
         recent.zero_()
 
+    def receive(wait=False):
+        """Log what has arrived (with `wait`: all that was sent); stop the run if a loss or norm is not finite."""
+        while arriving and arriving[0][2].here(wait):
+            first, last, arrived, line = arriving.popleft()
+            for step, row in enumerate(arrived.values.tolist(), first + 1):
+                if not all(map(math.isfinite, row)):
+                    good = checkpoints(run)
+                    configurator.fail(f"step {step}: the loss or its gradient is not finite ({row}); stopped. "
+                                      + (f"The last good checkpoint is {good[0]}" if good else "There is no checkpoint yet"))
+                pending.append(row)
+            if line:
+                show(last, seconds(line["start"], arrived.moment), **line)
+
+    def show(step, duration, start, lr, tokens):
+        """One line of progress, from the means of what is pending."""
+        *parts, norm = np.mean(pending, axis=0).tolist()
+        pending.clear()
+        speed = tokens / duration
+        speeds.append(speed)
+        mfu = {}
+        if peak:
+            rows = diffusion.step_rows(process, samples + (step - 1 - first_step) * cfg.batch_size, cfg.batch_size, (step - 1) / steps)
+            share = float(rows.count.mean()) / cfg.block_len if cfg.objective == "masked" else 1.0
+            mfu = dict(mfu=speed * network.flops_per_token(share) / (peak * world))
+        paper = dict(noisy=2 * parts[0], clean=2 * parts[1]) if n_parts == 2 else {}
+        log(step, loss=sum(parts), **paper, grad_norm=norm, lr=lr, tokens_per_s=speed, **mfu)
+        left = (steps - step) * tokens_per_step / float(np.median(speeds))
+        say(f"step {step:>6}/{steps}  loss {sum(parts):.4f}  norm {norm:.2f}  lr {lr:.2e}  {speed / 1e3:.1f}K tok/s"
+            + (f"  mfu {mfu['mfu']:.1%}" if mfu else "") + f"  eta {int(left // 60)}:{int(left % 60):02d}", flush=True)
+
     gpu = device.type == "cuda"
-    stream = training_batches(process, blocks, samples, first_step, steps, cfg, rank, world, pin=gpu)
+    batches = training_batches(process, blocks, samples, first_step, steps, cfg, rank, world, pin=gpu)
     if gpu:  # on a CPU a thread would only take time from the step's own
-        stream = prefetched(stream)
+        batches = uploaded(prefetched(batches), device)
     if first_step == 0:
         validate(0)
     objective.train()
     flushed = first_step
-    clock, clock_tokens = time.perf_counter(), 0
-    speeds = deque(maxlen=20)
+    start, clock_tokens = moment(device), 0
     for step in range(first_step + 1, steps + 1):
         lr = learning_rate(cfg, step - 1, steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
         if cfg.dropout:  # dropout masks, too, are a function of the step
             torch.manual_seed(hash((cfg.seed, step, rank)))
-        for part in range(accumulation):
-            try:
-                batch = to_device(next(stream), device)
-            except ValueError as problem:  # tokens outside the vocabulary, in a corpus too large to check at the start
-                configurator.fail(f"step {step}: {problem}", everywhere=True)
-            last = part == accumulation - 1
-            with contextlib.nullcontext() if world == 1 or last else objective.no_sync():
-                with autocast():
-                    loss, parts = objective(batch)
-                (loss * world).backward()  # DDP averages over ranks; the weights already do
-            recent[step - flushed - 1, :n_parts] += parts
-        norm = nn.utils.clip_grad_norm_(network.parameters(), cfg.clip or math.inf)
-        recent[step - flushed - 1, n_parts] = norm
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer_step(objective, optimizer, batches, accumulation, recent[step - flushed - 1], cfg.clip, autocast, world, cfg.cuda_graphs)
         clock_tokens += tokens_per_step
+        if step == first_step + 1:  # what has been built by now stays: the garbage collector need not look at it again
+            gc.collect()
+            gc.freeze()
 
         stopping = stop.is_set()
         if world > 1:
@@ -657,30 +611,22 @@ def main():
                                        for every in (cfg.log_every, cfg.eval_every, cfg.save_every))
         saving = saving or stopping
         if logging or evaluating or saving:
-            flush(flushed, step)
+            send(flushed, step, dict(start=start, lr=lr, tokens=clock_tokens) if logging else None)
             flushed = step
         if logging:
-            now = time.perf_counter()
-            speed, clock, clock_tokens = clock_tokens / (now - clock), now, 0
-            speeds.append(speed)
-            mean = np.mean(pending, axis=0).tolist()
-            pending.clear()
-            mfu = dict(mfu=speed * flops / (peak * world)) if peak else {}
-            paper = dict(noisy=2 * mean[0], clean=2 * mean[1]) if n_parts == 2 else {}
-            log(step, loss=sum(mean[:-1]), **paper, grad_norm=mean[-1], lr=lr, tokens_per_s=speed, **mfu)
-            left = (steps - step) * tokens_per_step / float(np.median(speeds))
-            say(f"step {step:>6}/{steps}  loss {sum(mean[:-1]):.4f}  norm {mean[-1]:.2f}  lr {lr:.2e}  {speed / 1e3:.1f}K tok/s"
-                + (f"  mfu {mfu['mfu']:.1%}" if mfu else "") + f"  eta {int(left // 60)}:{int(left % 60):02d}", flush=True)
+            start, clock_tokens = arriving[-1][2].moment, 0
+        receive(wait=evaluating or saving)
         if evaluating:
             validate(step)
         if saving:
             save(step)
         if evaluating or saving:  # the next line's speed is of training alone
-            clock, clock_tokens = time.perf_counter(), 0
+            start, clock_tokens = moment(device), 0
         if stopping and step < steps:
             say(f"stopped by a signal after step {step}; continue with --resume=auto")
             break
-    stream.close()
+    receive(wait=True)
+    batches.close()
     if first_step >= steps:
         say(f"nothing to do: {folder} is at step {first_step} of {steps}")
 

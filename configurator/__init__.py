@@ -1,6 +1,6 @@
 """Settings: one dataclass per script, Python override files, then --key=value flags.
 
-    python train.py configurator/quickstart.py --lr=3e-4 --compile=False
+    python train.py configurator/quickstart.py --lr=3e-4 --compile=no
 
 Files and flags are applied from left to right. A file holds plain assignments, runs in a namespace
 of its own and may build on another one with `from configurator.quickstart import *`. Everything

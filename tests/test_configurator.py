@@ -327,7 +327,7 @@ def test_train_refuses_before_anything_starts(tmp_path):
     assert [process.returncode for process in ranks] == [2, 2] and silent == ("", "") and not out
     wanted = [f"train.py: {path}: unknown setting 'n_layers'; did you mean 'n_layer'?",
               "train.py: --lr=-1: lr='-1': must be above 0",
-              "train.py: --compile=maybe: compile='maybe': expected True or False",
+              "train.py: --compile=maybe: compile='maybe': choose from whole, blocks, no",
               "train.py: --objectiv=ar: unknown setting 'objectiv'; did you mean 'objective'?"]
     assert err.splitlines()[:4] == wanted and all(line.startswith("train.py: ") for line in err.splitlines())
     assert [p.name for p in tmp_path.iterdir() if p.name != "__pycache__"] == ["x.py"]  # no run folder

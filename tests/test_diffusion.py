@@ -37,7 +37,7 @@ class Denoiser(torch.nn.Module):
     def logits(self, hidden):
         return hidden
 
-    def forward(self, z, t=None, keep=None, index=None):
+    def forward(self, z, t=None, documents=None, index=None):
         """log p(x_i = v | what is known), (B, L, V) or (C, V): enumeration over all states."""
         states, prior = torch.tensor(STATES), torch.tensor(P)
         hit = z[:, None, :] == states[None]  # (B, 27, L)
@@ -60,6 +60,11 @@ class Denoiser(torch.nn.Module):
         return logits if index is None else logits.flatten(0, 1)[index]
 
 
+def loss_of(network, batch, posterior=False):
+    hidden = network(batch.tokens, batch.time, batch.documents, batch.index)
+    return d.loss_and_parts(hidden, network.head, batch, network.config.n_vocab, posterior)[0]
+
+
 def estimate(p, denoiser, posterior=False, groups=40, n_rows=1500, progress=0.5):
     """Mean and standard error of the loss over independent steps whose rows are drawn from P."""
     values, rng = [], np.random.default_rng(1)
@@ -71,7 +76,7 @@ def estimate(p, denoiser, posterior=False, groups=40, n_rows=1500, progress=0.5)
         batch = d.Batch(*(None if a is None else torch.from_numpy(np.ascontiguousarray(a)) for a in batch))
         # relative to this group's own log-likelihood: takes the noise of drawing x out
         surprise = -np.log([P[int(i)] for i in (x * V ** np.arange(L)[::-1]).sum(1)]).mean() / L
-        values.append(d.loss_and_parts(denoiser, batch, posterior)[0].item() - surprise + H)
+        values.append(loss_of(denoiser, batch, posterior).item() - surprise + H)
     return np.mean(values), np.std(values, ddof=1) / math.sqrt(groups)
 
 
@@ -329,7 +334,7 @@ def test_short_rows_have_random_lengths_and_are_weighed_by_their_tokens():
     assert rows.length.min() == 2 and abs(rows.length[short].mean() - 25.5) < 1
     batch = d.make_batch(p, np.zeros((20_000, 51), int), rows, rows.deal(0, 1))
     assert batch.weights.sum() == pytest.approx(1, abs=0.02)  # a constant loss of 1 nat is 1 nat per token
-    assert (batch.keep.sum(1) == rows.length).all()
+    assert ((batch.documents == 0).sum(1) == rows.length).all() and set(batch.documents[:, 0]) == {0}
 
 
 def test_maskgit_is_the_mean_over_all_masked_tokens_of_the_step():
@@ -412,11 +417,11 @@ def test_gathered_head_equals_the_full_head():
     class Network:
         config, head = model.config, model.head
 
-        def __call__(self, tokens, time, keep, index):
+        def __call__(self, tokens, time, documents, index):
             return hidden.flatten(0, 1)[index]
 
     tensors = d.Batch(*(None if a is None else torch.from_numpy(np.ascontiguousarray(a)) for a in batch))
-    loss = d.loss_and_parts(Network(), tensors)[0]
+    loss = loss_of(Network(), tensors)
     got = torch.autograd.grad(loss, (hidden, head))
     logits = (hidden @ head[:50].T).log_softmax(-1)  # excluded columns left out instead of masked
     nats = -logits.gather(-1, torch.tensor(x[:, 1:, None]))[..., 0]
@@ -438,7 +443,7 @@ def test_gathered_network_equals_the_full_one():
     batch = d.make_batch(p, x, rows, rows.deal(0, 1))
     assert len(batch.index) < 16 * 16  # some positions are left out, some of those kept only fill up
     tensors = d.Batch(*(None if a is None else torch.from_numpy(np.ascontiguousarray(a)) for a in batch))
-    loss = d.loss_and_parts(network, tensors)[0]
+    loss = loss_of(network, tensors)
     got = torch.autograd.grad(loss, list(network.parameters()))
     logits = (network(tensors.tokens) @ network.head[:50].T).log_softmax(-1)  # excluded columns left out instead of masked
     nats = -logits.gather(-1, torch.tensor(x[:, 1:, None]))[..., 0]

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import kernels
+import step
 import train
 from model import (LADDER, ModelConfig, Transformer, checkpoints, file_digest, ladder, ladder_params, load_model,
                    load_newest, read_checkpoint, record_digest, rotate, swiglu_width)
@@ -118,18 +119,19 @@ def test_bidirectional_logits_are_those_of_qwen3_without_its_mask(heads):
     ids, keep = tokens(2, 16), torch.ones(2, 16, dtype=torch.bool)
     for keep[1, 9:] in (True, False):
         mask = torch.zeros(2, 1, 16, 16).masked_fill(~keep[:, None, None], torch.finfo(torch.float32).min)
-        close(F.linear(model(ids, keep=keep), model.head), qwen3(model)(ids, attention_mask=mask).logits)
+        ours = F.linear(model(ids, documents=(~keep).int()), model.head)
+        close(ours[keep], qwen3(model)(ids, attention_mask=mask).logits[keep])
     close(F.linear(model(ids), model.head), qwen3(model)(ids, attention_mask=torch.zeros(2, 1, 16, 16)).logits)
 
 
 # Who sees whom ----------------------------------------------------------------------------------------------
 
 
-def dependence(model, ids, keep=None):
+def dependence(model, ids, documents=None):
     """|∂ hidden_i / ∂ embedding_j| along a random direction, (L, L)."""
     leaf = model.embed(ids).detach().requires_grad_()
     handle = model.embed.register_forward_hook(lambda *_: leaf)
-    hidden = model(ids, keep=keep)
+    hidden = model(ids, documents=documents)
     handle.remove()
     direction = torch.randn(hidden.shape[-1], generator=torch.Generator().manual_seed(2))
     gradients = (torch.autograd.grad(h @ direction, leaf, retain_graph=True)[0] for h in hidden[0])
@@ -148,13 +150,15 @@ def test_causal_outputs_depend_on_no_later_token_and_on_every_earlier_one(n_laye
     assert seen[torch.ones_like(seen).tril().bool()].min() > 1e-4
 
 
-@pytest.mark.parametrize("kept", ([1] * 7 + [0] * 5, [0, 1, 1, 0, 1, 1, 0, 0, 1, 0, 1, 1]))
-def test_dropped_positions_influence_no_other(kept):
-    keep = torch.tensor([kept], dtype=torch.bool)
-    seen = dependence(build(), tokens(1, 12), keep)
-    others = ~torch.eye(12, dtype=torch.bool)
-    assert (seen[others & ~keep] == 0).all()
-    assert seen[:, keep[0]].min() > 1e-4
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("documents", ([0] * 7 + [1] * 5, [0, 1, 1, 0, 1, 1, 0, 0, 1, 0, 1, 1], [3, 3, 3, 9, 9, 5, 5, 5, 5, 5, 0, 0]))
+def test_attention_stays_within_a_document(documents, causal):
+    documents = torch.tensor([documents])
+    seen = dependence(build(causal=causal), tokens(1, 12), documents)
+    same = documents.mT == documents
+    if causal:
+        same = same.tril()
+    assert (seen[~same] == 0).all() and seen[same].min() > 1e-4
 
 
 @torch.no_grad()
@@ -163,10 +167,10 @@ def test_a_padded_row_equals_the_shorter_row_alone(causal):
     model = build(causal=causal)
     ids = tokens(4, 16)
     lengths = torch.tensor([16, 2, 9, 15])
-    hidden = model(ids, keep=torch.arange(16) < lengths[:, None])
+    hidden = model(ids, documents=(torch.arange(16) >= lengths[:, None]).int())
     for row, n in enumerate(lengths):
         torch.testing.assert_close(hidden[row, :n], model(ids[row : row + 1, :n])[0], rtol=0, atol=1e-5)
-    if not causal:  # without keep the padding would be seen
+    if not causal:  # without documents the padding would be seen
         assert (model(ids)[1, :2] - hidden[1, :2]).abs().max() > 0.1
 
 
@@ -176,8 +180,8 @@ def test_picked_positions_are_those_of_the_whole(causal, n_kv_head):
     """The last block computes only what counts: values and every gradient equal those of picking afterwards."""
     model = build(causal=causal, n_kv_head=n_kv_head)
     ids, index = tokens(3, 16), torch.tensor([0, 5, 17, 33, 33, 47])
-    keep = torch.arange(16) < torch.tensor([[16], [3], [16]])
-    picked, whole = model(ids, keep=keep, index=index), model(ids, keep=keep).flatten(0, 1)[index]
+    documents = (torch.arange(16) >= torch.tensor([[16], [3], [16]])).int()
+    picked, whole = model(ids, documents=documents, index=index), model(ids, documents=documents).flatten(0, 1)[index]
     close(picked, whole)
     direction = torch.randn(whole.shape, generator=torch.Generator().manual_seed(3))
     for a, b in zip(*(torch.autograd.grad((h * direction).sum(), list(model.parameters())) for h in (picked, whole)), strict=True):
@@ -454,14 +458,14 @@ def test_a_timed_network_runs_in_any_dtype(dtype):
 def save(run, model, steps=(1, 2), keep=5):
     """Checkpoints as training writes them, one real optimizer step between each two."""
     run.mkdir(exist_ok=True)
-    optimizer = train.make_optimizer(train.Config(lr=0.1), model)
-    for step in steps:
+    optimizer = step.make_optimizer(model, 0.1, (0.9, 0.95), 0.1)
+    for number in steps:
         time = torch.full((2,), 0.5) if model.config.timed else None
         model(tokens(2, 16), time).square().sum().backward()
         if model.lm_head is not None:
             model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
         optimizer.step()
-        train.save_checkpoint(run, step, model, optimizer, dict(model=asdict(model.config)), keep)
+        train.save_checkpoint(run, number, model, optimizer, dict(model=asdict(model.config)), keep)
 
 
 @torch.no_grad()

@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 
 import data
 import diffusion
+import step
 import train
 from model import checkpoints, load_model, load_newest
 
-TINY = ["--n_layer=2", "--n_head=2", "--d_model=32", "--block_len=32", "--batch_size=8", "--compile=False", "--warmup=5",
+TINY = ["--n_layer=2", "--n_head=2", "--d_model=32", "--block_len=32", "--batch_size=8", "--compile=no", "--warmup=5",
         "--eval_rows=16", "--log_every=5", "--eval_every=0", "--save_every=0", "--dtype=float32", "--device=cpu"]
 
 
@@ -243,13 +244,13 @@ def test_prefetching_ends_when_its_reader_leaves():
             raise ValueError("broken")
 
     for fail in (False, True):
-        stream = train.prefetched(numbers(fail), depth=4)
+        stream = step.prefetched(numbers(fail), depth=4)
         assert next(stream) == 0
         time.sleep(0.3)
         stream.close()  # must not hang
-    assert list(train.prefetched(numbers())) == [0, 1, 2, 3, 4]
+    assert list(step.prefetched(numbers())) == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="broken"):
-        list(train.prefetched(numbers(True)))
+        list(step.prefetched(numbers(True)))
 
 
 def test_validation_does_not_depend_on_the_batch(run_main):
@@ -263,7 +264,7 @@ def test_validation_does_not_depend_on_the_batch(run_main):
 def test_validation_is_the_same_on_any_number_of_ranks(run_main, corpus, monkeypatch):
     """13 rows dealt to ranks, some of which fill up with rows that don't count, or get none at all."""
     folder, record = load_newest(run_main("--steps=3"), print)
-    objective = train.Objective(load_model(folder, record), False)
+    objective = step.Objective(load_model(folder, record), False)
     blocks = data.Blocks(data.load_corpus(corpus).val, 32)
     process = diffusion.Process("masked", 257, 257, 32, train.VALIDATION_SEED)
     monkeypatch.setattr(train.dist, "all_reduce", lambda total: total)
@@ -300,7 +301,7 @@ def test_compiled_equals_eager_and_never_recompiles(run_main):
     eager = run_main("--steps=12", "--eval_every=5", run="eager")
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = run_main("--steps=12", "--eval_every=5", "--compile=True", run="compiled")
+    compiled = run_main("--steps=12", "--eval_every=5", "--compile=whole", run="compiled")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # of the training step
     assert not torch._dynamo.utils.counters["graph_break"]
     assert_close(eager, compiled, 1e-3)
@@ -309,7 +310,7 @@ def test_compiled_equals_eager_and_never_recompiles(run_main):
 @pytest.mark.slow
 def test_compiled_and_two_rank_runs_resume_as_if_uninterrupted(corpus, tmp_path):
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    for name, launcher, more in (("compiled", (sys.executable,), ["--compile=True"]), ("two", torchrun, ["--micro_batch=2"])):
+    for name, launcher, more in (("compiled", (sys.executable,), ["--compile=whole"]), ("two", torchrun, ["--micro_batch=2"])):
         flags = ["--save_every=10", "--lr_schedule=constant", *more]
         for run, sequence in ((f"{name}_whole", (["--steps=20"],)), (f"{name}_broken", (["--steps=10"], ["--steps=20", "--resume=yes"]))):
             for steps in sequence:
@@ -325,7 +326,7 @@ def test_compiled_and_two_rank_runs_resume_as_if_uninterrupted(corpus, tmp_path)
 def test_compiled_ranks_with_accumulation_equal_one_eager_rank(corpus, tmp_path, run_main):
     one = run_main("--steps=6", "--log_every=1")
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    process = start(corpus, tmp_path / "two", "--steps=6", "--log_every=1", "--micro_batch=2", "--compile=True", launcher=torchrun)
+    process = start(corpus, tmp_path / "two", "--steps=6", "--log_every=1", "--micro_batch=2", "--compile=whole", launcher=torchrun)
     output = process.communicate(timeout=500)[0]
     assert process.returncode == 0, output
     assert_close(one, tmp_path / "two", 1e-3)
@@ -498,7 +499,7 @@ def test_settings_are_saved_and_complete(run_main):
 
 def test_only_matrices_decay():
     network = train.Transformer(train.ModelConfig(1, 2, 2, 8, 16, 64, 50, 50, 8, causal=False))
-    optimizer = train.make_optimizer(train.Config(), network)
+    optimizer = step.make_optimizer(network, 1e-3, (0.9, 0.95), 0.1)
     decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert {name: decay[id(p)] for name, p in network.named_parameters()} == {
         name: 0.0 if "norm" in name else 0.1 for name, p in network.named_parameters()}
