@@ -4,6 +4,7 @@ Pre-norm, RMSNorm, rotary positions (half rotation), QK-norm, SwiGLU, no biases.
 returns hidden states, so that the LM head and the loss can be fused over just the rows that count.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -168,7 +169,27 @@ class MLP(nn.Module):
         return joint_linear(F.silu(gate) * up, self.down_proj, fp8=self.fp8)
 
 
+def keeping_products(gate_and_up):
+    """Contexts for `checkpoint` that keep attention and matrix products; those of gate and up, almost half of what is
+    kept, only on demand: per byte they are no dearer to compute again than the others."""
+
+    def policy(ctx, op, *args, **kwargs):
+        name = getattr(op, "__name__", str(op))
+        product = name.startswith(("mm.", "bmm.", "_scaled_mm."))
+        if product and not gate_and_up and args[1].shape[-1] > 4 * args[0].shape[-1]:
+            return CheckpointPolicy.PREFER_RECOMPUTE
+        kept = product or "_scaled_dot_product" in name or "flex_attention" in name
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+keeping_all_products, keeping_most_products = (functools.partial(keeping_products, which) for which in (True, False))
+
+
 class Block(nn.Module):
+    recompute = "no"
+
     def __init__(self, c):
         super().__init__()
         self.attn_norm, self.attn = RMSNorm(c.d_model, c.norm_eps), Attention(c)
@@ -176,6 +197,12 @@ class Block(nn.Module):
         self.drop = nn.Dropout(c.dropout)
 
     def forward(self, x, cos, sin, mask, index=None):
+        if self.recompute == "no" or not torch.is_grad_enabled():
+            return self.compute(x, cos, sin, mask, index)
+        keeping = {"elementwise": dict(context_fn=keeping_all_products), "selective": dict(context_fn=keeping_most_products), "full": {}}
+        return checkpoint(self.compute, x, cos, sin, mask, index, use_reentrant=False, **keeping[self.recompute])
+
+    def compute(self, x, cos, sin, mask, index):
         x = pick(x, index) + self.drop(self.attn(self.attn_norm(x), cos, sin, mask, index))
         return x + self.drop(self.mlp(self.mlp_norm(x)))
 
@@ -194,25 +221,8 @@ class TimeEmbedding(nn.Module):
         return self.down(F.silu(self.up(torch.cat((angle.cos(), angle.sin()), dim=-1).to(self.up.weight.dtype))))[:, None]
 
 
-def keeping_products():
-    """Contexts for `checkpoint` that keep attention and matrix products, but not gate and up: more than half of what
-    is kept, and no dearer per byte to compute again."""
-    attention_ops = ("_scaled_dot_product", "flex_attention")
-
-    def policy(ctx, op, *args, **kwargs):
-        name = getattr(op, "__name__", str(op))
-        product = any(name.startswith(p) for p in ("mm", "bmm", "_scaled_mm"))
-        narrow = product and args[1].shape[-1] <= 4 * args[0].shape[-1]
-        kept = narrow or any(a in name for a in attention_ops)
-        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return create_selective_checkpoint_contexts(policy)
-
-
 class Transformer(nn.Module):
     """Token ids to hidden states; `head` is the LM head's weight (the embedding itself if tied)."""
-
-    recompute = "no"
 
     def __init__(self, config):
         super().__init__()
@@ -286,22 +296,15 @@ class Transformer(nn.Module):
         c = self.config
         mask = None if documents is None else document_mask(documents, c.causal, c.dropout if self.training else 0.0)
         for block in self.blocks[:-1]:
-            x = self.run(block, x, cos, sin, mask)
-        return self.norm(self.run(self.blocks[-1], x, cos, sin, mask, index))
+            x = block(x, cos, sin, mask)
+        return self.norm(self.blocks[-1](x, cos, sin, mask, index))
 
     def use(self, recompute="no", fp8=False):
-        """How to train: what the backward pass computes again to save memory (no, selective: everything but
-        attention and the narrow products, full: the blocks), and whether blocks multiply in fp8. Returns self."""
-        self.recompute = recompute
+        """How to train: what the backward pass computes again to save memory (no; elementwise: all but attention
+        and matrix products; selective: gate and up, too; full: the blocks), and whether blocks multiply in fp8. Returns self."""
         for block in self.blocks:
-            block.attn.fp8 = block.mlp.fp8 = fp8
+            block.recompute, block.attn.fp8, block.mlp.fp8 = recompute, fp8, fp8
         return self
-
-    def run(self, block, *args):
-        if self.recompute == "no" or not torch.is_grad_enabled():
-            return block(*args)
-        context = dict(context_fn=keeping_products) if self.recompute == "selective" else {}
-        return checkpoint(block, *args, use_reentrant=False, **context)
 
     def logits(self, hidden):
         """Logits over the text tokens, in fp32. hidden (…, D) → (…, n_vocab)."""

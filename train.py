@@ -26,9 +26,10 @@ import configurator
 import data
 import diffusion
 import kernels
+import memory
 from configurator import setting
 from model import ModelConfig, Transformer, checkpoints, file_digest, ladder, load_newest, record_digest, swiglu_width
-from step import (Arriving, Objective, compiled, has_bf16, make_optimizer, moment, optimizer_step, peak_flops, prefetched, seconds,
+from step import (PEAK, Arriving, Objective, compiled, has_bf16, make_optimizer, moment, optimizer_step, peak_flops, prefetched, seconds,
                   to_device, to_tensors, uploaded)
 
 VALIDATION_SEED = 2**63  # beyond every training seed: all runs are validated with the same noise
@@ -94,7 +95,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one")
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "of the matrix products; weights stay float32 (auto: bfloat16 where the hardware has it)")
     compile: Literal["whole", "blocks", "no"] = setting("whole", "torch.compile the model with its loss, or block by block: compiles sooner")
-    recompute: Literal["no", "selective", "full"] = setting("no", "activations computed again to save memory: all but attention and narrow products, or all")
+    recompute: Literal["no", "elementwise", "selective", "full"] = setting("no", "what is computed again to save memory: all but matrix products and attention; the SwiGLU's gate and up, too; whole blocks")
     fp8: bool = setting(False, "8-bit products in the blocks (Hopper and later; pays from d_model near 1500 on)")
     cuda_graphs: bool = setting(False, "replay the step as a CUDA graph (small models, one GPU, compile=whole)")
     estimate: bool = setting(False, "print the predicted peak memory and FLOPs of a step, and stop; --device=cuda needs no GPU then")
@@ -280,6 +281,32 @@ def noisy_share(process):
     if process.objective != "masked":
         return 1.0
     return float(diffusion.step_rows(process, 0, 4096, 0.5).count.mean()) / process.block_len
+
+
+def predicted(cfg, process, model_config, world, dtype, on_gpu):
+    """What one rank will need at its peak, as memory.Need."""
+    micro = cfg.micro_batch or cfg.batch_size // world
+    rows = diffusion.step_rows(process, 0, cfg.batch_size)
+    parts = cfg.batch_size // micro
+    batch = diffusion.make_batch(process, np.zeros((micro, cfg.block_len + 1), np.int64), rows, rows.deal(0, parts))
+    return memory.predict(model_config, batch, cfg.loss == "paper", dtype, on_gpu, cfg.compile, cfg.recompute, cfg.fp8,
+                          lasting_gradients=parts > world or world > 1 or cfg.cuda_graphs)
+
+
+def show_estimate(cfg, need, model_config, process, world, dtype, on_gpu):
+    """Print what a step needs in memory and arithmetic."""
+    with torch.device("meta"):
+        network = Transformer(model_config)
+    share, tokens = noisy_share(process), cfg.batch_size * cfg.block_len
+    flops = network.flops_per_token(share)
+    unit, size = (2**30, "GiB") if need.peak > 2**30 else (2**20, "MiB")
+    print(f"{network.n_params():,} parameters; one of {world} rank{'s' * (world > 1)}, micro-batches of {cfg.micro_batch or cfg.batch_size // world} × "
+          f"{cfg.block_len} tokens, {str(dtype)[6:]}, compile={cfg.compile}, recompute={cfg.recompute}, {'as on a GPU' if on_gpu else 'on a CPU'}:")
+    print("peak memory " + f"{need.peak / unit:.2f} {size}: " + ", ".join(f"{what} {getattr(need, what) / unit:.2f}" for what in need._fields[:-1]))
+    print(f"a step of {tokens:,} tokens takes {flops * tokens:.3g} FLOP, forward and backward ({flops / 1e6:.1f} MFLOP per token; "
+          f"{share:.1%} of the positions get a head); recomputation not counted")
+    if on_gpu:
+        print(f"at 50 % of an H100's bf16 peak that is {world * PEAK['H100'] / 2 / flops:,.0f} tokens/s on {world} GPU{'s' * (world > 1)}")
 
 
 def spread(n_rows, available):
@@ -473,6 +500,26 @@ def main():
     val_process = process._replace(seed=VALIDATION_SEED, loss="elbo", estimator="count", time="uniform", short_rows=0.0,
                                    schedule=cfg.schedule if cfg.objective == "uniform" else "linear")
 
+    on_gpu = device.type == "cuda" or cfg.device == "cuda"  # the latter for an estimate on a machine without
+    bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and (on_gpu if cfg.estimate else has_bf16(device)))
+    dtype = torch.bfloat16 if bf16 else torch.float32
+
+    def autocast():
+        return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+    need = None
+    if rank == 0 and (cfg.estimate or on_gpu):
+        try:
+            need = predicted(cfg, process, model_config, world, dtype, on_gpu)
+        except Exception as problem:
+            if cfg.estimate:
+                raise
+            say(f"warning: no prediction of memory ({type(problem).__name__}: {problem})", file=sys.stderr)
+    if cfg.estimate:
+        if need:
+            show_estimate(cfg, need, model_config, process, world, dtype, on_gpu)
+        return
+
     torch.manual_seed(cfg.seed)
     network = Transformer(model_config).init_weights().to(device)
     optimizer = make_optimizer(network, cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
@@ -486,12 +533,7 @@ def main():
     objective = compiled(plain, cfg.compile, world, cfg.cuda_graphs)
     if cfg.compile != "no" and first_step < steps:
         say("the first step compiles the model, which takes up to a minute on a CPU", flush=True)
-    dtype = torch.bfloat16 if cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and has_bf16(device)) else torch.float32
-
-    def autocast():
-        return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-
-    peak = peak_flops(device) if dtype == torch.bfloat16 else None
+    peak = peak_flops(device) if bf16 else None
 
     if rank == 0:
         run.mkdir(parents=True, exist_ok=True)
@@ -601,6 +643,8 @@ def main():
         if step == first_step + 1:  # what has been built by now stays: the garbage collector need not look at it again
             gc.collect()
             gc.freeze()
+            if need:
+                say(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB measured, {need.peak / 2**30:.2f} predicted")
 
         stopping = stop.is_set()
         if world > 1:
