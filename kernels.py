@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.flop_counter import register_flop_formula
 
 try:
     import triton
@@ -29,8 +30,12 @@ pretending = False  # memory.py follows the GPU's way on tensors that have neith
 
 
 def has_kernels(tensor):
-    """Whether the Triton kernels can run where `tensor` is."""
+    """Whether the Triton kernels are to be used where `tensor` is."""
     return pretending or triton is not None and tensor.is_cuda
+
+
+def on_cpu(tensor):
+    return tensor.device.type == "cpu" and not pretending
 
 
 # ------------------------------------------------------------------------------------- head and loss in one
@@ -67,7 +72,7 @@ def linear_uniform_bound(hidden, head, z, x, beta, weights, n_vocab, posterior):
 
 def head_logits(hidden, head, n_vocab):
     """Logits in fp32 with the excluded columns at -inf. hidden (C, D), head (V_padded, D) → (C, V_padded)."""
-    logits = F.linear(hidden, head).float()
+    logits = linear(hidden, head).float()
     excluded = torch.arange(logits.shape[-1], device=logits.device) >= n_vocab
     return logits.masked_fill(excluded, float("-inf"))
 
@@ -266,6 +271,11 @@ def scale_gradients(ctx, by_loss, *_):
 head_loss.register_autograd(scale_gradients, setup_context=keep_gradients)
 
 
+@register_flop_formula(torch.ops.nanoquokka.head_loss)
+def _(hidden, head, targets, weights, noisy, beta, n_vocab, posterior, backward, **_):
+    return 2 * hidden[0] * hidden[1] * head[0] * (3 if backward else 1)
+
+
 def head_loss_of(hidden, head, targets, weights, noisy, beta, n_vocab, posterior):
     """`head_loss` in autocast's precision, with gradients if anything wants them."""
     if torch.is_autocast_enabled(hidden.device.type):
@@ -297,6 +307,51 @@ def head_greedy(hidden: torch.Tensor, head: torch.Tensor, n_vocab: int) -> tuple
 @head_greedy.register_fake
 def _(hidden, head, n_vocab):
     return hidden.new_empty(len(hidden), dtype=torch.int64), hidden.new_empty(len(hidden), dtype=torch.float32)
+
+
+# -------------------------------------------------------------------------------------------- matrix products
+
+
+def linear(x, weight):
+    """x weightᵀ. (…, K), (N, K) → (…, N)."""
+    large = x.numel() * weight.shape[0] > 2**20  # calling oneDNN takes 10 µs longer
+    if ONEDNN and large and on_cpu(x) and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+        return onednn_product(x.flatten(0, -2), weight).view(*x.shape[:-1], weight.shape[0])
+    return F.linear(x, weight)
+
+
+# torch multiplies fp32 matrices on x86 CPUs with MKL, which leaves AVX-512 unused on AMD's: oneDNN is twice as fast there.
+ONEDNN = torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_supported()
+
+
+@torch.library.custom_op("nanoquokka::onednn_product", mutates_args=())
+def onednn_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a bᵀ in fp32 on a CPU. (M, K), (N, K), of any strides → (M, N)."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+
+
+@onednn_product.register_fake
+def _(a, b):
+    return a.new_empty(a.shape[0], b.shape[0])
+
+
+def keep_factors(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def product_gradients(ctx, grad):
+    a, b = ctx.saved_tensors
+    if b.shape[0] > b.shape[1]:  # oneDNN is faster with more columns than rows
+        return onednn_product(grad, b.t()), onednn_product(a.t(), grad.t()).t()
+    return onednn_product(grad, b.t()), onednn_product(grad.t(), a.t())
+
+
+onednn_product.register_autograd(product_gradients, setup_context=keep_factors)
+
+
+@register_flop_formula(torch.ops.nanoquokka.onednn_product)
+def _(a, b, **_):
+    return 2 * a[0] * a[1] * b[0]
 
 
 # --------------------------------------------------------------------------------------------- fp8 products
@@ -341,16 +396,17 @@ class Fp8Linear(torch.autograd.Function):
 # --------------------------------------------------------------------------------------------------- attention
 
 
-def attention(q, k, v, mask, causal, dropout):
-    """Softmax attention. q, k, v (B, H, L, head_dim); mask from `document_mask` or None → (B, H, L, head_dim).
+# On a CPU torch's flash attention is made for long rows: up to these lengths plain products are faster, which
+# torch.compile fuses with the softmax. Those of bf16 run on oneDNN, those inside flash don't.
+PLAIN_UP_TO = {torch.float32: 64 if torch.cpu._is_avx512_supported() else 128, torch.bfloat16: 512}
 
-    On a CPU torch's flash attention is made for long rows: short ones are faster by plain products, which
-    torch.compile fuses with the softmax (a quarter of the time at 64 tokens, equal near 256).
-    """
+
+def attention(q, k, v, mask, causal, dropout):
+    """Softmax attention. q, k, v (B, H, L, head_dim); mask from `document_mask` or None → (B, H, L, head_dim)."""
     L = q.shape[-2]
     if isinstance(mask, BlockMask):
         return compiled_flex_attention()(q, k, v, block_mask=mask)
-    if q.is_cuda or pretending or L > 128 or dropout:
+    if not on_cpu(q) or L > PLAIN_UP_TO.get(q.dtype, 0) or dropout:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None, dropout_p=dropout)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if causal and mask is None:
@@ -392,7 +448,7 @@ def preferring_cudnn(device):
 
 def attention_backend(q, causal):
     """The name of the implementation that torch picks for queries, keys and values like q (B, H, L, head_dim) without mask."""
-    if not q.is_cuda and q.shape[-2] <= 128:
+    if on_cpu(q) and q.shape[-2] <= PLAIN_UP_TO.get(q.dtype, 0):
         return "plain products"
     choice = torch._fused_sdp_choice(q, q, q, is_causal=causal)  # the very function that the dispatcher asks
     return next((name for name, backend in SDPBackend.__members__.items() if int(backend) == choice), str(choice)).lower()

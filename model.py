@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from kernels import attention, document_mask, fp8_linear
+from kernels import attention, document_mask, fp8_linear, linear
 
 # The ladder of the Quokka paper's Table 6: (12·n_layer·d_model² in millions, as that table prints it,
 # d_model, head_dim, n_head, n_layer).
@@ -122,7 +122,7 @@ def joint_linear(x, *layers, fp8=False):
     them while it casts them to bf16, which it has to do anyway. (…, D) → (…, Σ out_features).
     """
     weight = torch.cat([layer.weight for layer in layers]) if len(layers) > 1 else layers[0].weight
-    return (fp8_linear if fp8 else F.linear)(x, weight)
+    return (fp8_linear if fp8 else linear)(x, weight)
 
 
 class Attention(nn.Module):
@@ -175,8 +175,8 @@ def keeping_products(gate_and_up):
 
     def policy(ctx, op, *args, **kwargs):
         name = getattr(op, "__name__", str(op))
-        product = name.startswith(("mm.", "bmm.", "_scaled_mm."))
-        if product and not gate_and_up and args[1].shape[-1] > 4 * args[0].shape[-1]:
+        product = name.startswith(("mm.", "bmm.", "_scaled_mm.", "onednn_product."))
+        if product and not gate_and_up and args[1].numel() > 4 * args[0].shape[-1] ** 2:  # more than 4 times as wide as its input
             return CheckpointPolicy.PREFER_RECOMPUTE
         kept = product or "_scaled_dot_product" in name or "flex_attention" in name
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -176,6 +176,37 @@ def test_without_gradients_none_are_computed():
     assert seen == [False]
 
 
+# ------------------------------------------------------------------------------------------ products on a CPU
+
+
+@pytest.mark.parametrize("rows, K, N", [(257, 65, 67), (64, 24, 1000), (9, 1000, 240), (1, 1100, 1000)])
+@pytest.mark.parametrize("strided", [False, True])
+def test_products_by_onednn(rows, K, N, strided, monkeypatch):
+    monkeypatch.setattr(k, "ONEDNN", True)  # it works on any CPU; it is only faster on some
+    g = torch.Generator().manual_seed(0)
+    x, w, dy = (torch.randn(*((b, a) if strided else (a, b)), generator=g) for a, b in ((rows, K), (N, K), (rows, N)))
+    if strided:
+        x, w, dy = x.t(), w.t(), dy.t()
+    x, w = x.requires_grad_(), w.requires_grad_()
+    y = k.linear(x, w)
+    got = y, *torch.autograd.grad(y, (x, w), dy)
+    want = x.double() @ w.double().T, dy.double() @ w.double(), dy.double().T @ x.double()
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape and error(a, b) < 1e-6
+    torch.library.opcheck(k.onednn_product, (x, w))
+    assert error(k.linear(x.expand(3, rows, K), w)[1], want[0]) < 1e-6
+    assert k.linear(x.double(), w.double()).dtype == torch.float64
+    with torch.autocast("cpu", torch.bfloat16):
+        assert k.linear(x, w).dtype == torch.bfloat16
+
+
+def test_onednn_is_left_alone_where_it_would_not_help(monkeypatch):
+    monkeypatch.setattr(k, "ONEDNN", True)
+    monkeypatch.setattr(k, "onednn_product", None)
+    for x in (torch.randn(4, 8), torch.randn(0, 8), torch.randn(2000, 8, dtype=torch.float64)):
+        assert torch.equal(k.linear(x, torch.ones(300, 8, dtype=x.dtype)), F.linear(x, torch.ones(300, 8, dtype=x.dtype)))
+
+
 # ------------------------------------------------------------------------------- inside the training step
 
 
@@ -286,7 +317,7 @@ print(json.dumps(report))
 @pytest.mark.parametrize("L", [1, 5, 64, 200])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("documents", [False, True])
-def test_attention_forms_agree(L, causal, documents):
+def test_attention_forms_agree(L, causal, documents, monkeypatch):
     g = torch.Generator().manual_seed(0)
     q, key, v = (torch.randn(3, 2, L, 8, generator=g, dtype=torch.float64).to(DEVICE) for _ in range(3))
     scores, mask = q @ key.transpose(-1, -2) / 8**0.5, None
@@ -298,6 +329,9 @@ def test_attention_forms_agree(L, causal, documents):
         mask = k.document_mask(ids, causal, 0.0)
     want = scores.softmax(-1) @ v
     if not isinstance(mask, k.BlockMask):  # FlexAttention has no fp64
-        assert error(k.attention(q, key, v, mask, causal, 0.0), want) < 1e-12
+        for longest in (0, 10**9):
+            monkeypatch.setattr(k, "PLAIN_UP_TO", dict.fromkeys((torch.float64, torch.float32, torch.bfloat16), longest))
+            for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-6 if DEVICE == "cpu" else 2e-3), (torch.bfloat16, 1e-2)):
+                assert error(k.attention(q.to(dtype), key.to(dtype), v.to(dtype), mask, causal, 0.0), want) < bound
     assert error(k.attention(q.float(), key.float(), v.float(), mask, causal, 0.0), want) < (1e-6 if DEVICE == "cpu" else 2e-3)
     assert k.attention_backend(q.float(), False) in ("plain products", "flash_attention", "efficient_attention", "cudnn_attention", "math")
