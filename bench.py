@@ -10,7 +10,7 @@ median of the rounds' own ratios. Writes results/<suite>.md with what is needed 
 import contextlib
 import datetime
 import functools
-import json
+import inspect
 import platform
 import re
 import subprocess
@@ -31,9 +31,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import configurator
 import data
 import diffusion
+import engine
 import kernels
 import memory
-import step
 from configurator import setting
 from model import ModelConfig, Transformer, ladder, swiglu_width
 
@@ -61,13 +61,13 @@ class Config:
 
 def milliseconds(run, device, repeats=1):
     """Time of one call of `run`, averaged over `repeats` calls in a row."""
-    start = step.moment(device)
+    start = engine.moment(device)
     for _ in range(repeats):
         run()
-    end = step.moment(device)
+    end = engine.moment(device)
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return step.seconds(start, end) * 1e3 / repeats
+    return engine.seconds(start, end) * 1e3 / repeats
 
 
 def take_turns(rivals, device, rounds, repeats):
@@ -114,26 +114,25 @@ class Step:
         process = diffusion.Process(objective, config.n_vocab, config.mask_id, config.block_len)
         blocks = data.Blocks(real_tokens(config.n_vocab), config.block_len, seed=1)
         levels = [diffusion.step_rows(process, i * rows, rows) for i in range(n_batches)]
-        self.share = float(np.mean([rows.count.mean() for rows in levels])) / config.block_len if objective == "masked" else 1.0
+        shares = [float(level.count.mean()) / config.block_len if objective == "masked" else 1.0 for level in levels]
         arrays = [diffusion.make_batch(process, blocks.read(blocks.ids(np.arange(rows) + i * rows)), level, level.deal(0, 1))
                   for i, level in enumerate(levels)]
         if full_head:
-            arrays = [at_every_position(batch) for batch in arrays]
-            self.share = 1.0
+            arrays, shares = [at_every_position(batch) for batch in arrays], [1.0] * n_batches
         self.network = Transformer(config).init_weights().to(device).use(**use)
-        self.objective = step.compiled(step.Objective(self.network, False), how, 1, cuda_graphs)
-        self.optimizer = step.make_optimizer(self.network, 1e-3, (0.9, 0.95), 0.1)
-        self.batches = [step.to_device(step.to_tensors(a, False), device) for a in arrays]
+        self.objective = engine.compiled(engine.Objective(self.network, False), how, 1, cuda_graphs)
+        self.optimizer = engine.make_optimizer(self.network, 1e-3, (0.9, 0.95), 0.1)
+        self.batches = [engine.to_device(engine.to_tensors(a, False), device) for a in arrays]
         self.tokens, self.calls, self.cuda_graphs = rows * config.block_len, 0, cuda_graphs
         self.record = torch.zeros(2, device=device)
         self.autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-        self.example = arrays[0]
+        self.share, self.example, self.example_share = float(np.mean(shares)), arrays[0], shares[0]  # of the positions, those with a head
 
     def __call__(self):
         self.record.zero_()
         batch = self.batches[self.calls % len(self.batches)]
         self.calls += 1
-        step.optimizer_step(self.objective, self.optimizer, iter([batch]), 1, self.record, 1.0, self.autocast, cuda_graphs=self.cuda_graphs)
+        engine.optimizer_step(self.objective, self.optimizer, iter([batch]), 1, self.record, 1.0, self.autocast, cuda_graphs=self.cuda_graphs)
 
 
 def at_every_position(batch):
@@ -154,8 +153,8 @@ def counted_flops(config, rows, example):
         example = example._replace(index=example.index[real], targets=example.targets[real], weights=example.weights[real])
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         network = Transformer(config)
-        batch = diffusion.Batch(*(None if t is None else fake.from_tensor(t) for t in step.to_tensors(example, False)))
-        step.Objective(network, False)(batch)[0].backward()
+        batch = diffusion.Batch(*(None if t is None else fake.from_tensor(t) for t in engine.to_tensors(example, False)))
+        engine.Objective(network, False)(batch)[0].backward()
     return counter.get_total_flops() / (rows * config.block_len)
 
 
@@ -238,7 +237,7 @@ def cpu_gathered(cfg):
     """A masked step at V = 50 304 with head and loss on the masked positions only, against the same with both everywhere."""
     config = shape_of(5, 4, 128, 50_303 if not cfg.smoke else 500, 256 if not cfg.smoke else 32, False)
     rows, lines = 4 if cfg.smoke else 16, []
-    for dtype in (torch.float32, torch.bfloat16) if step.has_bf16(CPU) else (torch.float32,):
+    for dtype in (torch.float32, torch.bfloat16) if engine.has_bf16(CPU) else (torch.float32,):
         rivals = {name: Step(config, "masked", rows, CPU, dtype, full_head=full) for name, full in (("gathered", False), ("full", True))}
         times = take_turns(rivals, CPU, max(2, cfg.rounds // 2), 1)
         for name, t in times.items():
@@ -250,7 +249,7 @@ def cpu_gathered(cfg):
 
 def cpu_bf16(cfg):
     """A masked step in bf16 (where the CPU multiplies it itself) against fp32: about 1M parameters, V = 256, 16 rows of 256."""
-    if not step.has_bf16(CPU):
+    if not engine.has_bf16(CPU):
         return "This CPU has no bf16.\n"
     config = shape_of(5, 4, 128, 255, 256 if not cfg.smoke else 32, False)
     rivals = {name: Step(config, "masked", 4 if cfg.smoke else 16, CPU, dtype) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
@@ -293,7 +292,7 @@ def cpu_choices(cfg):
                       spread(t["MKL"] / t["oneDNN"]) + " ×"])
     products = table(["fp32", "chosen here", "GFLOP/s by MKL", "by oneDNN", "oneDNN is faster by"], lines)
     lines = []
-    for dtype in (torch.float32, torch.bfloat16) if step.has_bf16(CPU) else (torch.float32,):
+    for dtype in (torch.float32, torch.bfloat16) if engine.has_bf16(CPU) else (torch.float32,):
         for L in (32,) if cfg.smoke else (64, 128, 256, 512, 1024):
             config = shape_of(2, 4, 128, 255, L, False)
             rivals = {name: with_choice(Step(config, "masked", max(1, 4096 // L), CPU, dtype), PLAIN_UP_TO={dtype: longest})
@@ -315,7 +314,7 @@ def cpu_host(cfg):
             first = next(counter) % 30 * rows
             levels = diffusion.step_rows(process, first, rows)
             x = blocks.read(blocks.ids(first + np.arange(rows)))
-            step.to_tensors(diffusion.make_batch(process, x, levels, levels.deal(0, 1)), False)
+            engine.to_tensors(diffusion.make_batch(process, x, levels, levels.deal(0, 1)), False)
 
         t = take_turns({"run": run}, CPU, cfg.rounds, 3)["run"]
         lines.append([objective, loss, spread(t), f"{rows * L / np.median(t) / 1e3:.1f}"])
@@ -333,43 +332,48 @@ class Device(NamedTuple):
 def gpu_head(cfg, gpu):
     """LM head and loss, forward and backward, bf16, on the rows that a masked step of 65 536 tokens has: ours against what
     Inductor makes of the reference, and torch's own. `full`: on all 65 536 rows."""
-    lines, (D, V, rows) = [], (64, 500, 64) if cfg.smoke else (0, 50_257, 33_792)
-    for D in (D,) if cfg.smoke else (768, 2048):
-        g = torch.Generator(gpu.device).manual_seed(0)
-        width = -(-(V + 1) // 64) * 64
-        head = (torch.randn(width, D, generator=g, device=gpu.device) * 0.02).bfloat16().requires_grad_()
-        # the inputs alone are larger than any L2
-        hidden, targets = torch.randn(2 * rows, D, generator=g, device=gpu.device).bfloat16().requires_grad_(), torch.randint(V, (2 * rows,), generator=g, device=gpu.device)
-        weights, noisy = torch.rand(2 * rows, generator=g, device=gpu.device) / rows, torch.randint(V, (2 * rows,), generator=g, device=gpu.device)
-        beta = 10 ** (4 * torch.rand(2 * rows, generator=g, device=gpu.device) - 1)
-
-        def reference(hidden, head, targets, weights, noisy, beta):
-            if noisy is None:
-                return (F.cross_entropy(kernels.head_logits(hidden, head, V), targets, reduction="none") * weights).sum()
-            probs = F.softmax(kernels.head_logits(hidden, head, V), dim=-1)[:, :V]
-            return (kernels.uniform_bound(probs, noisy, targets, beta) * weights).sum()
-
-        def ours(hidden, head, targets, weights, noisy, beta):
-            return kernels.head_loss_of(hidden, head, targets, weights, noisy, beta, V, False)[0]
-
-        def torchs(hidden, head, targets, weights, noisy, beta):  # it has no per-row weights: they are left out
-            return F.linear_cross_entropy(hidden, head, targets)
-
-        rivals = {"ours": ours, "Inductor": torch.compile(reference, dynamic=False)}
-        for what, n, diffusing in (("cross-entropy", rows, False), ("cross-entropy, full", 2 * rows, False), ("uniform bound", rows, True)):
-            some = rivals | ({"torch.nn.functional.linear_cross_entropy": torchs} if hasattr(F, "linear_cross_entropy") and not diffusing else {})
-            inputs = (targets[:n], weights[:n], noisy[:n] if diffusing else None, beta[:n] if diffusing else None)
-            if gpu.device.type != "cuda":
-                some = {"Inductor": some["Inductor"]}  # no kernels without a GPU
-
-            def run(loss, n=n, inputs=inputs):
-                torch.autograd.grad(loss(hidden[:n], head, *inputs), (hidden, head))
-
-            runs = {name: functools.partial(run, loss) for name, loss in some.items()}
-            peaks = {name: peak_of(fn, gpu) for name, fn in runs.items()}
-            for name, t in take_turns(runs, gpu.device, cfg.rounds, 1 if cfg.smoke else 3).items():
-                lines.append([what, D, n, name, spread(t), f"{6 * n * D * width / np.median(t) / 1e9:.0f}", f"{peaks[name] / 2**30:.2f}"])
+    lines = []
+    for D, V, rows in ((64, 500, 64),) if cfg.smoke else ((768, 50_257, 33_792), (2048, 50_257, 33_792)):
+        lines += head_of_width(cfg, gpu, D, V, rows)
     return table(["loss", "D", "rows", "by", "ms", "TFLOP/s of the products", "GiB"], lines)
+
+
+def head_of_width(cfg, gpu, D, V, rows):
+    """Lines of the head's table for one width; the inputs alone are larger than any L2."""
+    g, where = torch.Generator(gpu.device).manual_seed(0), dict(device=gpu.device)
+    width = -(-(V + 1) // 64) * 64
+    head = (torch.randn(width, D, generator=g, **where) * 0.02).bfloat16().requires_grad_()
+    hidden = torch.randn(2 * rows, D, generator=g, **where).bfloat16().requires_grad_()
+    targets, noisy = (torch.randint(V, (2 * rows,), generator=g, **where) for _ in range(2))
+    weights, beta = torch.rand(2 * rows, generator=g, **where) / rows, 10 ** (4 * torch.rand(2 * rows, generator=g, **where) - 1)
+
+    def reference(hidden, head, targets, weights, noisy, beta):
+        logits = kernels.head_logits(hidden, head, V)
+        if noisy is None:
+            return (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
+        return (kernels.uniform_bound(F.softmax(logits, dim=-1)[:, :V], noisy, targets, beta) * weights).sum()
+
+    def ours(hidden, head, targets, weights, noisy, beta):
+        return kernels.head_loss_of(hidden, head, targets, weights, noisy, beta, V, False)[0]
+
+    def torchs(hidden, head, targets, weights, noisy, beta):  # it has no per-row weights and excludes no columns
+        return F.linear_cross_entropy(hidden, head, targets)
+
+    def gradients(loss, n, inputs):
+        torch.autograd.grad(loss(hidden[:n], head, *inputs), (hidden, head))
+
+    lines, losses = [], {"Inductor": torch.compile(reference, dynamic=False)}
+    if gpu.device.type == "cuda":
+        losses = {"ours": ours} | losses
+    if hasattr(F, "linear_cross_entropy"):
+        losses["torch's linear_cross_entropy"] = torchs
+    for what, n, diffusing in (("cross-entropy", rows, False), ("cross-entropy, full", 2 * rows, False), ("uniform bound", rows, True)):
+        inputs = (targets[:n], weights[:n], noisy[:n] if diffusing else None, beta[:n] if diffusing else None)
+        rivals = {name: functools.partial(gradients, loss, n, inputs) for name, loss in losses.items() if not (diffusing and loss is torchs)}
+        peaks = {name: peak_of(run, gpu) for name, run in rivals.items()}
+        for name, t in take_turns(rivals, gpu.device, cfg.rounds, 1 if cfg.smoke else 3).items():
+            lines.append([what, D, n, name, spread(t), f"{6 * n * D * width / np.median(t) / 1e9:.0f}", f"{peaks[name] / 2**30:.2f}"])
+    return lines
 
 
 def peak_of(run, gpu):
@@ -387,35 +391,41 @@ def peak_of(run, gpu):
 
 def gpu_attention(cfg, gpu):
     """Attention, forward and backward, bf16, 65 536 tokens in rows of 2048: torch's backends, and documents of about 400 tokens."""
-    lines, L, B = [], 64 if cfg.smoke else 2048, 2 if cfg.smoke else 32
-    for H, head_dim in ((2, 16),) if cfg.smoke else ((14, 64), (16, 128)):
-        g = torch.Generator(gpu.device).manual_seed(0)
-        q, k, v, dy = (torch.randn(B, H, L, head_dim, generator=g, device=gpu.device, dtype=torch.bfloat16).requires_grad_() for _ in range(4))
-        ids = (torch.rand(B, L, generator=g, device=gpu.device) < 1 / 400).cumsum(1)
-        for causal in (False, True):
-            def plain(backend, causal=causal):
-                with sdpa_kernel(backend):
-                    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-
-            runs = {name.lower(): functools.partial(plain, backend) for name, backend in SDPBackend.__members__.items()
-                    if name in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION")}
-            dense = (ids[:, :, None] == ids[:, None, :])[:, None]
-            if causal:
-                dense = dense & torch.ones(L, L, dtype=torch.bool, device=gpu.device).tril()
-            mask = kernels.document_mask(ids, causal, 0.0)
-            runs["documents, dense mask"] = lambda dense=dense: F.scaled_dot_product_attention(q, k, v, attn_mask=dense)
-            runs["documents, FlexAttention"] = lambda mask=mask, causal=causal: kernels.attention(q, k, v, mask, causal, 0.0)
-            runs["documents, varlen"] = varlen(ids, causal, q, k, v)
-            chosen = kernels.attention_backend(q, causal)
-            for name, run in runs.items():
-                try:
-                    t = take_turns({name: lambda run=run: torch.autograd.grad(run(), (q, k, v), dy)}, gpu.device, cfg.rounds, 1 if cfg.smoke else 3)[name]
-                except (RuntimeError, ImportError, AttributeError) as problem:
-                    lines.append([H, head_dim, causal, name, "unavailable: " + str(problem).partition("\n")[0][:80].replace("|", "/"), ""])
-                    continue
-                tflops = "" if "documents" in name else f"{14 * B * H * L * L * head_dim * (0.5 if causal else 1) / np.median(t) / 1e9:.0f}"
-                lines.append([H, head_dim, causal, name + (" (chosen)" if name == chosen else ""), spread(t), tflops])
+    lines = []
+    for causal in (False, True):
+        for B, H, L, head_dim in ((2, 2, 64, 16),) if cfg.smoke else ((32, 14, 2048, 64), (32, 16, 2048, 128)):
+            lines += attention_of_shape(cfg, gpu, B, H, L, head_dim, causal)
     return table(["heads", "head_dim", "causal", "backend", "ms", "TFLOP/s (7 products)"], lines)
+
+
+def attention_of_shape(cfg, gpu, B, H, L, head_dim, causal):
+    g = torch.Generator(gpu.device).manual_seed(0)
+    q, k, v, dy = (torch.randn(B, H, L, head_dim, generator=g, device=gpu.device, dtype=torch.bfloat16).requires_grad_() for _ in range(4))
+    ids = (torch.rand(B, L, generator=g, device=gpu.device) < 1 / 400).cumsum(1)
+    dense = (ids[:, :, None] == ids[:, None, :])[:, None]
+    if causal:
+        dense = dense & torch.ones(L, L, dtype=torch.bool, device=gpu.device).tril()
+    mask = kernels.document_mask(ids, causal, 0.0)
+
+    def by(backend):
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    forms = {backend.name.lower(): functools.partial(by, backend)
+             for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)}
+    forms["documents, dense mask"] = lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=dense)
+    forms["documents, as in kernels.attention"] = lambda: kernels.attention(q, k, v, mask, causal, 0.0)
+    forms["documents, varlen"] = varlen(ids, causal, q, k, v)
+    chosen, lines = kernels.attention_backend(q, causal), []
+    for name, form in forms.items():
+        try:
+            t = take_turns({"it": lambda form=form: torch.autograd.grad(form(), (q, k, v), dy)}, gpu.device, cfg.rounds, 1 if cfg.smoke else 3)["it"]
+        except (RuntimeError, ImportError, AttributeError, TypeError) as problem:
+            lines.append([H, head_dim, causal, name, "unavailable: " + str(problem).partition("\n")[0][:80].replace("|", "/"), ""])
+            continue
+        tflops = "" if "documents" in name else f"{14 * B * H * L * L * head_dim * (0.5 if causal else 1) / np.median(t) / 1e9:.0f}"
+        lines.append([H, head_dim, causal, name + (" (chosen)" if name == chosen else ""), spread(t), tflops])
+    return lines
 
 
 def varlen(ids, causal, q, k, v):
@@ -429,7 +439,8 @@ def varlen(ids, causal, q, k, v):
         from torch.nn.attention.varlen import varlen_attn
 
         flat = [t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)]
-        more = dict(window_size=(-1, 0)) if causal else {}
+        backwards = dict(is_causal=True) if "is_causal" in inspect.signature(varlen_attn).parameters else dict(window_size=(-1, 0))
+        more = backwards if causal else {}
         y = varlen_attn(*flat, borders, borders, longest, longest, **more)
         return y.view(ids.shape[0], ids.shape[1], *y.shape[1:]).transpose(1, 2)
 
@@ -458,7 +469,7 @@ STEPS = [
 
 def gpu_steps(cfg, gpu):
     """Whole training steps in bf16 on real tokens: batches on the device, forward, backward, clipping, AdamW."""
-    peak, lines = step.peak_flops(gpu.device) or float("nan"), []
+    peak, lines = engine.peak_flops(gpu.device) or float("nan"), []
     for name, objective, rows, settings in [("tiny", o, 4, s) for o, s in (("masked", {}), ("ar", dict(how="no")))] if cfg.smoke else STEPS:
         config, label = model_of(name, objective == "ar"), ", ".join(f"{k}={v}" for k, v in settings.items()) or "—"
         try:
@@ -477,7 +488,7 @@ def gpu_steps(cfg, gpu):
         predicted = memory.predict(config, run.example, False, torch.bfloat16, True, **how, lasting_gradients=settings.get("cuda_graphs", False)).peak
         lines.append([name, objective, f"{rows} × {config.block_len}", label, spread(t, 1), f"{speed:,.0f}", f"{speed * flops / peak:.1%}", f"{speed * palm / peak:.1%}",
                       f"{measured_peak(gpu) / 2**30:.1f} / {predicted / 2**30:.1f}", f"{run.record[0].item():.3f}",
-                      f"{run.network.flops_per_token(run.share, causal=False) / counted:.4f}"])
+                      f"{run.network.flops_per_token(run.example_share, causal=False) / counted:.4f}"])
         print(" | ".join(map(str, lines[-1])), flush=True)
         del run
         torch._dynamo.reset()
@@ -499,7 +510,7 @@ def measured_peak(gpu):
 
 # The first pattern that a kernel's name contains says what it is.
 KINDS = [("attention", "attention|flash|fmha|sdpa|flex"), ("head and loss rows", "cross_entropy_rows|uniform_bound_rows"),
-         ("matrix products", "gemm|nvjet|cutlass|xmma|cublas|matmul|_mm|addmm|linear_pointwise|onednn"), ("optimizer and norm", "adam|multi_tensor|norm_kernel|lpnorm"),
+         ("matrix products", "gemm|nvjet|cutlass|xmma|cublas|matmul|mm$|_mm|addmm|linear_pointwise|onednn"), ("optimizer and norm", "adam|multi_tensor|norm_kernel|lpnorm"),
          ("copies", "memcpy|memset|copy_")]
 
 
@@ -542,7 +553,7 @@ def machine(suite):
     with contextlib.suppress(OSError):
         cpu = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
     features = [name for name, has in (("AVX2", torch.cpu._is_avx2_supported()), ("AVX-512", torch.cpu._is_avx512_supported()),
-                                       ("bf16", step.has_bf16(CPU))) if has]
+                                       ("bf16", engine.has_bf16(CPU))) if has]
     what = f"{cpu}, {torch.get_num_threads()} threads, {', '.join(features)}"
     if suite == "gpu" and torch.cuda.is_available():
         what = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}; host: {what}"

@@ -11,7 +11,8 @@ x clean tokens, z noisy tokens.
 
 import functools
 import math
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch

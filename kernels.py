@@ -290,8 +290,9 @@ def linear_greedy(hidden, head, n_vocab):
     """The likeliest text token at each position and its probability. hidden (C, D) → (C,) int64 and (C,) fp32. No gradients."""
     if has_kernels(hidden):
         return head_greedy(hidden.detach(), head.detach(), n_vocab)
-    probs, tokens = F.softmax(head_logits(hidden.detach(), head.detach(), n_vocab), dim=-1).max(-1)
-    return tokens, probs
+    logits = head_logits(hidden.detach(), head.detach(), n_vocab)
+    top, tokens = logits.max(-1)
+    return tokens, (top - logits.logsumexp(-1)).exp()
 
 
 @torch.library.custom_op("nanoquokka::head_greedy", mutates_args=())

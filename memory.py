@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import diffusion
 import kernels
+from engine import Objective, to_tensors
 from model import Transformer
-from step import Objective, to_tensors
 
 
 class Need(NamedTuple):
@@ -33,7 +33,7 @@ class Need(NamedTuple):
 def predict(model_config, batch, posterior, dtype, on_gpu, how="whole", recompute="no", fp8=False, lasting_gradients=False):
     """The `Need` of one step on micro-batches like `batch` (arrays), in autocast to `dtype`.
 
-    `how` and `recompute` as in step.compiled and Transformer.use. Without recomputation it agrees with what torch
+    `how` and `recompute` as in engine.compiled and Transformer.use. Without recomputation it agrees with what torch
     allocates to 1 %; with it, it can be 7 % low, 20 % where the whole model is one graph (the compiler moves things).
 
     `lasting_gradients`: they outlive the backward pass that adds to them (accumulation, DDP's buckets, CUDA graphs).

@@ -17,6 +17,7 @@ import configurator
 import data
 import diffusion
 from configurator import setting
+from kernels import linear_greedy
 from model import load_model, load_newest, read_checkpoint
 
 
@@ -97,11 +98,15 @@ def sample_masked(model, z, cfg, steps, schedule, generator, watch):
     c = model.config
     for i in range(steps):
         masked = z == c.mask_id
-        logits = model.logits(model(z))
-        token = diffusion.draw_tokens(diffusion.filter_logits(logits, cfg.temperature, cfg.top_k, cfg.top_p), cfg.temperature, generator)
-        if cfg.sampler == "low_confidence":
+        hidden = model(z)
+        if cfg.temperature == 0:
+            token, confidence = (t.view(z.shape) for t in linear_greedy(hidden.flatten(0, 1), model.head, model.config.n_vocab))
+        else:
+            logits = model.logits(hidden)
+            token = diffusion.draw_tokens(diffusion.filter_logits(logits, cfg.temperature, cfg.top_k, cfg.top_p), cfg.temperature, generator)
             # the model's own probability: temperature, top-k and top-p choose tokens, not the order
             confidence = logits.softmax(-1).gather(-1, token[..., None])[..., 0]
+        if cfg.sampler == "low_confidence":
             reveal = diffusion.reveal_confident(masked, confidence, steps - i)
         else:
             ratio, next_ratio = float(schedule.r(1 - i / steps)), float(schedule.r(1 - (i + 1) / steps))

@@ -25,12 +25,11 @@ import torch.distributed as dist
 import configurator
 import data
 import diffusion
+import engine
 import kernels
 import memory
 from configurator import setting
 from model import ModelConfig, Transformer, checkpoints, file_digest, ladder, load_newest, record_digest, swiglu_width
-from step import (PEAK, Arriving, Objective, compiled, has_bf16, make_optimizer, moment, optimizer_step, peak_flops, prefetched, seconds,
-                  to_device, to_tensors, uploaded)
 
 VALIDATION_SEED = 2**63  # beyond every training seed: all runs are validated with the same noise
 
@@ -151,7 +150,8 @@ class Config:
             say("fp8 goes with dtype=bfloat16 or auto")
         if self.fp8 and self.device != "cpu" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
             say("fp8 needs a GPU of compute capability 8.9 or later")
-        if self.cuda_graphs and (self.compile != "whole" or world > 1 or self.device == "cpu"):
+        gpu = self.device != "cpu" and torch.cuda.is_available() or self.device == "cuda" and self.estimate
+        if self.cuda_graphs and (self.compile != "whole" or world > 1 or not gpu):
             say("cuda_graphs needs compile=whole and one process on a GPU")
         if self.device == "cuda" and not torch.cuda.is_available() and not self.estimate:
             say("device=cuda, but this machine has no usable GPU; use --device=cpu")
@@ -273,7 +273,7 @@ def training_batches(process, blocks, first_sample, first_step, steps, cfg, rank
                 x = blocks.read(ids[place + which])
             except ValueError as problem:  # tokens outside the vocabulary, in a corpus too large to check at the start
                 configurator.fail(f"step {step + 1}: {problem}", everywhere=True)
-            yield to_tensors(diffusion.make_batch(process, x, rows, which), pin)
+            yield engine.to_tensors(diffusion.make_batch(process, x, rows, which), pin)
 
 
 def noisy_share(process):
@@ -306,7 +306,7 @@ def show_estimate(cfg, need, model_config, process, world, dtype, on_gpu):
     print(f"a step of {tokens:,} tokens takes {flops * tokens:.3g} FLOP, forward and backward ({flops / 1e6:.1f} MFLOP per token; "
           f"{share:.1%} of the positions get a head); recomputation not counted")
     if on_gpu:
-        print(f"at 50 % of an H100's bf16 peak that is {world * PEAK['H100'] / 2 / flops:,.0f} tokens/s on {world} GPU{'s' * (world > 1)}")
+        print(f"at 50 % of an H100's bf16 peak that is {world * engine.PEAK['H100'] / 2 / flops:,.0f} tokens/s on {world} GPU{'s' * (world > 1)}")
 
 
 def spread(n_rows, available):
@@ -331,7 +331,7 @@ def evaluate(objective, process, blocks, n_rows, micro, rank, world, device, aut
         which = np.concatenate((which, np.full(micro - len(which), n_rows - 1)))
         batch = diffusion.make_batch(process, blocks.read(ids[which]), rows, which, valid, parts / n_rows)
         with autocast():
-            total = total + objective(to_device(to_tensors(batch, False), device))[1].double()
+            total = total + objective(engine.to_device(engine.to_tensors(batch, False), device))[1].double()
     objective.train()
     if world > 1:
         dist.all_reduce(total)
@@ -501,7 +501,7 @@ def main():
                                    schedule=cfg.schedule if cfg.objective == "uniform" else "linear")
 
     on_gpu = device.type == "cuda" or cfg.device == "cuda"  # the latter for an estimate on a machine without
-    bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and (on_gpu if cfg.estimate else has_bf16(device)))
+    bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and (on_gpu if cfg.estimate else engine.has_bf16(device)))
     dtype = torch.bfloat16 if bf16 else torch.float32
 
     def autocast():
@@ -522,18 +522,18 @@ def main():
 
     torch.manual_seed(cfg.seed)
     network = Transformer(model_config).init_weights().to(device)
-    optimizer = make_optimizer(network, cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
+    optimizer = engine.make_optimizer(network, cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
     first_step, samples, pending = 0, 0, []
     n_parts = 2 if cfg.loss == "paper" else 1
     if record:
         load_checkpoint(folder, network, optimizer)
         first_step, samples = record["step"], record["samples"]
         pending = [row for row in record["pending"] if len(row) == n_parts + 1]  # another loss has other parts
-    plain = Objective(network.use(cfg.recompute, cfg.fp8), posterior=cfg.loss == "paper")
-    objective = compiled(plain, cfg.compile, world, cfg.cuda_graphs)
+    plain = engine.Objective(network.use(cfg.recompute, cfg.fp8), posterior=cfg.loss == "paper")
+    objective = engine.compiled(plain, cfg.compile, world, cfg.cuda_graphs)
     if cfg.compile != "no" and first_step < steps:
         say("the first step compiles the model, which takes up to a minute on a CPU", flush=True)
-    peak = peak_flops(device) if bf16 else None
+    peak = engine.peak_flops(device) if bf16 else None
 
     if rank == 0:
         run.mkdir(parents=True, exist_ok=True)
@@ -590,7 +590,7 @@ def main():
         if world > 1:
             values[:, -1] /= world  # the norm is the same on every rank, the parts add up
             dist.all_reduce(values)
-        arriving.append((first, last, Arriving(values), line))
+        arriving.append((first, last, engine.Arriving(values), line))
         recent.zero_()
 
     def receive(wait=False):
@@ -604,7 +604,7 @@ def main():
                                       + (f"The last good checkpoint is {good[0]}" if good else "There is no checkpoint yet"))
                 pending.append(row)
             if line:
-                show(last, seconds(line["start"], arrived.moment), **line)
+                show(last, engine.seconds(line["start"], arrived.moment), **line)
 
     def show(step, duration, start, lr, tokens):
         """One line of progress, from the means of what is pending."""
@@ -626,19 +626,19 @@ def main():
     gpu = device.type == "cuda"
     batches = training_batches(process, blocks, samples, first_step, steps, cfg, rank, world, pin=gpu)
     if gpu:  # on a CPU a thread would only take time from the step's own
-        batches = uploaded(prefetched(batches), device)
+        batches = engine.uploaded(engine.prefetched(batches), device)
     if first_step == 0:
         validate(0)
     objective.train()
     flushed = first_step
-    start, clock_tokens = moment(device), 0
+    start, clock_tokens = engine.moment(device), 0
     for step in range(first_step + 1, steps + 1):
         lr = learning_rate(cfg, step - 1, steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
         if cfg.dropout:  # dropout masks, too, are a function of the step
             torch.manual_seed(hash((cfg.seed, step, rank)))
-        optimizer_step(objective, optimizer, batches, accumulation, recent[step - flushed - 1], cfg.clip, autocast, world, cfg.cuda_graphs)
+        engine.optimizer_step(objective, optimizer, batches, accumulation, recent[step - flushed - 1], cfg.clip, autocast, world, cfg.cuda_graphs)
         clock_tokens += tokens_per_step
         if step == first_step + 1:  # what has been built by now stays: the garbage collector need not look at it again
             gc.collect()
@@ -665,7 +665,7 @@ def main():
         if saving:
             save(step)
         if evaluating or saving:  # the next line's speed is of training alone
-            start, clock_tokens = moment(device), 0
+            start, clock_tokens = engine.moment(device), 0
         if stopping and step < steps:
             say(f"stopped by a signal after step {step}; continue with --resume=auto")
             break

@@ -1,10 +1,10 @@
 """Corpora: tokenizers, prepare, load_corpus, the stateless permutation and Blocks."""
 
-import os
 import contextlib
 import hashlib
 import http.server
 import json
+import os
 import subprocess
 import sys
 import threading

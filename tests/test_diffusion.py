@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import diffusion as d
-from model import ModelConfig, Transformer
 import kernels
 import sample
+from model import ModelConfig, Transformer
 
 SCHEDULES = ("linear", "cosine", "poly2", "poly3")
 

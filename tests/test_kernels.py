@@ -215,7 +215,7 @@ def training_step(objective, n_vocab=500, block_len=32, rows=16, loss="elbo", se
     import numpy as np
 
     import diffusion as d
-    import step as step_
+    import engine
     from model import ModelConfig, Transformer
 
     torch.manual_seed(seed)
@@ -223,8 +223,8 @@ def training_step(objective, n_vocab=500, block_len=32, rows=16, loss="elbo", se
     process = d.Process(objective, n_vocab, n_vocab, block_len, loss=loss)
     step = d.step_rows(process, 0, rows)
     x = np.random.default_rng(seed).integers(0, n_vocab, (rows, block_len + 1))
-    batch = step_.to_device(step_.to_tensors(d.make_batch(process, x, step, step.deal(0, 1)), False), torch.device(DEVICE))
-    return step_.Objective(Transformer(config).init_weights().to(DEVICE), posterior=loss == "paper"), batch
+    batch = engine.to_device(engine.to_tensors(d.make_batch(process, x, step, step.deal(0, 1)), False), torch.device(DEVICE))
+    return engine.Objective(Transformer(config).init_weights().to(DEVICE), posterior=loss == "paper"), batch
 
 
 STEPS = [("ar", "elbo"), ("masked", "elbo"), ("uniform", "elbo"), ("uniform", "paper")]

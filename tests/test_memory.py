@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 import diffusion
+import engine
 import kernels
 import memory
-import step
 from model import ModelConfig, Transformer
 
 
@@ -26,12 +26,12 @@ def measured(config, batch, how, recompute):
     """Most bytes that a real step on the CPU allocates beyond its weights, moments and batch."""
     torch._dynamo.reset()
     network = Transformer(config).init_weights().use(recompute)
-    objective = step.compiled(step.Objective(network, False), how, 1)
-    optimizer = step.make_optimizer(network, 1e-3, (0.9, 0.95), 0.1)
-    batch, record = step.to_tensors(batch, False), torch.zeros(2)
+    objective = engine.compiled(engine.Objective(network, False), how, 1)
+    optimizer = engine.make_optimizer(network, 1e-3, (0.9, 0.95), 0.1)
+    batch, record = engine.to_tensors(batch, False), torch.zeros(2)
 
     def run():
-        step.optimizer_step(objective, optimizer, iter([batch]), 1, record, 1.0, contextlib.nullcontext)
+        engine.optimizer_step(objective, optimizer, iter([batch]), 1, record, 1.0, contextlib.nullcontext)
 
     run()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

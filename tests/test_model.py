@@ -1,7 +1,7 @@
 """The network against independent references: Qwen3, complex rotations, the paper's table, a FLOP counter."""
 
-import dataclasses
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -16,11 +16,24 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+import engine
 import kernels
-import step
 import train
-from model import (LADDER, ModelConfig, Transformer, checkpoints, file_digest, ladder, ladder_params, load_model,
-                   load_newest, read_checkpoint, record_digest, rotate, swiglu_width)
+from model import (
+    LADDER,
+    ModelConfig,
+    Transformer,
+    checkpoints,
+    file_digest,
+    ladder,
+    ladder_params,
+    load_model,
+    load_newest,
+    read_checkpoint,
+    record_digest,
+    rotate,
+    swiglu_width,
+)
 
 PAPER = Path(__file__).resolve().parent.parent / "../shared/paper"
 needs_paper = pytest.mark.skipif(not PAPER.is_dir(), reason="the paper's tables are not on this machine")
@@ -458,7 +471,7 @@ def test_a_timed_network_runs_in_any_dtype(dtype):
 def save(run, model, steps=(1, 2), keep=5):
     """Checkpoints as training writes them, one real optimizer step between each two."""
     run.mkdir(exist_ok=True)
-    optimizer = step.make_optimizer(model, 0.1, (0.9, 0.95), 0.1)
+    optimizer = engine.make_optimizer(model, 0.1, (0.9, 0.95), 0.1)
     for number in steps:
         time = torch.full((2,), 0.5) if model.config.timed else None
         model(tokens(2, 16), time).square().sum().backward()

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import data
 import diffusion
-import step
+import engine
 import train
 from model import checkpoints, load_model, load_newest
 
@@ -244,13 +244,13 @@ def test_prefetching_ends_when_its_reader_leaves():
             raise ValueError("broken")
 
     for fail in (False, True):
-        stream = step.prefetched(numbers(fail), depth=4)
+        stream = engine.prefetched(numbers(fail), depth=4)
         assert next(stream) == 0
         time.sleep(0.3)
         stream.close()  # must not hang
-    assert list(step.prefetched(numbers())) == [0, 1, 2, 3, 4]
+    assert list(engine.prefetched(numbers())) == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="broken"):
-        list(step.prefetched(numbers(True)))
+        list(engine.prefetched(numbers(True)))
 
 
 def test_validation_does_not_depend_on_the_batch(run_main):
@@ -264,7 +264,7 @@ def test_validation_does_not_depend_on_the_batch(run_main):
 def test_validation_is_the_same_on_any_number_of_ranks(run_main, corpus, monkeypatch):
     """13 rows dealt to ranks, some of which fill up with rows that don't count, or get none at all."""
     folder, record = load_newest(run_main("--steps=3"), print)
-    objective = step.Objective(load_model(folder, record), False)
+    objective = engine.Objective(load_model(folder, record), False)
     blocks = data.Blocks(data.load_corpus(corpus).val, 32)
     process = diffusion.Process("masked", 257, 257, 32, train.VALIDATION_SEED)
     monkeypatch.setattr(train.dist, "all_reduce", lambda total: total)
@@ -332,6 +332,32 @@ def test_compiled_ranks_with_accumulation_equal_one_eager_rank(corpus, tmp_path,
     assert_close(one, tmp_path / "two", 1e-3)
 
 
+# estimates --------------------------------------------------------------------------------------------------
+
+
+def test_estimate_prints_and_writes_nothing(run_main, capsys):
+    run = run_main("--estimate", "--steps=10")
+    small = capsys.readouterr().out
+    assert not run.exists() and "peak memory" in small and "on a CPU" in small and "float32" in small
+    run = run_main("--estimate", "--steps=10", "--device=cuda", "--dtype=auto", "--compile=whole", "--n_layer=12", "--n_head=12", "--d_model=768")  # no GPU needed
+    large = capsys.readouterr().out
+    assert not run.exists() and "GiB: parameters 0.39" not in small and "as on a GPU" in large and "bfloat16" in large
+    flops = float(large.split("tokens takes ")[1].split(" FLOP")[0])
+    network = train.Transformer(train.ModelConfig(12, 12, 12, 64, 768, 2048, 257, 257, 32, causal=False))
+    assert flops == pytest.approx(8 * 32 * network.flops_per_token(33 / 64), rel=0.02)
+
+
+@pytest.mark.parametrize("how, more", (
+    ("blocks", ("--short_rows=0.5",)), *(pytest.param(how, more, marks=pytest.mark.slow) for how, more in (
+        ("blocks", ("--recompute=elementwise",)), ("blocks", ("--fp8=True", "--dtype=auto")), ("whole", ("--fp8=True", "--dtype=auto"))))), ids=str)
+def test_ways_to_train_agree(run_main, how, more):
+    torch._dynamo.reset()
+    plain = [m for m in losses(run_main("--steps=10", *[m for m in more if "short" in m], run="plain")) if "loss" in m]
+    other = [m for m in losses(run_main("--steps=10", f"--compile={how}", *more, run="other")) if "loss" in m]
+    for a, b in zip(plain, other, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.02 if "--fp8=True" in more else 1e-4)
+
+
 # bad input --------------------------------------------------------------------------------------------------
 
 
@@ -366,6 +392,11 @@ def refused(run_main, capsys, *flags, run="run"):
     (["--steps=1", "--resume=yes"], "no usable checkpoint"),
     (["--steps=1", "--compare=nowhere"], "no such run"),
     (["nowhere.py", "--steps=1"], "no such override file"),
+    (["--steps=1", "--fp8=True"], "fp8 goes with dtype=bfloat16 or auto"),
+    (["--steps=1", "--fp8=True", "--dtype=auto", "--d_model=40"], "multiples of 16, not d_model=40"),
+    (["--steps=1", "--fp8=True", "--dtype=auto", "--block_len=33", "--batch_size=1"], "a multiple of 16 tokens"),
+    (["--steps=1", "--cuda_graphs=True"], "cuda_graphs needs compile=whole and one process on a GPU"),
+    (["--steps=1", "--compile=True"], "choose from whole, blocks, no"),
     (["--tokens=1e300"], "must be at most 1000000000000000.0"),
 ))
 def test_bad_settings_are_refused_before_anything_is_written(run_main, capsys, tmp_path, flags, message):
@@ -499,7 +530,7 @@ def test_settings_are_saved_and_complete(run_main):
 
 def test_only_matrices_decay():
     network = train.Transformer(train.ModelConfig(1, 2, 2, 8, 16, 64, 50, 50, 8, causal=False))
-    optimizer = step.make_optimizer(network, 1e-3, (0.9, 0.95), 0.1)
+    optimizer = engine.make_optimizer(network, 1e-3, (0.9, 0.95), 0.1)
     decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert {name: decay[id(p)] for name, p in network.named_parameters()} == {
         name: 0.0 if "norm" in name else 0.1 for name, p in network.named_parameters()}

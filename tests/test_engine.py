@@ -8,8 +8,8 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import diffusion
+import engine
 import kernels
-import step
 from model import ModelConfig, Transformer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -35,12 +35,12 @@ def train(config, process, steps=4, accumulation=1, how="no", device=DEVICE, cli
     torch.manual_seed(0)
     torch._dynamo.reset()
     network = Transformer(config).init_weights().to(device).use(**use)
-    objective = step.compiled(step.Objective(network, process.loss == "paper"), how, 1, cuda_graphs)
-    optimizer = step.make_optimizer(network, lr, (0.9, 0.95), 0.1)
+    objective = engine.compiled(engine.Objective(network, process.loss == "paper"), how, 1, cuda_graphs)
+    optimizer = engine.make_optimizer(network, lr, (0.9, 0.95), 0.1)
     records = torch.zeros(steps, 3 if process.loss == "paper" else 2, device=device)
-    stream = (step.to_device(step.to_tensors(b, False), device) for b in batches(process, steps * accumulation))
+    stream = (engine.to_device(engine.to_tensors(b, False), device) for b in batches(process, steps * accumulation))
     for record in records:
-        step.optimizer_step(objective, optimizer, stream, accumulation, record, clip, contextlib.nullcontext, cuda_graphs=cuda_graphs)
+        engine.optimizer_step(objective, optimizer, stream, accumulation, record, clip, contextlib.nullcontext, cuda_graphs=cuda_graphs)
     return records.cpu(), network
 
 
@@ -51,14 +51,14 @@ def step_without_values(objective, loss, pretend, monkeypatch, spoil=lambda reco
     """A step on tensors that have shapes but no values: whatever reads one on the host, or makes a shape of one, raises."""
     config, process = setting(objective, loss, short_rows=short_rows)
     monkeypatch.setattr(kernels, "pretending", pretend)
-    batch = step.to_tensors(next(batches(process, 1)), False)
+    batch = engine.to_tensors(next(batches(process, 1)), False)
     with FakeTensorMode() as fake:
         network = Transformer(config).use("selective")
-        optimizer = step.make_optimizer(network, 1e-3, (0.9, 0.95), 0.1)
+        optimizer = engine.make_optimizer(network, 1e-3, (0.9, 0.95), 0.1)
         record = torch.zeros(3 if loss == "paper" else 2)
         batch = diffusion.Batch(*(None if t is None else fake.from_tensor(t) for t in batch))
         for _ in range(2):
-            step.optimizer_step(step.Objective(network, loss == "paper"), optimizer, iter([batch, batch]), 2, record, 1.0, contextlib.nullcontext)
+            engine.optimizer_step(engine.Objective(network, loss == "paper"), optimizer, iter([batch, batch]), 2, record, 1.0, contextlib.nullcontext)
             spoil(record)
     assert optimizer.state[network.embed.weight]["exp_avg"].shape == network.embed.weight.shape
 
@@ -80,14 +80,14 @@ def test_reading_one_would_be_seen(monkeypatch):
 def test_a_step_does_not_synchronize(objective, loss):
     config, process = setting(objective, loss)
     network = Transformer(config).init_weights().to(DEVICE)
-    objective, optimizer = step.Objective(network, loss == "paper"), step.make_optimizer(network, 1e-3, (0.9, 0.95), 0.1)
+    objective, optimizer = engine.Objective(network, loss == "paper"), engine.make_optimizer(network, 1e-3, (0.9, 0.95), 0.1)
     record = torch.zeros(3 if loss == "paper" else 2, device=DEVICE)
-    stream = step.uploaded(step.prefetched(step.to_tensors(b, True) for b in batches(process, 6)), DEVICE)
+    stream = engine.uploaded(engine.prefetched(engine.to_tensors(b, True) for b in batches(process, 6)), DEVICE)
     for i in range(6):
         torch.cuda.set_sync_debug_mode("error" if i > 1 else "default")
         try:
-            step.optimizer_step(objective, optimizer, stream, 1, record, 1.0, contextlib.nullcontext)
-            arriving = step.Arriving(record)
+            engine.optimizer_step(objective, optimizer, stream, 1, record, 1.0, contextlib.nullcontext)
+            arriving = engine.Arriving(record)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert arriving.here(wait=True) and torch.isfinite(arriving.values).all()
@@ -108,11 +108,11 @@ def test_nothing_compiles_after_the_first_step(how, graphs):
     torch._dynamo.reset()
     torch.manual_seed(0)
     network = Transformer(config).init_weights()
-    objective, optimizer = step.compiled(step.Objective(network, False), how, 1), step.make_optimizer(network, 1e-2, (0.9, 0.95), 0.1)
+    objective, optimizer = engine.compiled(engine.Objective(network, False), how, 1), engine.make_optimizer(network, 1e-2, (0.9, 0.95), 0.1)
     records = torch.zeros(5, 2)
-    stream = (step.to_tensors(b, False) for b in batches(process, 10))
+    stream = (engine.to_tensors(b, False) for b in batches(process, 10))
     for record in records:
-        step.optimizer_step(objective, optimizer, stream, 2, record, 1.0, autocast)
+        engine.optimizer_step(objective, optimizer, stream, 2, record, 1.0, autocast)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     assert not torch._dynamo.utils.counters["graph_break"]
     eager, _ = train(config, process, 5, 2, device=torch.device("cpu"))
@@ -197,18 +197,18 @@ def test_fp8_uses_eight_bits_in_every_block_and_trains_alike():
 
 def test_figures_arrive_as_they_were_when_sent():
     values = torch.arange(6.0, device=DEVICE).reshape(2, 3)
-    start = step.moment(DEVICE)
-    arriving = step.Arriving(values)
+    start = engine.moment(DEVICE)
+    arriving = engine.Arriving(values)
     values.zero_()
     assert arriving.here(wait=True) and arriving.here()
     assert arriving.values.tolist() == [[0, 1, 2], [3, 4, 5]]
-    assert 0 <= step.seconds(start, arriving.moment) < 10
+    assert 0 <= engine.seconds(start, arriving.moment) < 10
 
 
 @on_gpu
 def test_uploads_are_what_was_sent():
     _, process = setting("masked")
-    sent = [step.to_tensors(b, True) for b in batches(process, 7)]
-    for got, want in zip(step.uploaded(iter(sent), DEVICE), sent, strict=True):
+    sent = [engine.to_tensors(b, True) for b in batches(process, 7)]
+    for got, want in zip(engine.uploaded(iter(sent), DEVICE), sent, strict=True):
         for a, b in zip(got, want):
             assert a is b is None or torch.equal(a.cpu(), b)
