@@ -294,6 +294,7 @@ def cpu_choices(cfg):
     lines = []
     for dtype in (torch.float32, torch.bfloat16) if engine.has_bf16(CPU) else (torch.float32,):
         for L in (32,) if cfg.smoke else (64, 128, 256, 512, 1024):
+            torch._dynamo.reset()  # it compiles the same code 8 times at most
             config = shape_of(2, 4, 128, 255, L, False)
             rivals = {name: with_choice(Step(config, "masked", max(1, 4096 // L), CPU, dtype), PLAIN_UP_TO={dtype: longest})
                       for name, longest in (("plain products", 10**9), ("flash", 0))}

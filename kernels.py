@@ -405,8 +405,9 @@ PLAIN_UP_TO = {torch.float32: 64 if torch.cpu._is_avx512_supported() else 128, t
 def attention(q, k, v, mask, causal, dropout):
     """Softmax attention. q, k, v (B, H, L, head_dim); mask from `document_mask` or None → (B, H, L, head_dim)."""
     L = q.shape[-2]
-    if isinstance(mask, BlockMask):
-        return compiled_flex_attention()(q, k, v, block_mask=mask)
+    if isinstance(mask, BlockMask):  # by itself, not inside a compiled model, it must be compiled: else it forms all the scores
+        flex = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
+        return flex(q.contiguous(), k.contiguous(), v.contiguous(), block_mask=mask)  # Inductor's flex for CPUs misreads strides (2.13)
     if not on_cpu(q) or L > PLAIN_UP_TO.get(q.dtype, 0) or dropout:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None, dropout_p=dropout)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
@@ -417,6 +418,11 @@ def attention(q, k, v, mask, causal, dropout):
     return scores.softmax(-1).to(v.dtype) @ v
 
 
+def has_flex(tensor):
+    """Whether FlexAttention works where `tensor` is: on CPUs it has no gradients."""
+    return tensor.is_cuda
+
+
 def document_mask(documents, causal, dropout):
     """What lets a position attend only within its own document. documents (B, L) ids, equal inside each.
 
@@ -424,7 +430,8 @@ def document_mask(documents, causal, dropout):
     (B, 1, L, L) of bool.
     """
     B, L = documents.shape
-    if documents.is_cuda and not dropout:
+    if has_flex(documents) and not dropout:
+
         def allowed(b, h, i, j):
             same = documents[b, i] == documents[b, j]
             return same & (i >= j) if causal else same
@@ -436,7 +443,7 @@ def document_mask(documents, causal, dropout):
 
 @functools.cache
 def compiled_flex_attention():
-    return torch.compile(flex_attention, dynamic=False)  # uncompiled it would form all the scores
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def preferring_cudnn(device):

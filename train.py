@@ -462,7 +462,8 @@ def main():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-        contextlib.ExitStack().enter_context(kernels.preferring_cudnn(device))  # for as long as the process lives
+        attention_order = contextlib.ExitStack()  # entered for as long as this variable lives
+        attention_order.enter_context(kernels.preferring_cudnn(device))
     say = print if rank == 0 else lambda *_, **__: None
     run = Path(cfg.run_dir)
 

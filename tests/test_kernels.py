@@ -335,3 +335,24 @@ def test_attention_forms_agree(L, causal, documents, monkeypatch):
                 assert error(k.attention(q.to(dtype), key.to(dtype), v.to(dtype), mask, causal, 0.0), want) < bound
     assert error(k.attention(q.float(), key.float(), v.float(), mask, causal, 0.0), want) < (1e-6 if DEVICE == "cpu" else 2e-3)
     assert k.attention_backend(q.float(), False) in ("plain products", "flash_attention", "efficient_attention", "cudnn_attention", "math")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_documents_by_flex_attention(compiled, causal, monkeypatch):
+    """The GPU's way through a whole model (on a CPU: forward only, as FlexAttention has no gradients there), without graph breaks."""
+    from model import ModelConfig, Transformer
+
+    torch.manual_seed(0)
+    network = Transformer(ModelConfig(2, 2, 2, 16, 32, 64, 50, 50, 40, causal=causal, init_std=0.2)).init_weights().to(DEVICE)
+    ids, documents = torch.randint(50, (3, 40), device=DEVICE), torch.randint(0, 4, (3, 40), device=DEVICE).sort()[0]
+    results = []
+    for flex in (False, True):
+        monkeypatch.setattr(k, "has_flex", lambda tensor, flex=flex: flex)
+        monkeypatch.setattr(k, "on_cpu", lambda tensor, flex=flex: not flex and not tensor.is_cuda)
+        torch._dynamo.reset()
+        k.compiled_flex_attention.cache_clear()
+        forward = torch.compile(network, fullgraph=True, dynamic=False) if compiled and flex else network
+        with torch.no_grad():
+            results.append(forward(ids, documents=documents))
+    assert error(results[1], results[0]) < (1e-5 if DEVICE == "cpu" else 5e-3)
