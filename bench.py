@@ -1,7 +1,7 @@
 """Where every claim about speed comes from.
 
     python bench.py                  # what a CPU can show, about ten minutes on two cores
-    python bench.py --suite=gpu      # kernels, attention, whole training steps and where their time goes
+    python bench.py --suite=gpu      # kernels, attention, whole training steps and where their time goes: about 40 minutes
 
 Rivals take turns in rounds on the same data, so that a machine that slows down slows all of them; a ratio is the
 median of the rounds' own ratios. Writes results/<suite>.md with what is needed to repeat it.
@@ -10,15 +10,17 @@ median of the rounds' own ratios. Writes results/<suite>.md with what is needed 
 import contextlib
 import datetime
 import functools
+import gc
 import inspect
 import platform
 import re
 import subprocess
 import sys
+import traceback
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -42,6 +44,8 @@ from model import ModelConfig, Transformer, ladder, swiglu_width
 class Config:
     suite: Literal["cpu", "gpu"] = setting("cpu", "what to measure")
     only: str = setting("", "parts to run, separated by commas (empty: all; a wrong name lists them)")
+    rows: str = setting("", "rows of the steps table to run, separated by commas: what their label contains, as in 1.7B,ar (empty: all)")
+    predict: bool = setting(True, "predict each row's memory, too, up to half a minute of the host")
     rounds: int = setting(20, "rounds in which rivals take turns", low=2)
     warmup: int = setting(20, "untimed steps before a whole training step is timed on a GPU", low=3)
     steps: int = setting(50, "timed steps of a whole training step on a GPU", low=3)
@@ -109,7 +113,8 @@ def real_tokens(n_vocab):
 class Step:
     """A training step as train.py takes it, on a few batches of real tokens in turn."""
 
-    def __init__(self, config, objective, rows, device, dtype, how="whole", full_head=False, n_batches=4, cuda_graphs=False, **use):
+    def __init__(self, config, objective, rows, device, dtype, how="whole", full_head=False, plain_loss=False, n_batches=4,
+                 cuda_graphs=False, **use):
         torch.manual_seed(0)
         process = diffusion.Process(objective, config.n_vocab, config.mask_id, config.block_len)
         blocks = data.Blocks(real_tokens(config.n_vocab), config.block_len, seed=1)
@@ -117,16 +122,21 @@ class Step:
         shares = [float(level.count.mean()) / config.block_len if objective == "masked" else 1.0 for level in levels]
         arrays = [diffusion.make_batch(process, blocks.read(blocks.ids(np.arange(rows) + i * rows)), level, level.deal(0, 1))
                   for i, level in enumerate(levels)]
-        if full_head:
+        if full_head or plain_loss:
             arrays, shares = [at_every_position(batch) for batch in arrays], [1.0] * n_batches
-        self.network = Transformer(config).init_weights().to(device).use(**use)
-        self.objective = engine.compiled(engine.Objective(self.network, False), how, 1, cuda_graphs)
-        self.optimizer = engine.make_optimizer(self.network, 1e-3, (0.9, 0.95), 0.1)
+        with device:
+            self.network = Transformer(config).init_weights().use(**use)
+        objective = engine.Objective(self.network, False)
+        if plain_loss:
+            objective.loss_of = full_logits_loss
+        self.objective = engine.compiled(objective, how, 1, cuda_graphs)
+        self.optimizer = engine.make_optimizer(self.network, 2e-4, (0.9, 0.95), 0.1)
         self.batches = [engine.to_device(engine.to_tensors(a, False), device) for a in arrays]
         self.tokens, self.calls, self.cuda_graphs = rows * config.block_len, 0, cuda_graphs
         self.record = torch.zeros(2, device=device)
         self.autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-        self.share, self.example, self.example_share = float(np.mean(shares)), arrays[0], shares[0]  # of the positions, those with a head
+        self.share = float(np.mean(shares))  # of the positions, those with a head
+        self.example, self.example_share = arrays[0], shares[0]
 
     def __call__(self):
         self.record.zero_()
@@ -135,8 +145,16 @@ class Step:
         engine.optimizer_step(self.objective, self.optimizer, iter([batch]), 1, self.record, 1.0, self.autocast, cuda_graphs=self.cuda_graphs)
 
 
+def full_logits_loss(hidden, head, batch, n_vocab, posterior=False):
+    """The loss as one would write it without kernels: fp32 logits at every position."""
+    nats = F.cross_entropy(kernels.head_logits(hidden.flatten(0, -2), head, n_vocab), batch.targets, reduction="none")
+    return (nats * batch.weights[:, 0]).sum(), (nats.detach()[:, None] * batch.weights).sum(0)
+
+
 def at_every_position(batch):
-    """A masked batch whose head and loss run at all positions, with weight 0 where nothing is masked."""
+    """A masked batch for which the whole network, its head and loss run at all positions, with weight 0 where nothing is masked."""
+    if batch.index is None:
+        return batch
     weights, targets = np.zeros((batch.tokens.size, 1), np.float32), np.zeros(batch.tokens.size, np.int64)
     real = batch.weights[:, 0] > 0
     weights[batch.index[real]], targets[batch.index[real]] = batch.weights[real], batch.targets[real]
@@ -185,6 +203,9 @@ class PlainGPT(nn.Module):
         self.tokens, self.positions = nn.Embedding(n_vocab, d), nn.Embedding(block_len, d)
         self.blocks = nn.Sequential(*(PlainBlock(d, n_head) for _ in range(n_layer)))
         self.norm = nn.LayerNorm(d, bias=False)
+        for p in self.parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
 
     def forward(self, x, y):
         h = self.norm(self.blocks(self.tokens(x) + self.positions.weight))
@@ -221,7 +242,7 @@ def shape_of(n_layer, n_head, d_model, n_vocab, block_len, causal, tied=True):
 
 
 def cpu_shakespeare(cfg):
-    """AR at nanoGPT's Shakespeare-CPU shape (4 layers, 4 heads, 128 wide, 12 rows of 64, 65 characters), fp32, against plain steps."""
+    """AR at nanoGPT's Shakespeare-CPU shape (4 layers, 4 heads, 128 wide, 12 rows of 64, 65 tokens), fp32, against plain steps."""
     rows, shape = (2, dict(n_layer=1, n_head=4)) if cfg.smoke else (12, dict(n_layer=4, n_head=4))
     rivals = {"ours": Step(shape_of(**shape, d_model=128, n_vocab=65, block_len=64, causal=True), "ar", rows, CPU, torch.float32)}
     for compile in (False, True):
@@ -234,7 +255,8 @@ def cpu_shakespeare(cfg):
 
 
 def cpu_gathered(cfg):
-    """A masked step at V = 50 304 with head and loss on the masked positions only, against the same with both everywhere."""
+    """A masked step at V = 50 304 that computes what follows the last attention, head and loss for the masked positions only, against
+    the same step at all positions."""
     config = shape_of(5, 4, 128, 50_303 if not cfg.smoke else 500, 256 if not cfg.smoke else 32, False)
     rows, lines = 4 if cfg.smoke else 16, []
     for dtype in (torch.float32, torch.bfloat16) if engine.has_bf16(CPU) else (torch.float32,):
@@ -325,61 +347,82 @@ def cpu_host(cfg):
 # -------------------------------------------------------------------------------------------------- on a GPU
 
 
-class Device(NamedTuple):
-    device: torch.device
-    total: int  # bytes of memory
-
-
-def gpu_head(cfg, gpu):
-    """LM head and loss, forward and backward, bf16, on the rows that a masked step of 65 536 tokens has: ours against what
-    Inductor makes of the reference, and torch's own. `full`: on all 65 536 rows."""
+def gpu_head(cfg, device):
+    """LM head and loss, forward and backward, bf16, on the rows that a masked step of 65 536 tokens has and on all 65 536 (`full`);
+    uniform diffusion's bound; the greedy head that sampling needs. Ours against the reference as written, what Inductor makes of it,
+    and torch's own (which has no weights per row and excludes no columns). The inputs alone are larger than any L2."""
     lines = []
-    for D, V, rows in ((64, 500, 64),) if cfg.smoke else ((768, 50_257, 33_792), (2048, 50_257, 33_792)):
-        lines += head_of_width(cfg, gpu, D, V, rows)
-    return table(["loss", "D", "rows", "by", "ms", "TFLOP/s of the products", "GiB"], lines)
+    for D, V, rows in ((64, 500, 128),) if cfg.smoke else ((768, 50_257, 65_536), (2048, 50_257, 65_536)):
+        torch._dynamo.reset()
+        lines += head_of_width(cfg, device, D, V, rows)
+    return table(["what", "D", "rows", "by", "ms", "TFLOP/s of the products", "GiB", "ours is faster by"], lines)
 
 
-def head_of_width(cfg, gpu, D, V, rows):
-    """Lines of the head's table for one width; the inputs alone are larger than any L2."""
-    g, where = torch.Generator(gpu.device).manual_seed(0), dict(device=gpu.device)
+def head_of_width(cfg, device, D, V, rows):
+    """Lines of the head's table for one width."""
+    g, where = torch.Generator(device).manual_seed(0), dict(device=device)
     width = -(-(V + 1) // 64) * 64
     head = (torch.randn(width, D, generator=g, **where) * 0.02).bfloat16().requires_grad_()
-    hidden = torch.randn(2 * rows, D, generator=g, **where).bfloat16().requires_grad_()
-    targets, noisy = (torch.randint(V, (2 * rows,), generator=g, **where) for _ in range(2))
-    weights, beta = torch.rand(2 * rows, generator=g, **where) / rows, 10 ** (4 * torch.rand(2 * rows, generator=g, **where) - 1)
+    hidden = torch.randn(rows, D, generator=g, **where).bfloat16().requires_grad_()
+    targets, noisy = (torch.randint(V, (rows,), generator=g, **where) for _ in range(2))
+    weights, beta = torch.rand(rows, generator=g, **where) / rows, 10 ** (4 * torch.rand(rows, generator=g, **where) - 1)
 
-    def reference(hidden, head, targets, weights, noisy, beta):
-        logits = kernels.head_logits(hidden, head, V)
-        if noisy is None:
-            return (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
-        return (kernels.uniform_bound(F.softmax(logits, dim=-1)[:, :V], noisy, targets, beta) * weights).sum()
+    def entropy(hidden, head, targets, weights):
+        return (F.cross_entropy(kernels.head_logits(hidden, head, V), targets, reduction="none") * weights).sum()
 
-    def ours(hidden, head, targets, weights, noisy, beta):
+    def bound(hidden, head, targets, weights, noisy, beta):
+        return (kernels.uniform_bound(F.softmax(kernels.head_logits(hidden, head, V), dim=-1)[:, :V], noisy, targets, beta) * weights).sum()
+
+    def ours(hidden, head, targets, weights, noisy=None, beta=None):
         return kernels.head_loss_of(hidden, head, targets, weights, noisy, beta, V, False)[0]
 
-    def torchs(hidden, head, targets, weights, noisy, beta):  # it has no per-row weights and excludes no columns
+    def torchs(hidden, head, targets, weights):
         return F.linear_cross_entropy(hidden, head, targets)
 
-    def gradients(loss, n, inputs):
-        torch.autograd.grad(loss(hidden[:n], head, *inputs), (hidden, head))
+    def greedy(hidden, head):
+        logits = kernels.head_logits(hidden, head, V)
+        top, tokens = logits.max(-1)
+        return tokens, (top - logits.logsumexp(-1)).exp()
 
-    lines, losses = [], {"Inductor": torch.compile(reference, dynamic=False)}
-    if gpu.device.type == "cuda":
-        losses = {"ours": ours} | losses
+    def gradients(loss, n, *inputs):
+        torch.autograd.grad(loss(hidden[:n], head, *(t[:n] for t in inputs)), (hidden, head))
+
+    def forward(function):
+        with torch.no_grad():
+            function(hidden[: rows // 2], head)
+
+    fused = functools.partial(torch.compile, dynamic=False, fullgraph=True)
+    half = -(-rows * 33 // 64 // 64) * 64  # what `capacity` gives for 32 rows
+    few = rows // 8 if not cfg.smoke else rows  # uncompiled, the bound forms many fp32 tensors of rows × V
+    part = functools.partial
+    groups = [
+        ("cross-entropy", half, 3, {"reference": part(gradients, entropy, half, targets, weights), "Inductor": part(gradients, fused(entropy), half, targets, weights),
+                                    "ours": part(gradients, ours, half, targets, weights), "ours, full": part(gradients, ours, rows, targets, weights)}),
+        ("uniform bound", half, 3, {"Inductor": part(gradients, fused(bound), half, targets, weights, noisy, beta),
+                                    "ours": part(gradients, ours, half, targets, weights, noisy, beta)}),
+        ("uniform bound", few, 3, {"reference": part(gradients, bound, few, targets, weights, noisy, beta),
+                                   "ours": part(gradients, ours, few, targets, weights, noisy, beta)}),
+        ("greedy", rows // 2, 1, {"reference": part(forward, greedy), "Inductor": part(forward, fused(greedy)),
+                                  "ours": part(forward, lambda hidden, head: kernels.head_greedy(hidden, head, V))}),
+    ]  # fmt: skip
     if hasattr(F, "linear_cross_entropy"):
-        losses["torch's linear_cross_entropy"] = torchs
-    for what, n, diffusing in (("cross-entropy", rows, False), ("cross-entropy, full", 2 * rows, False), ("uniform bound", rows, True)):
-        inputs = (targets[:n], weights[:n], noisy[:n] if diffusing else None, beta[:n] if diffusing else None)
-        rivals = {name: functools.partial(gradients, loss, n, inputs) for name, loss in losses.items() if not (diffusing and loss is torchs)}
-        peaks = {name: peak_of(run, gpu) for name, run in rivals.items()}
-        for name, t in take_turns(rivals, gpu.device, cfg.rounds, 1 if cfg.smoke else 3).items():
-            lines.append([what, D, n, name, spread(t), f"{6 * n * D * width / np.median(t) / 1e9:.0f}", f"{peaks[name] / 2**30:.2f}"])
+        groups[0][3]["torch's linear_cross_entropy (unweighted, all columns)"] = part(gradients, torchs, half, targets, weights)
+    lines = []
+    for what, n, products, rivals in groups:
+        if device.type != "cuda":  # there are no kernels
+            rivals = {name: run for name, run in rivals.items() if not name.startswith("ours")}
+        peaks = {name: peak_of(run, device) for name, run in rivals.items()}
+        times = take_turns(rivals, device, cfg.rounds, 1 if cfg.smoke else 3)
+        for name, t in times.items():
+            count = rows if name.endswith("full") else n
+            lines.append([what, D, count, name, spread(t), f"{2 * products * count * D * width / np.median(t) / 1e9:.0f}", f"{peaks[name] / 2**30:.2f}",
+                          f"{spread(t / times['ours'])} ×" if "ours" in times and name != "ours" else ""])
     return lines
 
 
-def peak_of(run, gpu):
-    """Most memory beyond what was there that `run` takes, in bytes."""
-    if gpu.device.type != "cuda":
+def peak_of(run, device):
+    """Most memory beyond what was there that `run` takes, in bytes (0 on a CPU)."""
+    if device.type != "cuda":
         return 0
     run()
     torch.cuda.synchronize()
@@ -390,62 +433,103 @@ def peak_of(run, gpu):
     return torch.cuda.max_memory_allocated() - before
 
 
-def gpu_attention(cfg, gpu):
-    """Attention, forward and backward, bf16, 65 536 tokens in rows of 2048: torch's backends, and documents of about 400 tokens."""
+def gpu_fp8(cfg, device):
+    """One product with both gradients at the 1.7B model's shapes, 32 768 rows: 8 bits against bf16 (both compiled)."""
+    lines, rows = [], 64 if cfg.smoke else 32_768
+    for what, K, N in (("tiny", 32, 64),) if cfg.smoke else (("q, k, v", 2048, 6144), ("o", 2048, 2048), ("gate, up", 2048, 10_880), ("down", 5440, 2048)):
+        torch._dynamo.reset()
+        g = torch.Generator(device).manual_seed(0)
+        x, dy = (torch.randn(rows, n, generator=g, device=device).bfloat16() for n in (K, N))
+        x, weight = x.requires_grad_(), (torch.randn(N, K, generator=g, device=device) * 0.02).requires_grad_()
+        forms = {"bf16": torch.compile(lambda x, w: F.linear(x, w.bfloat16()), fullgraph=True), "fp8": torch.compile(lambda x, w: kernels.fp8_linear(x, w), fullgraph=True)}
+        rivals = {name: functools.partial(lambda form, x, w, dy: torch.autograd.grad(form(x, w), (x, w), dy), form, x, weight, dy) for name, form in forms.items()}
+        times = take_turns(rivals, device, cfg.rounds, 1 if cfg.smoke else 5)
+        lines.append([what, f"{rows} × {K} × {N}", *(f"{spread(t)} ({6 * rows * K * N / np.median(t) / 1e9:.0f} TFLOP/s)" for t in times.values()),
+                      f"{spread(times['bf16'] / times['fp8'])} ×"])
+    return table(["product", "shape", "bf16, ms", "fp8, ms", "fp8 is faster by"], lines)
+
+
+def gpu_attention(cfg, device):
+    """Attention, forward and backward, bf16, 65 536 tokens in rows of 2048, laid out as in the model: torch's backends, and documents
+    of about 400 tokens. The second time is with the documents' mask (or borders) made anew, which a step does once for all layers."""
     lines = []
     for causal in (False, True):
         for B, H, L, head_dim in ((2, 2, 64, 16),) if cfg.smoke else ((32, 14, 2048, 64), (32, 16, 2048, 128)):
-            lines += attention_of_shape(cfg, gpu, B, H, L, head_dim, causal)
-    return table(["heads", "head_dim", "causal", "backend", "ms", "TFLOP/s (7 products)"], lines)
+            torch._dynamo.reset()
+            kernels.compiled_flex_attention.cache_clear()
+            lines += attention_of_shape(cfg, device, B, H, L, head_dim, causal)
+    return table(["heads", "head_dim", "causal", "backend", "ms", "ms with its mask", "TFLOP/s (7 products)"], lines)
 
 
-def attention_of_shape(cfg, gpu, B, H, L, head_dim, causal):
-    g = torch.Generator(gpu.device).manual_seed(0)
-    q, k, v, dy = (torch.randn(B, H, L, head_dim, generator=g, device=gpu.device, dtype=torch.bfloat16).requires_grad_() for _ in range(4))
-    ids = (torch.rand(B, L, generator=g, device=gpu.device) < 1 / 400).cumsum(1)
-    dense = (ids[:, :, None] == ids[:, None, :])[:, None]
-    if causal:
-        dense = dense & torch.ones(L, L, dtype=torch.bool, device=gpu.device).tril()
-    mask = kernels.document_mask(ids, causal, 0.0)
+def attention_of_shape(cfg, device, B, H, L, head_dim, causal):
+    g = torch.Generator(device).manual_seed(0)
+    q, k, v, dy = (torch.randn(B, L, H, head_dim, generator=g, device=device, dtype=torch.bfloat16).transpose(1, 2).requires_grad_() for _ in range(4))
+    ids = (torch.rand(B, L, generator=g, device=device) < 1 / 400).cumsum(1)
 
-    def by(backend):
+    def by(backend, _):
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
-    forms = {backend.name.lower(): functools.partial(by, backend)
-             for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)}
-    forms["documents, dense mask"] = lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=dense)
-    forms["documents, as in kernels.attention"] = lambda: kernels.attention(q, k, v, mask, causal, 0.0)
-    forms["documents, varlen"] = varlen(ids, causal, q, k, v)
+    def dense_mask():
+        same = (ids[:, :, None] == ids[:, None, :])[:, None]
+        return same & torch.ones(L, L, dtype=torch.bool, device=device).tril() if causal else same
+
+    backends = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+    forms = {backend.name.lower(): (functools.partial(by, backend), None) for backend in backends}
+    forms["documents, dense mask"] = (lambda mask: F.scaled_dot_product_attention(q, k, v, attn_mask=mask), dense_mask)
+    forms["documents, as in kernels.attention"] = (lambda mask: kernels.attention(q, k, v, mask, causal, 0.0), lambda: kernels.document_mask(ids, causal, 0.0))
+    forms["documents, varlen"] = (lambda borders: varlen(q, k, v, *borders, causal), lambda: document_borders(ids))
     chosen, lines = kernels.attention_backend(q, causal), []
-    for name, form in forms.items():
+    for name, (form, make) in forms.items():
         try:
-            t = take_turns({"it": lambda form=form: torch.autograd.grad(form(), (q, k, v), dy)}, gpu.device, cfg.rounds, 1 if cfg.smoke else 3)["it"]
-        except (RuntimeError, ImportError, AttributeError, TypeError) as problem:
-            lines.append([H, head_dim, causal, name, "unavailable: " + str(problem).partition("\n")[0][:80].replace("|", "/"), ""])
+            mask = make() if make else None
+
+            def both(form=form, mask=mask):
+                torch.autograd.grad(form(mask), (q, k, v), dy)
+
+            def anew(form=form, make=make):
+                torch.autograd.grad(form(make()), (q, k, v), dy)
+
+            times = take_turns({"both": both} | ({"anew": anew} if make else {}), device, cfg.rounds, 1 if cfg.smoke else 3)
+        except Exception as problem:  # a backend that this machine has not
+            lines.append([H, head_dim, causal, name, failed(problem), "", ""])
             continue
-        tflops = "" if "documents" in name else f"{14 * B * H * L * L * head_dim * (0.5 if causal else 1) / np.median(t) / 1e9:.0f}"
-        lines.append([H, head_dim, causal, name + (" (chosen)" if name == chosen else ""), spread(t), tflops])
+        tflops = "" if make else f"{14 * B * H * L * L * head_dim * (0.5 if causal else 1) / np.median(times['both']) / 1e9:.0f}"
+        lines.append([H, head_dim, causal, name + (" (chosen)" if name == chosen else ""), spread(times["both"]), spread(times["anew"]) if make else "", tflops])
     return lines
 
 
-def varlen(ids, causal, q, k, v):
-    """Attention over the documents laid end to end, as torch.nn.attention.varlen does it."""
-    starts = F.pad((ids.flatten().diff(prepend=ids.flatten()[:1] - 1) != 0), (0, 1), value=True)
-    starts[:: ids.shape[1]] = True  # rows are borders, too
-    borders = starts.nonzero().flatten().int()
-    longest = int(borders.diff().max())
+def failed(problem):
+    """An exception as a cell of a table."""
+    return f"failed: {type(problem).__name__}: {str(problem).partition(chr(10))[0][:100]}".replace("|", "/")
 
-    def run():
-        from torch.nn.attention.varlen import varlen_attn
 
-        flat = [t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)]
-        backwards = dict(is_causal=True) if "is_causal" in inspect.signature(varlen_attn).parameters else dict(window_size=(-1, 0))
-        more = backwards if causal else {}
-        y = varlen_attn(*flat, borders, borders, longest, longest, **more)
-        return y.view(ids.shape[0], ids.shape[1], *y.shape[1:]).transpose(1, 2)
+def document_borders(ids):
+    """Where documents start in the flattened batch, (n + 1,) int32, and the longest's length; rows end documents, too."""
+    first = F.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True).flatten()
+    borders = F.pad(first, (0, 1), value=True).nonzero().flatten().int()
+    return borders, int(borders.diff().max())
 
-    return run
+
+def varlen(q, k, v, borders, longest, causal):
+    """Attention over documents laid end to end, as torch.nn.attention.varlen does it. q, k, v (B, H, L, head_dim)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    B, H, L, head_dim = q.shape
+    backwards = dict(is_causal=True) if "is_causal" in inspect.signature(varlen_attn).parameters else dict(window_size=(-1, 0))
+    y = varlen_attn(*(t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)), borders, borders, longest, longest, **(backwards if causal else {}))
+    return y.view(B, L, H, head_dim).transpose(1, 2)
+
+
+# model, objective, rows of 2048, settings; what matters most first
+STEPS = [
+    ("1.7B", "masked", 16, {}), ("1.7B", "masked", 24, {}), ("413M", "masked", 32, {}), ("135M", "masked", 32, {}), ("135M", "masked", 32, dict(plain_loss=True)),
+    ("1.7B", "ar", 16, {}), ("413M", "ar", 32, {}), ("135M", "ar", 32, {}), ("1.1B", "masked", 24, {}), ("1.1B", "ar", 24, {}),
+    ("135M", "masked", 32, dict(how="blocks")), ("135M", "masked", 32, dict(full_head=True)), ("135M", "masked", 32, dict(recompute="elementwise")),
+    ("1.7B", "masked", 16, dict(how="blocks")), ("1.7B", "masked", 24, dict(recompute="elementwise", how="blocks")),
+    ("25M", "masked", 8, {}), ("25M", "masked", 8, dict(cuda_graphs=True)),
+]  # fmt: skip
+TINY = [("tiny", objective, 4, settings) for objective in ("masked", "ar") for settings in (dict(how="no"), dict(how="no", fp8=True), dict(how="no", plain_loss=True))]
 
 
 def model_of(name, causal):
@@ -454,89 +538,148 @@ def model_of(name, causal):
         return shape_of(2, 2, 32, 500, 64, causal)
     if name == "1.7B":
         return ModelConfig(28, 16, 16, 128, 2048, swiglu_width(2048), 50_277, 50_277, 2048, causal, tied=False)
-    shape = ladder(name)
+    shape = ladder({"1.1B": "1086M"}.get(name, name))
     return ModelConfig(**shape, n_kv_head=shape["n_head"], d_ff=swiglu_width(shape["d_model"]), n_vocab=50_257, mask_id=50_257, block_len=2048, causal=causal)
 
 
-# model, objective, rows of 2048, settings
-STEPS = [
-    ("135M", "masked", 32, {}), ("135M", "ar", 32, {}), ("135M", "masked", 32, dict(full_head=True)), ("135M", "masked", 32, dict(how="blocks")),
-    ("413M", "masked", 32, {}), ("413M", "ar", 32, {}), ("1002M", "masked", 24, {}), ("1002M", "ar", 24, {}),
-    ("1.7B", "masked", 16, {}), ("1.7B", "ar", 16, {}), ("1.7B", "masked", 16, dict(how="blocks")), ("1.7B", "masked", 16, dict(fp8=True)),
-    ("1.7B", "masked", 32, dict(recompute="elementwise")), ("1.7B", "masked", 32, dict(recompute="selective", how="blocks")),
-    ("25M", "masked", 8, {}), ("25M", "masked", 8, dict(cuda_graphs=True)),
-]  # fmt: skip
-
-
-def gpu_steps(cfg, gpu):
-    """Whole training steps in bf16 on real tokens: batches on the device, forward, backward, clipping, AdamW."""
-    peak, lines = engine.peak_flops(gpu.device) or float("nan"), []
-    for name, objective, rows, settings in [("tiny", o, 4, s) for o, s in (("masked", {}), ("ar", dict(how="no")))] if cfg.smoke else STEPS:
-        config, label = model_of(name, objective == "ar"), ", ".join(f"{k}={v}" for k, v in settings.items()) or "—"
-        try:
-            run = Step(config, objective, rows, gpu.device, torch.bfloat16, **settings)
-            for _ in range(cfg.warmup):
-                run()
-            clear_peak(gpu)
-            t = np.array([milliseconds(run, gpu.device) for _ in range(cfg.steps)])
-        except torch.OutOfMemoryError:
-            lines.append([name, objective, f"{rows} × {config.block_len}", label, "out of memory", *[""] * 6])
+def gpu_steps(cfg, device):
+    """Whole training steps in bf16 on real tokens: batches on the device, forward, backward, clipping, AdamW; one after the other without
+    waiting, as train.py does. `plain_loss`: fp32 logits everywhere instead of our kernel. Executed MFU counts what is really computed: what
+    follows the last attention, and the head, for the masked positions only. The issue's form counts the whole last block; PaLM's the head
+    and attention in full. All relative to the datasheet's dense bf16 peak, fp8's included."""
+    lines = []
+    for name, objective, rows, settings in TINY if cfg.smoke else STEPS:
+        label = f"{name} {objective} {rows} × " + (", ".join(f"{k}={v}" for k, v in settings.items()) or "plain settings")
+        if cfg.rows and not any(wanted in label for wanted in cfg.rows.split(",")):
             continue
-        flops, palm = run.network.flops_per_token(run.share), run.network.flops_per_token(1.0, causal=False)
-        counted = counted_flops(config, rows, run.example)
-        speed = run.tokens / np.median(t) * 1e3
-        how = {k: v for k, v in settings.items() if k in ("how", "recompute", "fp8")}
-        predicted = memory.predict(config, run.example, False, torch.bfloat16, True, **how, lasting_gradients=settings.get("cuda_graphs", False)).peak
-        lines.append([name, objective, f"{rows} × {config.block_len}", label, spread(t, 1), f"{speed:,.0f}", f"{speed * flops / peak:.1%}", f"{speed * palm / peak:.1%}",
-                      f"{measured_peak(gpu) / 2**30:.1f} / {predicted / 2**30:.1f}", f"{run.record[0].item():.3f}",
-                      f"{run.network.flops_per_token(run.example_share, causal=False) / counted:.4f}"])
+        try:
+            lines.append(step_line(cfg, device, name, objective, rows, settings))
+        except Exception as problem:
+            lines.append([name, "", objective, rows, settings, failed(problem), *[""] * 8])
         print(" | ".join(map(str, lines[-1])), flush=True)
-        del run
-        torch._dynamo.reset()
-        if gpu.device.type == "cuda":
-            torch.cuda.empty_cache()
-    return table(["model", "objective", "rows", "settings", "ms", "tokens/s", "executed MFU", "PaLM's MFU", "GiB measured / predicted", "loss",
-                  "FLOPs: formula / torch's counter"], lines)
+        release(device)
+    return table(["model", "parameters (in blocks)", "objective", "rows", "settings", "ms", "tokens/s", "executed MFU", "the issue's form", "PaLM's",
+                  "GiB measured / predicted", "attention", "loss", "FLOPs: formula / torch's counter"], lines)
 
 
-def clear_peak(gpu):
-    if gpu.device.type == "cuda":
+def step_line(cfg, device, name, objective, rows, settings):
+    config, peak = model_of(name, objective == "ar"), engine.peak_flops(device) or float("nan")
+    run = Step(config, objective, rows, device, torch.bfloat16, **settings)
+    for _ in range(cfg.warmup):
+        run()
+    gc.collect()
+    gc.freeze()
+    clear_peak(device)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        t, losses = timed_in_a_row(run, device, cfg.steps)
+    taken = measured_peak(device)
+    gc.unfreeze()
+    n, c = run.network, config
+    flops = n.flops_per_token(run.share)
+    issue = 6 * (n.n_params(False) + run.share * c.padded_vocab * c.d_model) + 12 * c.n_layer * c.n_head * c.head_dim * c.block_len * (0.5 if c.causal else 1)
+    palm, ratio = n.flops_per_token(1.0, causal=False), n.flops_per_token(run.example_share, causal=False) / counted_flops(config, rows, run.example)
+    example, speed = run.example, run.tokens / np.median(t) * 1e3
+    sizes = f"{n.n_params() / 1e6:,.0f}M ({n.n_params(False) / 1e6:,.0f}M)"
+    backend = kernels.attention_backend(torch.empty(rows, c.block_len, c.n_head, c.head_dim, device=device, dtype=torch.bfloat16).transpose(1, 2), c.causal)
+    if not np.isfinite(losses).all():
+        raise RuntimeError("the loss is not finite")
+    del run, n
+    release(device)
+    predicted = ""
+    if cfg.predict and not settings.get("plain_loss"):
+        how = {k: v for k, v in settings.items() if k in ("how", "recompute", "fp8")}
+        predicted = f" / {memory.predict(config, example, False, torch.bfloat16, True, **how, lasting_gradients=settings.get('cuda_graphs', False)).peak / 2**30:.1f}"
+    return [name, sizes, objective, f"{rows} × {c.block_len}", ", ".join(f"{k}={v}" for k, v in settings.items()) or "—", spread(t, 1), f"{speed:,.0f}",
+            *(f"{speed * count / peak:.1%}" for count in (flops, issue, palm)), f"{taken / 2**30:.1f}{predicted}", backend, f"{np.mean(losses[-4:]):.3f}", f"{ratio:.4f}"]
+
+
+def timed_in_a_row(run, device, steps):
+    """(steps,) milliseconds of steps that follow each other without waiting, and their losses."""
+    moments, losses = [engine.moment(device)], torch.zeros(steps, device=device)
+    for i in range(steps):
+        run()
+        losses[i] = run.record[0]
+        moments.append(engine.moment(device))
+    losses = losses.tolist()
+    return np.array([1e3 * engine.seconds(a, b) for a, b in zip(moments, moments[1:])]), losses
+
+
+def release(device):
+    """Give back what compiled steps that are no longer referenced still hold."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def clear_peak(device):
+    if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
 
 
-def measured_peak(gpu):
-    return torch.cuda.max_memory_allocated() if gpu.device.type == "cuda" else 0
+def measured_peak(device):
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
 
 
-# The first pattern that a kernel's name contains says what it is.
-KINDS = [("attention", "attention|flash|fmha|sdpa|flex"), ("head and loss rows", "cross_entropy_rows|uniform_bound_rows"),
-         ("matrix products", "gemm|nvjet|cutlass|xmma|cublas|matmul|mm$|_mm|addmm|linear_pointwise|onednn"), ("optimizer and norm", "adam|multi_tensor|norm_kernel|lpnorm"),
-         ("copies", "memcpy|memset|copy_")]
+def gpu_turns(cfg, device):
+    """Steps whose ratio is claimed, taking turns: fp8 against bf16 at 1.7B (8 rows each, so that both fit), and at 135M the masked step
+    against the one with head and loss at all positions."""
+    lines, pairs = [], [("fp8 / bf16", "1.7B", 8, dict(fp8=True), {}), ("gathered / full head", "135M", 16, {}, dict(full_head=True))]
+    for what, model, rows, first, second in [(what, "tiny", 4, *both) for what, _, _, *both in pairs] if cfg.smoke else pairs:
+        how = dict(how="no") if cfg.smoke else {}
+        steps = {k: Step(model_of(model, False), "masked", rows, device, torch.bfloat16, **how, **s) for k, s in (("first", first), ("second", second))}
+        rivals = {k: functools.partial(timed_in_a_row, run, device, 5) for k, run in steps.items()}  # five in a row: the device never idles
+        times = take_turns(rivals, device, cfg.rounds, 1)
+        lines.append([what, model, rows, *(spread(t / 5, 1) for t in times.values()), f"{spread(times['second'] / times['first'])} ×",
+                      *(f"{run.record[0].item():.3f}" for run in steps.values())])
+        del steps, rivals
+        release(device)
+    return table(["first / second", "model", "rows", "ms, first", "ms, second", "first is faster by", "loss, first", "loss, second"], lines)
 
 
-def gpu_profile(cfg, gpu):
-    """Shares of the device's time in a masked step, by kind of kernel, and how long the device had nothing to do."""
+# The first pattern that a kernel's name contains says what it is. Inductor's names list the operations that a kernel fuses.
+KINDS = [("attention", r"^triton_tem_.*flex|^(?!triton_|cpp_).*(sdpa|flash|fmha|cudnn::fusion|scaled_dot_product)"),
+         ("matrix products", r"^triton_tem_|^(?!triton_|cpp_).*(gemm|nvjet|cutlass|xmma|cublas|splitk|gemv|::b?mm$|::addmm$|linear_pointwise)"),
+         ("rows of the loss", r"^(cross_entropy|uniform_bound)_rows"),
+         ("elementwise and reductions (compiled)", r"^(triton|cpp)_"),
+         ("optimizer and norm", r"multi_tensor_apply|lpnorm|fused_adam"), ("copies", r"^Memcpy|^Memset|copy_kernel|CatArray")]
+
+
+def kind_of(kernel):
+    return next((kind for kind, pattern in KINDS if re.search(pattern, kernel, re.I)), "others")
+
+
+def gpu_profile(cfg, device):
+    """Shares of the device's time in a masked step, by kind of kernel."""
     parts, activity = [], torch.profiler.ProfilerActivity
     for name, rows in (("tiny", 4),) if cfg.smoke else (("135M", 32), ("1.7B", 16)):
-        run = Step(model_of(name, False), "masked", rows, gpu.device, torch.bfloat16, how="no" if cfg.smoke else "whole")
+        run = Step(model_of(name, False), "masked", rows, device, torch.bfloat16, how="no" if cfg.smoke else "whole")
         for _ in range(5):
             run()
-        with torch.profiler.profile(activities=[activity.CPU] + [activity.CUDA] * (gpu.device.type == "cuda")) as profile:
-            whole = milliseconds(run, gpu.device, 5)
-        own = "self_device_time_total" if gpu.device.type == "cuda" else "self_cpu_time_total"
-        kernels_ = [(e.key, getattr(e, own) / 5e3) for e in profile.key_averages() if getattr(e, own) > 0
-                    and (gpu.device.type != "cuda" or e.device_type == torch.autograd.DeviceType.CUDA)]
+        with torch.profiler.profile(activities=[activity.CPU] + [activity.CUDA] * (device.type == "cuda")) as profile:
+            run()  # the profiler starts up in this one
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            whole = float(np.sum(timed_in_a_row(run, device, 5)[0])) / 5
+        gpu = device.type == "cuda"
+        own = "self_device_time_total" if gpu else "self_cpu_time_total"
+        spent = [(e.key, getattr(e, own) / 6e3) for e in profile.key_averages() if getattr(e, own) > 0 and not e.is_user_annotation
+                 and (not gpu or e.device_type == torch.autograd.DeviceType.CUDA)]
         shares = Counter()
-        for key, ms in kernels_:
-            shares[next((kind for kind, pattern in KINDS if re.search(pattern, key, re.I)), "everything else (elementwise)")] += ms
-        rows_ = [[kind, f"{ms:.1f}", f"{ms / whole:.1%}"] for kind, ms in shares.most_common()]
-        rows_ += [["nothing (gaps)", f"{max(0.0, whole - sum(shares.values())):.1f}", f"{max(0.0, 1 - sum(shares.values()) / whole):.1%}"]]
-        longest = sorted(kernels_, key=lambda pair: -pair[1])[:12]
-        parts.append(f"{name}: {whole:.1f} ms a step (profiled)\n\n" + table(["kind", "ms", "share"], rows_) + "\n"
-                     + table(["longest kernels", "ms"], [[f"`{key[:90]}`".replace("|", "/"), f"{ms:.2f}"] for key, ms in longest]))
+        for kernel, ms in spent:
+            shares[kind_of(kernel)] += ms
+        busy = sum(shares.values())
+        rest = busy - shares["matrix products"] - shares["attention"]
+        lines = [[kind, f"{ms:.2f}", f"{ms / busy:.1%}"] for kind, ms in shares.most_common()]
+        lines += [["**neither a matrix product nor attention**", f"{rest:.2f}", f"{rest / busy:.1%}"], ["all kernels; of the step's time", f"{busy:.2f}", f"{busy / whole:.1%}"]]
+        if gpu and not shares["attention"]:
+            lines.append(["no attention kernel was recognized: see the names below", "", ""])
+        longest = sorted(spent, key=lambda pair: -pair[1])[:15]
+        parts.append(f"{name}: {whole:.1f} ms a step, profiled\n\n" + table(["kind", "ms", "share"], lines) + "\n"
+                     + table(["longest kernels", "kind", "ms"], [[f"`{key[:90]}`".replace("|", "/"), kind_of(key), f"{ms:.2f}"] for key, ms in longest]))
         del run
-        torch._dynamo.reset()
+        release(device)
     return "\n".join(parts)
 
 
@@ -544,46 +687,58 @@ def gpu_profile(cfg, gpu):
 
 PARTS = {
     "cpu": dict(shakespeare=cpu_shakespeare, gathered=cpu_gathered, bf16=cpu_bf16, choices=cpu_choices, host=cpu_host),
-    "gpu": dict(head=gpu_head, attention=gpu_attention, steps=gpu_steps, profile=gpu_profile),
+    "gpu": dict(head=gpu_head, attention=gpu_attention, fp8=gpu_fp8, turns=gpu_turns, steps=gpu_steps, profile=gpu_profile),
 }
 
 
 def machine(suite):
-    """The machine and the versions, in words."""
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
+    """The machine, the versions and the commit, in words."""
+    cpu, commit = platform.processor() or platform.machine(), "no git"
+    with contextlib.suppress(OSError, StopIteration):
         cpu = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
+    with contextlib.suppress(OSError):
+        git = functools.partial(subprocess.run, capture_output=True, text=True, cwd=Path(__file__).parent)
+        commit = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip() or commit
+        if git(["git", "status", "--porcelain", "--untracked-files=no", "--", "*.py"]).stdout.strip():
+            commit += " with changes"
     features = [name for name, has in (("AVX2", torch.cpu._is_avx2_supported()), ("AVX-512", torch.cpu._is_avx512_supported()),
                                        ("bf16", engine.has_bf16(CPU))) if has]
     what = f"{cpu}, {torch.get_num_threads()} threads, {', '.join(features)}"
     if suite == "gpu" and torch.cuda.is_available():
         what = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}; host: {what}"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, triton {getattr(kernels.triton, '__version__', 'none')}, numpy {np.__version__}"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    return what, versions, commit or "no git"
+    return what, versions, commit
 
 
 def main():
     cfg = configurator.load(Config, about=__doc__)
-    torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if cfg.suite == "gpu" and torch.cuda.is_available() else "cpu")
-    gpu = Device(device, torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0)
-    parts = {name: part for name, part in PARTS[cfg.suite].items() if not cfg.only or name in cfg.only.split(",")}
+    if cfg.suite == "gpu":
+        torch.set_float32_matmul_precision("high")
     what, versions, commit = machine(cfg.suite)
     text = [f"# Measured by `python {' '.join(['bench.py', *sys.argv[1:]])}`\n", f"{datetime.date.today()}, commit {commit}; {what}; {versions}. "
             "Median [range]; ratios are medians of ratios within a round.\n"]
-    context = kernels.preferring_cudnn(device) if device.type == "cuda" else contextlib.nullcontext()
-    for name, part in parts.items():
+    wrong = []
+    for name, part in PARTS[cfg.suite].items():
+        if cfg.only and name not in cfg.only.split(","):
+            continue
         print(f"{name} …", file=sys.stderr, flush=True)
-        torch._dynamo.reset()
-        with context:
-            result = part(cfg) if cfg.suite == "cpu" else part(cfg, gpu)
+        release(device)
+        try:
+            with kernels.preferring_cudnn(device):
+                result = part(cfg) if cfg.suite == "cpu" else part(cfg, device)
+        except Exception as problem:  # the other parts are worth having
+            traceback.print_exc()
+            result = failed(problem) + "\n"
+            wrong.append(f"{name} {result}")
         text.append(f"## {name}\n\n{' '.join(part.__doc__.split())}\n\n{result}")
         print(text[-1], flush=True)
         if cfg.out and not cfg.smoke:  # after each part: a run that is cut short leaves what it has
-            folder = Path(cfg.out)
+            folder, chosen = Path(cfg.out), "_".join(re.findall(r"[\w.]+", f"{cfg.only} {cfg.rows}"))
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{cfg.suite}{'_' + cfg.only.replace(',', '_') if cfg.only else ''}.md").write_text("\n".join(text))
+            (folder / f"{cfg.suite}{'_' + chosen if chosen else ''}.md").write_text("\n".join(text))
+    if wrong:
+        configurator.fail(*wrong)
 
 
 if __name__ == "__main__":

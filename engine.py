@@ -73,6 +73,9 @@ def compiled(objective, how, world, cuda_graphs=False):
         device = objective.network.embed.weight.device
         objective = DistributedDataParallel(objective, device_ids=[device] if device.type == "cuda" else None,
                                             gradient_as_bucket_view=True, **{BUFFERS: False})
+    if cuda_graphs:  # gradients of our own: those that a graph returns lie in its memory, which the next replay overwrites
+        for p in objective.parameters():
+            p.grad = torch.zeros_like(p)
     if how == "whole":
         objective = torch.compile(objective, dynamic=False, fullgraph=world == 1,
                                   options={"triton.cudagraphs": True} if cuda_graphs else None)
@@ -91,8 +94,7 @@ def make_optimizer(network, lr, betas, weight_decay):
 def optimizer_step(objective, optimizer, batches, accumulation, record, clip, autocast, world=1, cuda_graphs=False):
     """One step on `accumulation` micro-batches; adds the loss's parts and the gradient norm to `record` (P + 1,), on the device.
 
-    With `cuda_graphs` the gradients keep their memory: a replayed graph writes into its own, which the next
-    replay overwrites, so they are added up elsewhere.
+    With `cuda_graphs` the gradients keep their memory, too.
     """
     for part, batch in zip(range(accumulation), batches):
         if cuda_graphs:
