@@ -12,10 +12,14 @@ import datetime
 import functools
 import gc
 import inspect
+import itertools
+import json
 import platform
 import re
 import subprocess
 import sys
+import tempfile
+import time
 import traceback
 from collections import Counter
 from dataclasses import dataclass
@@ -36,6 +40,7 @@ import diffusion
 import engine
 import kernels
 import memory
+import sources
 from configurator import setting
 from model import ModelConfig, Transformer, ladder, swiglu_width
 
@@ -105,7 +110,7 @@ def table(header, rows):
 @functools.cache
 def real_tokens(n_vocab):
     """The documentation inside this Python as ids: words and signs by rank of frequency, what is rarer than n_vocab as its last."""
-    words = [w for text in data.python_docs() for w in re.findall(r"\w+|\s+|[^\w\s]", text)]
+    words = [w for text in sources.python_docs() for w in re.findall(r"\w+|\s+|[^\w\s]", text)]
     rank = {w: min(i, n_vocab - 1) for i, (w, _) in enumerate(Counter(words).most_common())}
     return np.array([rank[w] for w in words])
 
@@ -242,16 +247,21 @@ def shape_of(n_layer, n_head, d_model, n_vocab, block_len, causal, tied=True):
 
 
 def cpu_shakespeare(cfg):
-    """AR at nanoGPT's Shakespeare-CPU shape (4 layers, 4 heads, 128 wide, 12 rows of 64, 65 tokens), fp32, against plain steps."""
+    """AR at nanoGPT's Shakespeare-CPU shape (4 layers, 4 heads, 128 wide, 12 rows of 64, 65 tokens), as train.py runs it (bf16 where the
+    CPU multiplies it itself) and in fp32, against plain steps in fp32."""
     rows, shape = (2, dict(n_layer=1, n_head=4)) if cfg.smoke else (12, dict(n_layer=4, n_head=4))
-    rivals = {"ours": Step(shape_of(**shape, d_model=128, n_vocab=65, block_len=64, causal=True), "ar", rows, CPU, torch.float32)}
+    config = shape_of(**shape, d_model=128, n_vocab=65, block_len=64, causal=True)
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32} if engine.has_bf16(CPU) else {"fp32": torch.float32}
+    rivals = {f"ours, {name}": Step(config, "ar", rows, CPU, dtype) for name, dtype in dtypes.items()}
+    ours = list(rivals)
     for compile in (False, True):
         for fused in (False, True):
             name = f"plain, {'compiled' if compile else 'eager'}, {'fused' if fused else 'ordinary'} AdamW"
             rivals[name] = plain_step(compile, fused, rows, 64, 65, d=128, **shape)
     times = take_turns(rivals, CPU, cfg.rounds, 1 if cfg.smoke else 20)
-    return table(["step", "ms", "K tokens/s", "ours is faster by"], [
-        [name, spread(t), f"{rows * 64 / np.median(t):.1f}", "" if name == "ours" else f"{spread(t / times['ours'])} ×"] for name, t in times.items()])
+    return table(["step", "ms", "K tokens/s", *(f"{name}: faster by" for name in ours)], [
+        [name, spread(t), f"{rows * 64 / np.median(t):.1f}", *("" if name in ours else f"{spread(t / times[o])} ×" for o in ours)]
+        for name, t in times.items()])
 
 
 def cpu_gathered(cfg):
@@ -276,7 +286,7 @@ def cpu_bf16(cfg):
     config = shape_of(5, 4, 128, 255, 256 if not cfg.smoke else 32, False)
     rivals = {name: Step(config, "masked", 4 if cfg.smoke else 16, CPU, dtype) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
     tokens = rivals["fp32"].tokens
-    rivals["fp32, all by MKL"] = with_choice(Step(config, "masked", 4 if cfg.smoke else 16, CPU, torch.float32), ONEDNN=False)
+    rivals[f"fp32, by {'MKL' if kernels.ONEDNN else 'oneDNN'}"] = with_choice(Step(config, "masked", 4 if cfg.smoke else 16, CPU, torch.float32), ONEDNN=not kernels.ONEDNN)
     times = take_turns(rivals, CPU, cfg.rounds, 1 if cfg.smoke else 3)
     return table(["type", "ms", "K tokens/s", "bf16 is faster by"], [
         [name, spread(t, 0), f"{tokens / np.median(t):.1f}", "" if name == "bf16" else f"{spread(t / times['bf16'])} ×"]
@@ -342,6 +352,88 @@ def cpu_host(cfg):
         t = take_turns({"run": run}, CPU, cfg.rounds, 3)["run"]
         lines.append([objective, loss, spread(t), f"{rows * L / np.median(t) / 1e3:.1f}"])
     return table(["objective", "loss", "ms", "M tokens/s"], lines)
+
+
+def cpu_loading(cfg):
+    """Batches of (8, 2048) tokens from a file in the page cache, on one core: ours (int32, each block with the token before it, every
+    epoch exact) beside nanoGPT's get_batch (int64, inputs and targets, positions at random), as nanoGPT documents it."""
+    L, rows, count = 2048, 8, 10**8 if not cfg.smoke else 10**6
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "train.bin"
+        np.random.default_rng(0).integers(0, 50_257, count).astype(np.uint16).tofile(path)
+        blocks = data.Blocks(data.Stream([np.memmap(path, np.uint16, mode="r")]), L, seed=1, n_vocab=50_257)
+
+        def ours(steps=64):
+            ids = blocks.ids(np.arange(steps * rows))  # as train.py: for 64 steps at once
+            for step in range(steps):
+                blocks.read(ids[step * rows : (step + 1) * rows])
+
+        def nanogpt():
+            for _ in range(64):
+                tokens = np.memmap(path, dtype=np.uint16, mode="r")
+                starts = torch.randint(len(tokens) - L, (rows,))
+                torch.stack([torch.from_numpy(tokens[i : i + L].astype(np.int64)) for i in starts])
+                torch.stack([torch.from_numpy(tokens[i + 1 : i + 1 + L].astype(np.int64)) for i in starts])
+
+        for _ in range(20):
+            ours()  # into the page cache
+        times = take_turns({"ours": ours, "nanoGPT's get_batch": nanogpt}, CPU, cfg.rounds, 1)
+    torch.set_num_threads(threads)
+    return table(["by", "µs per batch", "M tokens/s", "ours is faster by"], [
+        [name, spread(t / 64 * 1e3, 1), f"{rows * L * 64 / np.median(t) / 1e3:.0f}", "" if name == "ours" else f"{spread(t / times['ours'])} ×"]
+        for name, t in times.items()])
+
+
+def cpu_prepare(cfg):
+    """`python data.py` on 200 MB of JSON lines (documentation of this Python, GPT-2's BPE) on all cores, from its start to its end, against
+    tiktoken's own encode_ordinary_batch in one thread on the same documents in memory. Memory: of all its processes, shared pages once."""
+    try:
+        encoding = data.tokenizer("gpt2").encoding
+    except ValueError as problem:
+        return f"{problem}\n"
+    texts, size, target = [], 0, 2 * 10**8 if not cfg.smoke else 10**6
+    for number, text in enumerate(itertools.cycle(sources.python_docs())):
+        texts.append(f"Document {number}.\n{text}")
+        size += len(texts[-1].encode())
+        if size >= target:
+            break
+
+    def by_tiktoken(some):
+        start = time.perf_counter()
+        encoding.encode_ordinary_batch(some, num_threads=1)
+        return sum(len(t.encode()) for t in some) / (time.perf_counter() - start) / 1e6
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "text.jsonl"
+        with open(path, "w") as file:
+            file.writelines(json.dumps(dict(text=text)) + "\n" for text in texts)
+        before = by_tiktoken(texts[: len(texts) // 4])
+        command = [sys.executable, str(Path(__file__).with_name("data.py")), str(path), f"--out={folder}", "--name=made", "--tokenizer=gpt2"]
+        start, most = time.perf_counter(), 0
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        while process.poll() is None:
+            most = max(most, memory_of(process.pid))
+            time.sleep(0.2)
+        ours = size / (time.perf_counter() - start) / 1e6
+        if process.returncode:
+            raise RuntimeError(f"data.py ended with {process.returncode}")
+        after = by_tiktoken(texts[-len(texts) // 4 :])
+    alone = [before, after]
+    return table(["by", "MB/s", "MiB of memory", "ours is faster by"], [
+        ["ours", f"{ours:.2f}", f"{most / 2**20:.0f}", ""],
+        ["tiktoken, one thread (before and after)", spread(alone), "", f"{ours / np.mean(alone):.2f} [{ours / max(alone):.2f}, {ours / min(alone):.2f}] ×"]])
+
+
+def memory_of(pid):
+    """Bytes that a process and its children hold, pages that they share counted once (Linux; else 0)."""
+    total = 0
+    with contextlib.suppress(OSError):
+        total = sum(int(line.split()[1]) for line in open(f"/proc/{pid}/smaps_rollup") if line.startswith("Pss:")) * 1024
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            total += sum(memory_of(child) for child in (task / "children").read_text().split())
+    return total
 
 
 # -------------------------------------------------------------------------------------------------- on a GPU
@@ -686,7 +778,7 @@ def gpu_profile(cfg, device):
 # ------------------------------------------------------------------------------------------------------ main
 
 PARTS = {
-    "cpu": dict(shakespeare=cpu_shakespeare, gathered=cpu_gathered, bf16=cpu_bf16, choices=cpu_choices, host=cpu_host),
+    "cpu": dict(shakespeare=cpu_shakespeare, gathered=cpu_gathered, bf16=cpu_bf16, choices=cpu_choices, host=cpu_host, loading=cpu_loading, prepare=cpu_prepare),
     "gpu": dict(head=gpu_head, attention=gpu_attention, fp8=gpu_fp8, turns=gpu_turns, steps=gpu_steps, profile=gpu_profile),
 }
 

@@ -191,23 +191,25 @@ class Batch(NamedTuple):
     documents: np.ndarray | None = None  # (B, L) attention stays within equal ids: a short row's end is a document of its own
     noisy: np.ndarray | None = None  # (C,) z, for the uniform bound only
     beta: np.ndarray | None = None  # (C,) Vα/(1−α), likewise
+    positions: np.ndarray | None = None  # (B, L) for the rotary encoding, where they start again in each document
 
 
-def make_batch(p, x, rows, which, valid=None, spacing=None):
+def make_batch(p, x, rows, which, valid=None, spacing=None, documents=None):
     """Corrupt the blocks x (B, L + 1; the token before each block comes first) of the step's rows `which`.
 
-    `valid` (B,) switches off rows that only fill up a batch; `spacing` as in `capacity`. Returns a Batch
-    of numpy arrays.
+    `valid` (B,) switches off rows that only fill up a batch; `spacing` as in `capacity`; `documents` (B, L) ids ≥ 0 within
+    which attention is to stay. Returns a Batch of numpy arrays.
     """
     B, L = x.shape[0], p.block_len
     sample, t, length = rows.sample[which], rows.t[which], rows.length[which]
     inside = np.arange(L) < length[:, None]  # (B, L)
-    documents = (~inside).astype(np.int32) if p.short_rows else None
+    if p.short_rows and p.objective != "ar":  # causal: no row sees past its own end
+        documents = np.where(inside, 0 if documents is None else documents, -1).astype(np.int32)
     live = inside if valid is None else inside & valid[:, None]
     total = rows.length.sum()  # tokens of the global batch
     if p.objective == "ar":
-        return Batch(x[:, :-1], x[:, 1:].reshape(-1), weigh(live / total))  # causal: no row sees past its own end
-    x = x[:, 1:]
+        return Batch(x[:, :-1], x[:, 1:].reshape(-1).astype(np.int64), weigh(live / total), documents=documents)
+    x = x[:, 1:].astype(np.int64)
     bits = random_bits(p.seed, MASK, sample, L)
     if p.objective == "masked":
         noisy, weight = masked_weights(p, rows, which, bits, inside)

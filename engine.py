@@ -54,7 +54,7 @@ class Objective(nn.Module):
         self.loss_of = diffusion.loss_and_parts  # a name of its own: `blocks` compiles it by itself
 
     def forward(self, batch):
-        hidden = self.network(batch.tokens, batch.time, batch.documents, batch.index)
+        hidden = self.network(batch.tokens, batch.time, batch.documents, batch.index, batch.positions)
         return self.loss_of(hidden, self.network.head, batch, self.network.config.n_vocab, self.posterior)
 
 

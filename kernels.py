@@ -4,7 +4,8 @@ A kernel here is three things side by side: a short PyTorch reference, which tor
 runs on CPUs and where Triton is missing; the Triton kernel; and a `torch.library.custom_op` through which
 autograd, torch.compile, DDP and FSDP see it. Only what Inductor cannot do for itself is written by hand:
 it would keep the logits, their fp32 copy and their gradient; here each chunk of logits exists once, and
-the gradient is written over it.
+the gradient is written over it. Noise has no kernel: diffusion.py draws it on the host, 65 536 tokens in 2 to 5 ms
+(bench.py's `host`) of a thread that waits otherwise, while the device computes their step for 100 ms and more.
 
 Columns at and above `n_vocab` (mask token, padding) are excluded from every softmax, so no probability is
 ever spent on them.
@@ -321,8 +322,18 @@ def linear(x, weight):
     return F.linear(x, weight)
 
 
-# torch multiplies fp32 matrices on x86 CPUs with MKL, which leaves AVX-512 unused on AMD's: oneDNN is twice as fast there.
-ONEDNN = torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_supported()
+def has_wide_avx512_of_amd():
+    """Whether this is an AMD CPU that computes 512 bits at a time: Zen 5 and later (Zen 4 takes two turns)."""
+    with contextlib.suppress(OSError, ValueError):
+        with open("/proc/cpuinfo") as file:
+            info = dict(map(str.strip, line.split(":", 1)) for line in file if ":" in line)
+        return info.get("vendor_id") == "AuthenticAMD" and int(info.get("cpu family", 0)) >= 26 and torch.cpu._is_avx512_supported()
+    return False
+
+
+# torch multiplies fp32 matrices on x86 CPUs with MKL, which leaves AVX-512 unused on AMD's: where that is twice as wide as
+# AVX2, oneDNN is twice as fast. On Zen 4 it isn't (bench.py's `choices`: 0.84 to 1.26 times MKL's speed, slower at our sizes).
+ONEDNN = torch.backends.mkldnn.is_available() and has_wide_avx512_of_amd()
 
 
 @torch.library.custom_op("nanoquokka::onednn_product", mutates_args=())

@@ -281,10 +281,10 @@ class Transformer(nn.Module):
     def head(self):
         return self.embed.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(self, ids, t=None, documents=None, index=None):
+    def forward(self, ids, t=None, documents=None, index=None, positions=None):
         """Hidden states after the last norm. ids (B, L); t (B,) where timed; documents (B, L) ids, within which
-        attention stays. Returns (B, L, D), or with `index` (C,) into the flattened batch just those positions,
-        (C, D): after the last attention only they are computed."""
+        attention stays; positions (B, L) if not 0 … L − 1. Returns (B, L, D), or with `index` (C,) into the flattened
+        batch just those positions, (C, D): after the last attention only they are computed."""
         x = self.embed(ids)
         if self.time is not None:
             x = x + self.time(t).to(x.dtype)
@@ -292,7 +292,7 @@ class Transformer(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         x = self.drop(x)
         L = ids.shape[1]
-        cos, sin = self.cos[:L], self.sin[:L]
+        cos, sin = (self.cos[:L], self.sin[:L]) if positions is None else (self.cos[positions][:, None], self.sin[positions][:, None])
         c = self.config
         mask = None if documents is None else document_mask(documents, c.causal, c.dropout if self.training else 0.0)
         for block in self.blocks[:-1]:

@@ -156,7 +156,7 @@ def main():
             folder, record = run, read_checkpoint(run)
         else:
             folder, record = load_newest(run, lambda warning: print(f"warning: {warning}", file=sys.stderr))
-        tokens = data.tokenizer(record["corpus"]["tokenizer"])
+        tokens = data.tokenizer(record["corpus"]["tokenizer"], (folder.parent, folder))
         if (tokens.n_vocab, tokens.mask_id) != (record["model"]["n_vocab"], record["model"]["mask_id"]):
             raise ValueError(f"the checkpoint's vocabulary is not that of tokenizer '{tokens.name}'")
         check_meaning(cfg, record["settings"]["objective"])

@@ -38,7 +38,9 @@ VALIDATION_SEED = 2**63  # beyond every training seed: all runs are validated wi
 class Config:
     # where
     run_dir: str = setting("runs/default", "folder of the run: settings, metrics, checkpoints, loss curve")
-    corpus: str = setting("corpora/docs", "folder that data.py prepared")
+    corpus: str = setting("corpora/docs", "folder that data.py prepared, or token files of nanoGPT, llm.c or Megatron; several: path:weight:unique_tokens, with commas between")
+    tokenizer: str = setting("", "of token files that do not say: a tiktoken encoding such as gpt2, or a tokenizer.json")
+    val_share: float = setting(0.0, "share of such token files kept for validation, where none of them is", low=0, high=0.5)
     resume: Literal["no", "auto", "yes"] = setting("no", "continue from the newest checkpoint: auto if there is one, yes must have one")
     seed: int = setting(1337, "of the weights, the data order and the noise", low=0, high=2**62)
     # what is learned
@@ -49,6 +51,8 @@ class Config:
     time: Literal["uniform", "iid", "moving_gaussian"] = setting("uniform", "how t is drawn: one lattice per step, independently, or around a moving mean")
     time_sigma: float = setting(0.2, "standard deviation of moving_gaussian", above=0)
     time_correction: bool = setting(False, "weigh moving_gaussian's rows by the inverse density of t")
+    document_attention: bool = setting(False, "attention stays within a document")
+    reset_positions: bool = setting(False, "positions start again in each document (needs document_attention)")
     short_rows: float = setting(0.0, "share of rows cut to a random length (the paper's recipe: 0.01)", low=0, high=1)
     # the network
     model: str = setting("", "a size of the Quokka ladder such as 124M or 1086M; replaces the six shape settings below")
@@ -120,6 +124,14 @@ class Config:
                     say(f"{name}={getattr(self, name)} has no meaning for objective=ar; leave it at {getattr(defaults, name)}")
         if self.time_correction and (self.time != "moving_gaussian" or self.loss != "elbo"):
             say("time_correction needs time=moving_gaussian and loss=elbo")
+        if self.reset_positions and not self.document_attention:
+            say("reset_positions needs document_attention")
+        try:
+            given = data.parse_corpora(self.corpus)
+            if self.unique_tokens and (len(given) > 1 or given[0][2]):
+                say("unique_tokens is for a single corpus; give each its own as path:weight:unique_tokens")
+        except ValueError as problem:
+            say(str(problem))
         try:
             diffusion.schedule(self.schedule)
         except ValueError as problem:
@@ -179,9 +191,9 @@ class Config:
 class Inputs(NamedTuple):
     """What a run reads before it writes anything."""
 
-    corpus: data.Corpus
-    blocks: data.Blocks
-    val_blocks: data.Blocks
+    corpora: list[data.Corpus]
+    blocks: data.Blocks | data.Mixture
+    val_blocks: data.Blocks | data.Mixture
     model_config: ModelConfig
     corpus_record: dict  # what a checkpoint keeps of the corpus
     steps: int
@@ -194,10 +206,20 @@ class Inputs(NamedTuple):
 def open_inputs(cfg, warn):
     """Check everything that can be wrong with the user's files; raises ValueError or OSError, writes nothing."""
     run = Path(cfg.run_dir)
-    corpus = data.load_corpus(cfg.corpus)
-    meta = corpus.meta
-    blocks = data.Blocks(corpus.train, cfg.block_len, cfg.seed, cfg.unique_tokens, meta["n_vocab"])
-    val_blocks = data.Blocks(corpus.val, cfg.block_len, n_vocab=meta["n_vocab"], what="validation")
+    given = data.parse_corpora(cfg.corpus)
+    corpora = [data.load_corpus(path, cfg.tokenizer, cfg.val_share) for path, *_ in given]
+    meta = corpora[0].meta
+    vocabulary = ("tokenizer", "n_vocab", "mask_id", "eos_id")
+    for corpus in corpora[1:]:
+        if differ := [f"{k} {meta[k]} and {corpus.meta[k]}" for k in vocabulary if corpus.meta[k] != meta[k]]:
+            raise ValueError(f"{corpora[0].folder} and {corpus.folder} don't go together: {', '.join(differ)}")
+    blocks = [data.Blocks(corpus.train, cfg.block_len, cfg.seed + i, unique or cfg.unique_tokens, meta["n_vocab"], f"training split of {corpus.folder}")
+              for i, (corpus, (_, _, unique)) in enumerate(zip(corpora, given))]
+    val_blocks = [data.Blocks(corpus.val, cfg.block_len, n_vocab=meta["n_vocab"], what=f"validation split of {corpus.folder}") for corpus in corpora]
+    if len(corpora) == 1:
+        (blocks,), (val_blocks,) = blocks, val_blocks
+    else:
+        blocks, val_blocks = data.Mixture(blocks, [w for _, w, _ in given] if given[0][1] else None, cfg.seed), data.Mixture(val_blocks)
     budget = cfg.tokens or cfg.epochs * blocks.n * cfg.block_len
     steps = cfg.steps or math.ceil(budget / (cfg.batch_size * cfg.block_len))
     if cfg.lr_schedule == "wsd" and cfg.decay >= 1 and cfg.warmup + cfg.decay > steps:
@@ -206,21 +228,24 @@ def open_inputs(cfg, warn):
         **cfg.shape(), n_vocab=meta["n_vocab"], mask_id=meta["mask_id"], block_len=cfg.block_len,
         causal=cfg.objective == "ar", tied=cfg.tied, timed=cfg.objective == "uniform", dropout=cfg.dropout,
         rope_base=cfg.rope_base, init_std=cfg.init_std, scaled_init=cfg.scaled_init, local_init=cfg.local_init)
-    corpus_record = {k: meta[k] for k in ("tokenizer", "n_vocab", "mask_id", "eos_id")}
+    corpus_record = {k: meta[k] for k in vocabulary}
     eval_rows = min(cfg.eval_rows or val_blocks.available, val_blocks.available)
-    bytes_per_token = float(corpus.token_bytes[val_blocks.read(spread(eval_rows, val_blocks.available))[:, 1:]].mean())
-    corpus_record |= {f"{split}_sha256": meta[split]["sha256"] for split in ("train", "val")}
+    bytes_per_token = float(corpora[0].token_bytes[val_blocks.read(spread(eval_rows, val_blocks.available))[:, 1:]].mean())
+    corpus_record |= {f"{split}_sha256": " ".join(corpus.meta[split]["sha256"] for corpus in corpora) for split in ("train", "val")}
     folder = record = None
     if run.exists() and any(run.iterdir()) and cfg.resume == "no":
         raise FileExistsError(f"{run} is not empty; continue it with --resume=auto or choose another --run_dir")
     if cfg.resume == "yes" or (cfg.resume == "auto" and checkpoints(run)):
         folder, record = load_newest(run, warn)
         check_resumable(record, model_config, corpus_record)
-        if restarted := [k for k in ("seed", "unique_tokens") if record["settings"][k] != getattr(cfg, k)]:
+        restarted = [k for k in ("seed", "unique_tokens") if record["settings"][k] != getattr(cfg, k)]
+        if [rest for _, *rest in data.parse_corpora(record["settings"]["corpus"])] != [rest for _, *rest in given]:
+            restarted.append("mixture")
+        if restarted:
             warn(f"resumed with another {' and '.join(restarted)}: the data order changes here, epochs are no longer exact")
     if cfg.compare and not Path(cfg.compare).is_dir():
         raise FileNotFoundError(f"compare={cfg.compare}: no such run")
-    return Inputs(corpus, blocks, val_blocks, model_config, corpus_record, steps, eval_rows, bytes_per_token, folder, record)
+    return Inputs(corpora, blocks, val_blocks, model_config, corpus_record, steps, eval_rows, bytes_per_token, folder, record)
 
 
 def open_tracker(cfg, run):
@@ -256,7 +281,17 @@ def learning_rate(cfg, step, steps):
     return cfg.lr
 
 
-def training_batches(process, blocks, first_sample, first_step, steps, cfg, rank, world, pin):
+def read_batch(cfg, process, blocks, eos_id, ids, rows, which, valid=None, spacing=None):
+    """The blocks `ids` as a batch of the step's rows `which`: diffusion.make_batch with what cfg says of documents."""
+    x = blocks.read(ids)
+    if not cfg.document_attention:
+        return diffusion.make_batch(process, x, rows, which, valid, spacing)
+    documents = blocks.documents(ids, x, eos_id, process.objective == "ar")
+    batch = diffusion.make_batch(process, x, rows, which, valid, spacing, documents)
+    return batch._replace(positions=data.positions_within(documents)) if cfg.reset_positions else batch
+
+
+def training_batches(process, blocks, eos_id, first_sample, first_step, steps, cfg, rank, world, pin):
     """Every micro-batch of this rank from `first_step` on: a pure function of its arguments."""
     micro = cfg.micro_batch or cfg.batch_size // world
     parts = cfg.batch_size // micro
@@ -270,10 +305,10 @@ def training_batches(process, blocks, first_sample, first_step, steps, cfg, rank
         for part in range(rank, parts, world):
             which = rows.deal(part, parts)
             try:
-                x = blocks.read(ids[place + which])
+                batch = read_batch(cfg, process, blocks, eos_id, ids[place + which], rows, which)
             except ValueError as problem:  # tokens outside the vocabulary, in a corpus too large to check at the start
                 configurator.fail(f"step {step + 1}: {problem}", everywhere=True)
-            yield engine.to_tensors(diffusion.make_batch(process, x, rows, which), pin)
+            yield engine.to_tensors(batch, pin)
 
 
 def noisy_share(process):
@@ -288,7 +323,9 @@ def predicted(cfg, process, model_config, world, dtype, on_gpu):
     micro = cfg.micro_batch or cfg.batch_size // world
     rows = diffusion.step_rows(process, 0, cfg.batch_size)
     parts = cfg.batch_size // micro
-    batch = diffusion.make_batch(process, np.zeros((micro, cfg.block_len + 1), np.int64), rows, rows.deal(0, parts))
+    documents = np.zeros((micro, cfg.block_len), np.int32) if cfg.document_attention else None
+    batch = diffusion.make_batch(process, np.zeros((micro, cfg.block_len + 1), np.int32), rows, rows.deal(0, parts), documents=documents)
+    batch = batch._replace(positions=documents if cfg.reset_positions else None)
     return memory.predict(model_config, batch, cfg.loss == "paper", dtype, on_gpu, cfg.compile, cfg.recompute, cfg.fp8,
                           lasting_gradients=parts > world or world > 1 or cfg.cuda_graphs)
 
@@ -315,8 +352,8 @@ def spread(n_rows, available):
 
 
 @torch.no_grad()
-def evaluate(objective, process, blocks, n_rows, micro, rank, world, device, autocast):
-    """The parts of the loss on n_rows evenly spread validation blocks, summed over ranks: (P,) in nats per token.
+def evaluate(objective, process, blocks, n_rows, micro, rank, world, device, autocast, read):
+    """The parts of the loss on n_rows evenly spread validation blocks, summed over ranks: (P,) in nats per token; `read` is `read_batch`.
 
     The noise is a function of the row alone and one lattice spans all rows, so the figure does not
     depend on batch size, ranks or training.
@@ -329,7 +366,7 @@ def evaluate(objective, process, blocks, n_rows, micro, rank, world, device, aut
         which = rows.deal(part, parts)
         valid = np.arange(micro) < len(which)
         which = np.concatenate((which, np.full(micro - len(which), n_rows - 1)))
-        batch = diffusion.make_batch(process, blocks.read(ids[which]), rows, which, valid, parts / n_rows)
+        batch = read(process, blocks, ids[which], rows, which, valid, parts / n_rows)
         with autocast():
             total = total + objective(engine.to_device(engine.to_tensors(batch, False), device))[1].double()
     objective.train()
@@ -477,7 +514,7 @@ def main():
         signal.signal(signum, request_stop)
 
     try:
-        corpus, blocks, val_blocks, model_config, corpus_record, steps, eval_rows, bytes_per_token, folder, record = open_inputs(
+        corpora, blocks, val_blocks, model_config, corpus_record, steps, eval_rows, bytes_per_token, folder, record = open_inputs(
             cfg, lambda warning: say(f"warning: {warning}", file=sys.stderr))
         tracker = None
         if cfg.wandb and rank == 0:
@@ -490,7 +527,7 @@ def main():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
     tokens_per_step = cfg.batch_size * cfg.block_len
-    meta = corpus.meta
+    meta = corpora[0].meta
     micro = cfg.micro_batch or cfg.batch_size // world
     accumulation = cfg.batch_size // (micro * world)
     process = diffusion.Process(
@@ -540,6 +577,8 @@ def main():
         run.mkdir(parents=True, exist_ok=True)
         if first_step < steps:  # else there is nothing to do, and nothing changes
             (run / "settings.json").write_text(configurator.dump(cfg) + "\n")
+            if corpora[0].tokenizer_file:
+                shutil.copyfile(corpora[0].tokenizer_file, run / "tokenizer.json")  # sampling needs it
             trim_metrics(run / "metrics.jsonl", first_step if record else -1)
         if tracker:
             (run / "wandb_id.txt").write_text(tracker.id)
@@ -561,9 +600,12 @@ def main():
             if tracker:
                 tracker.log(values, step=step)
 
+    def read(process, blocks, *rest):
+        return read_batch(cfg, process, blocks, meta["eos_id"], *rest)
+
     def validate(step):
         def measure(p):
-            return evaluate(plain, p, val_blocks, eval_rows, micro, rank, world, device, autocast)
+            return evaluate(plain, p, val_blocks, eval_rows, micro, rank, world, device, autocast, read)
 
         loss, extra = sum(measure(val_process)), {}
         if cfg.loss == "paper":
@@ -625,7 +667,7 @@ def main():
             + (f"  mfu {mfu['mfu']:.1%}" if mfu else "") + f"  eta {int(left // 60)}:{int(left % 60):02d}", flush=True)
 
     gpu = device.type == "cuda"
-    batches = training_batches(process, blocks, samples, first_step, steps, cfg, rank, world, pin=gpu)
+    batches = training_batches(process, blocks, meta["eos_id"], samples, first_step, steps, cfg, rank, world, pin=gpu)
     if gpu:  # on a CPU a thread would only take time from the step's own
         batches = engine.uploaded(engine.prefetched(batches), device)
     if first_step == 0:

@@ -9,3 +9,12 @@ if not os.path.exists("/dev/nvidiactl"):  # before triton is imported: without a
     os.environ.setdefault("TRITON_INTERPRET", "1")
 if (ROOT / "../shared/tiktoken").is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(ROOT / "../shared/tiktoken"))
+
+
+def prepared(folder, *names, **settings):
+    """Prepare a corpus in this process, as `python data.py NAMES --SETTINGS` does."""
+    import prepare
+    import sources
+
+    cfg = prepare.Config(**settings)
+    return prepare.prepare(sources.find_sources([str(name) for name in names], cfg), folder, cfg)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, prepared
 from safetensors.torch import load_file
 
 import data
@@ -30,7 +30,7 @@ TINY = ["--n_layer=2", "--n_head=2", "--d_model=32", "--block_len=32", "--batch_
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpora")
     (folder / "words.txt").write_text("".join(f"{i} squared is {i * i}, and its double is {2 * i}.\n" for i in range(1500)))
-    data.prepare(folder / "words.txt", folder / "words", data.tokenizer("bytes"))
+    prepared(folder / "words", folder / "words.txt")
     return folder / "words"
 
 
@@ -269,8 +269,11 @@ def test_validation_is_the_same_on_any_number_of_ranks(run_main, corpus, monkeyp
     process = diffusion.Process("masked", 257, 257, 32, train.VALIDATION_SEED)
     monkeypatch.setattr(train.dist, "all_reduce", lambda total: total)
 
+    def read(process, blocks, *rest):
+        return train.read_batch(train.Config(), process, blocks, 256, *rest)
+
     def validate(micro, world):
-        return sum(sum(train.evaluate(objective, process, blocks, 13, micro, rank, world, torch.device("cpu"), contextlib.nullcontext))
+        return sum(sum(train.evaluate(objective, process, blocks, 13, micro, rank, world, torch.device("cpu"), contextlib.nullcontext, read))
                    for rank in range(world))
 
     whole = validate(13, 1)
@@ -283,14 +286,14 @@ def test_batches_are_the_blocks_of_their_samples(corpus):
     blocks = data.Blocks(data.load_corpus(corpus).train, 32, 1, 32 * 50)
     process = diffusion.Process("ar", 257, 257, 32, 1)
     cfg = train.Config(batch_size=6, micro_batch=1)
-    whole = [[b.targets.numpy() for b in train.training_batches(process, blocks, 0, 0, 140, cfg, rank, 2, False)] for rank in range(2)]
+    whole = [[b.targets.numpy() for b in train.training_batches(process, blocks, 256, 0, 0, 140, cfg, rank, 2, False)] for rank in range(2)]
     for step in range(140):
         rows = np.empty((6, 32), np.int64)
         for part in range(6):  # parts go to the ranks in turn
             rows[part] = whole[part % 2][step * 3 + part // 2]
         assert np.array_equal(rows, blocks.rows(6 * step + np.arange(6))[:, 1:])
     for first in (1, 63, 64, 65):
-        again = [b.targets.numpy() for b in train.training_batches(process, blocks, 6 * first, first, 140, cfg, 0, 2, False)]
+        again = [b.targets.numpy() for b in train.training_batches(process, blocks, 256, 6 * first, first, 140, cfg, 0, 2, False)]
         assert all(map(np.array_equal, again, whole[0][3 * first :]))
 
 
@@ -425,7 +428,7 @@ def test_run_folder_in_use(run_main, capsys):
 def test_resuming_on_another_corpus(run_main, capsys, corpus, tmp_path):
     run_main("--steps=5")
     (tmp_path / "other.txt").write_text("something else entirely " * 100)
-    data.prepare(tmp_path / "other.txt", tmp_path / "other", data.tokenizer("bytes"))
+    prepared(tmp_path / "other", tmp_path / "other.txt")
     assert "another corpus: train_sha256" in refused(run_main, capsys, "--steps=9", "--resume=auto", f"--corpus={tmp_path / 'other'}")
 
 
