@@ -219,8 +219,6 @@ def results(pending, arguments, workers):
         while running:
             future, place, behind = running.popleft()
             yield future.result(), place, behind
-    except BrokenProcessPool:
-        raise ValueError("a tokenizing process was ended from outside (out of memory?); fewer --workers need less") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -261,10 +259,16 @@ class Files:
             self.file.close()
             self.file = None
 
+    def abandon(self):
+        """Close what could not be written: on a full disk closing fails as writing did."""
+        if self.file:
+            with contextlib.suppress(OSError):
+                self.file.close()
+
 
 class Ledger:
-    """What a preparation has done so far, in one SQLite file: its state, and the hashes of the documents it has seen.
-    Both change together or not at all, and the hashes need no memory."""
+    """What a preparation has done so far, in one SQLite file: what it prepares (its `plan`), its state, and the hashes of
+    the documents it has seen. State and hashes change together or not at all, and the hashes need no memory."""
 
     def __init__(self, path):
         self.db = sqlite3.connect(path, isolation_level=None, timeout=0.1)
@@ -272,19 +276,20 @@ class Ledger:
             self.db.execute("PRAGMA locking_mode = EXCLUSIVE")
             self.db.execute("PRAGMA cache_size = -65536")
             self.db.execute("BEGIN EXCLUSIVE")
-            self.db.execute("CREATE TABLE IF NOT EXISTS state (id INTEGER PRIMARY KEY, value TEXT)")
+            self.db.execute("CREATE TABLE IF NOT EXISTS notes (name TEXT PRIMARY KEY, value TEXT)")
             self.db.execute("CREATE TABLE IF NOT EXISTS seen (digest BLOB PRIMARY KEY) WITHOUT ROWID")
-        except sqlite3.OperationalError as problem:
+        except sqlite3.Error as problem:
+            self.db.close()
             if "locked" in str(problem):
                 raise ValueError(f"another process is preparing {Path(path).parent}") from None
-            raise
+            raise OSError(f"{path}: {problem}; if it is damaged, start again with --restart") from None
 
-    def state(self):
-        found = self.db.execute("SELECT value FROM state").fetchone()
+    def read(self, name):
+        found = self.db.execute("SELECT value FROM notes WHERE name = ?", (name,)).fetchone()
         return json.loads(found[0]) if found else None
 
-    def commit(self, state):
-        self.db.execute("INSERT OR REPLACE INTO state VALUES (1, ?)", (json.dumps(state),))
+    def commit(self, **notes):
+        self.db.executemany("INSERT OR REPLACE INTO notes VALUES (?, ?)", [(name, json.dumps(value)) for name, value in notes.items()])
         self.db.execute("COMMIT")
         self.db.execute("BEGIN EXCLUSIVE")
 
@@ -309,24 +314,25 @@ def prepare(sources, folder, cfg, progress=lambda done, documents, tokens: None,
     ledger = Ledger(building / "ledger.sqlite")
     keep = True
     try:
-        state = ledger.state()
         options = {k: v for k, v in asdict(cfg).items() if k not in ("name", "out", "workers", "restart", "val_share")}
         options |= dict(tokenizer=tokens.name, python=sys.version if any(s.kind == "docs" for s in sources) else "")
+        state, plan = ledger.read("state"), dict(options=options, sources=[list(s) for s in sources])
         if state:
-            check_same(state, options, sources, building)
+            check_same(ledger.read("plan"), plan, building)
         else:
-            state = dict(options=options, sources=sources, place=Place(), left_out=dict(duplicates=0, empty=0, bad=0), open=False,
+            state = dict(place=Place(), left_out=dict(duplicates=0, empty=0, bad=0), dropping=False,
                          counts={split: dict(tokens=0, bytes=0, documents=0) for split in ("train", "val")}, files=dict(train=[], val=[]))
+            ledger.commit(plan=plan)
         keep = False
         tokenize(sources, inside, cfg, tokens, state, ledger, progress, commit_every)
         for source in sources:
             check_unchanged(source)
         meta = finish(sources, inside, tokens, state)
         inside.rename(folder)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenProcessPool):
         keep = True
         raise
-    except sqlite3.OperationalError as problem:
+    except sqlite3.Error as problem:
         raise OSError(f"{building}: {problem}") from None
     finally:
         ledger.close()
@@ -345,14 +351,13 @@ def begin(folder):
     return building
 
 
-def check_same(state, options, sources, building):
-    """Raises ValueError if an interrupted preparation was another one."""
-    old = state["options"]
-    if differ := [f"{k} {old[k]!r} → {options[k]!r}" for k in options if old[k] != options[k]]:
+def check_same(old, new, building):
+    """Raises ValueError if the plan of an interrupted preparation was another one."""
+    if differ := [f"{k} {old['options'].get(k)!r} → {value!r}" for k, value in new["options"].items() if old["options"].get(k) != value]:
         raise ValueError(f"{building} holds an interrupted preparation with other settings ({', '.join(differ)}); finish that one, or add --restart")
-    before, now = ({s[1]: tuple(s) for s in some} for some in (state["sources"], sources))
-    if before != now or len(state["sources"]) != len(sources):
-        changed = sorted(path for path in before.keys() | now.keys() if before.get(path) != now.get(path)) or ["their order"]
+    if old["sources"] != new["sources"]:
+        before, now = ({s[1]: s for s in plan["sources"]} for plan in (old, new))
+        changed = sorted(path for path in before.keys() | now.keys() if before.get(path) != now.get(path)) or ["the sources' order"]
         raise ValueError(f"{changed[0]} changed since the preparation in {building} began; start again with --restart")
 
 
@@ -372,25 +377,25 @@ def tokenize(sources, inside, cfg, tokens, state, ledger, progress, commit_every
             files[split].write(np.array([tokens.eos_id], dtype).tobytes())
             counts["tokens"] = 1
     place = Place(*state["place"])
-    done_before = sum(s.size for s in sources[: place.source])
-    workers = cfg.workers or (os.cpu_count() if sum(s.size for s in sources) > 16 * SIZE or any(s.kind == "hf" for s in sources) else 0)
+    sizes = np.cumsum([0] + [source.size for source in sources]).tolist()
+    workers = cfg.workers or (os.cpu_count() if sizes[-1] > 16 * SIZE or any(source.kind == "hf" for source in sources) else 1)
     arguments = (cfg.tokenizer or "bytes", cfg.eos, cfg)
-    last, left_out, dropping = time.monotonic(), state["left_out"], state["open"]
+    last, left_out = time.monotonic(), state["left_out"]
 
     def commit():
         for split_files in files.values():
             split_files.flush()
-        ledger.commit(dict(state, open=dropping))
+        ledger.commit(state=state)
 
-    commit()
-    with contextlib.closing(results(tasks(sources, place, cfg), arguments, workers if workers > 1 else 0)) as arriving:
-        try:
-            for result, after, behind in arriving:
+    try:
+        commit()
+        with contextlib.closing(results(tasks(sources, place, cfg), arguments, workers if workers > 1 else 0)) as arriving:
+            for result, after, behind in arriving:  # interrupted in here: what came after the last commit is done again
                 for d in result.documents:
                     if d.starts:
-                        dropping = cfg.dedup and d.digest != b"" and not ledger.is_new(d.digest)
-                        left_out["duplicates"] += dropping
-                    if dropping:
+                        state["dropping"] = cfg.dedup and d.digest != b"" and not ledger.is_new(d.digest)
+                        left_out["duplicates"] += state["dropping"]
+                    if state["dropping"]:
                         continue
                     split = d.split or split_of(d.digest, cfg.val)
                     files[split].write(d.tokens)
@@ -400,19 +405,16 @@ def tokenize(sources, inside, cfg, tokens, state, ledger, progress, commit_every
                     counts["documents"] += d.ends
                 left_out["bad"] += result.bad
                 left_out["empty"] += result.empty
-                if after.source != place.source:
-                    done_before = sum(s.size for s in sources[: after.source])
-                place = after
-                state["place"] = place
-                progress(done_before + behind, *(sum(c[k] for c in state["counts"].values()) for k in ("documents", "tokens")))
+                state["place"] = after
+                progress(sizes[after.source] + behind, *(sum(c[k] for c in state["counts"].values()) for k in ("documents", "tokens")))
                 if time.monotonic() - last >= commit_every:
                     commit()
                     last = time.monotonic()
-        except KeyboardInterrupt:
-            commit()
-            raise
-    for split_files in files.values():
-        split_files.close()
+        for split_files in files.values():
+            split_files.close()
+    finally:
+        for split_files in files.values():
+            split_files.abandon()
 
 
 def finish(sources, inside, tokens, state):
@@ -467,6 +469,8 @@ def main():
     except KeyboardInterrupt:
         print("data.py: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+    except BrokenProcessPool:
+        configurator.fail("a tokenizing process was ended from outside (out of memory?); the same command goes on from here, fewer --workers need less")
     except OSError as problem:
         configurator.fail(f"{problem.filename}: {problem.strerror}" if problem.filename and problem.strerror else str(problem.strerror or problem))
     except ValueError as problem:
@@ -528,8 +532,14 @@ def spooled(stream, building, cfg):
     building.mkdir(parents=True, exist_ok=True)
     final = building / f"stdin.{'txt' if cfg.format == 'auto' else cfg.format}"
     arriving = building / "stdin.part"
-    with open(arriving, "wb") as file:
-        shutil.copyfileobj(stream, file, SIZE)
+    try:
+        with open(arriving, "wb") as file:
+            shutil.copyfileobj(stream, file, SIZE)
+    except OSError:
+        arriving.unlink()
+        with contextlib.suppress(OSError):
+            building.rmdir()  # unless there is more in it
+        raise
     if final.is_file() and data_digest(final) == data_digest(arriving):
         arriving.unlink()  # the same as before the interruption
     else:

@@ -299,7 +299,7 @@ def whole_text(source, place, cfg):
     """A large .txt file as one document: read twice, as its split is decided by its hash."""
     digest, last = hashlib.sha256(), 0
     try:
-        for text, last in text_pieces(source, 0, None, cfg.bad_bytes):
+        for text, last in text_pieces(source, 0, None, cfg.bad_bytes):  # noqa: B007
             digest.update(text.encode("utf-8"))
     except ValueError:
         if cfg.bad_bytes != "skip":

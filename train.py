@@ -213,9 +213,10 @@ def open_inputs(cfg, warn):
     for corpus in corpora[1:]:
         if differ := [f"{k} {meta[k]} and {corpus.meta[k]}" for k in vocabulary if corpus.meta[k] != meta[k]]:
             raise ValueError(f"{corpora[0].folder} and {corpus.folder} don't go together: {', '.join(differ)}")
-    blocks = [data.Blocks(corpus.train, cfg.block_len, cfg.seed + i, unique or cfg.unique_tokens, meta["n_vocab"], f"training split of {corpus.folder}")
+    of = [f" ({corpus.folder})" if len(corpora) > 1 else "" for corpus in corpora]
+    blocks = [data.Blocks(corpus.train, cfg.block_len, cfg.seed + i, unique or cfg.unique_tokens, meta["n_vocab"], f"training{of[i]}")
               for i, (corpus, (_, _, unique)) in enumerate(zip(corpora, given))]
-    val_blocks = [data.Blocks(corpus.val, cfg.block_len, n_vocab=meta["n_vocab"], what=f"validation split of {corpus.folder}") for corpus in corpora]
+    val_blocks = [data.Blocks(corpus.val, cfg.block_len, n_vocab=meta["n_vocab"], what=f"validation{of[i]}") for i, corpus in enumerate(corpora)]
     if len(corpora) == 1:
         (blocks,), (val_blocks,) = blocks, val_blocks
     else:

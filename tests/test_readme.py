@@ -27,6 +27,18 @@ def test_every_command_is_known_to_this_file():
     assert sum("train.py" in c for c in COMMANDS) == 6
 
 
+def test_data_commands(tmp_path):
+    """Prepare, inspect, export, one after the other in a folder of their own."""
+    commands = [c for c in COMMANDS if "data.py" in c]
+    outputs = []
+    for command in commands:
+        done = subprocess.run([sys.executable, ROOT / "data.py", *shlex.split(command)[2:]], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout)
+    assert [c.split()[2] for c in commands] == ["docs", "inspect", "export"]
+    assert "corpora/docs/train.bin: " in outputs[0] and "all SHA-256 sums agree" in outputs[1] and (tmp_path / "megatron/docs_train.idx").is_file()
+
+
 def test_estimate_command(corpus, tmp_path):  # noqa: F811
     command = next(c for c in COMMANDS if "--estimate" in c)
     output = run(command, "--model=25M", f"--corpus={corpus}", f"--run_dir={tmp_path / 'run'}")  # a smaller model: tracing takes its time
