@@ -110,7 +110,8 @@ class TokenizerFile:
         self.n_vocab = self.mask_id = max(vocab.values()) + 1
         self.name = f"tokenizer.json {hashlib.sha256(raw).hexdigest()[:16]} {eos}"
         splits = components(layout.get("pre_tokenizer"))
-        self.cuts = not layout.get("normalizer") and [part["type"] for part in splits] == ["ByteLevel"] and not splits[0]["add_prefix_space"]
+        self.cuts = not layout.get("normalizer") and [part["type"] for part in splits] == ["ByteLevel"] and (
+            splits[0].get("use_regex", True) and not splits[0]["add_prefix_space"])
         self.lengths = self.measure(vocab, layout)
 
     def measure(self, vocab, layout):

@@ -40,7 +40,7 @@ import numpy as np
 import configurator
 import data
 from configurator import setting
-from sources import BAD, COMPRESSED, SIZE, Place, cut_up, file_source, find_sources, separator_bytes, split_of, tasks
+from sources import BAD, COMPRESSED, SIZE, Place, cut_up, file_source, find_sources, separator_bytes, split_of, stamp, tasks
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
@@ -147,12 +147,16 @@ class Tokenize:
 
     def records(self, task):
         for number, text in enumerate(task.content, task.first):
+            where = f"{task.where}, record {number}"
+            if isinstance(text, bytes):
+                yield self.decoded(text, where, 0)
+                continue
             problem = unreadable(text, "its text")
-            yield self.refused(f"{task.where}, record {number}", problem) if problem else text
+            yield self.refused(where, problem) if problem else text
 
     def separated(self, task):
         separator, byte = separator_bytes(self.cfg), task.first
-        for raw in task.content.split(separator):
+        for raw in task.content.removesuffix(separator).split(separator):
             yield self.decoded(raw, task.where, byte)
             byte += len(raw) + len(separator)
 
@@ -186,7 +190,6 @@ worker = None
 def start_worker(*arguments):
     """Runs first in each process."""
     global worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to stop
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = multiprocessing.parent_process().sentinel
 
@@ -202,6 +205,16 @@ def work(task):
     return worker(task)
 
 
+@contextlib.contextmanager
+def without_interrupts():
+    """Ctrl-C waits until this is over. Processes that start in here never hear of it: their parent tells them to stop."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def results(pending, arguments, workers):
     """Yield (result, place, bytes) for each of `tasks`, in their order; `workers` processes, or this one if there are none."""
     if not workers:
@@ -212,7 +225,8 @@ def results(pending, arguments, workers):
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, arguments)
     try:
         for task, place, behind in pending:
-            running.append((pool.submit(work, task), place, behind))
+            with without_interrupts():
+                running.append((pool.submit(work, task), place, behind))
             if len(running) > 3 * workers:  # bounds the memory
                 future, place, behind = running.popleft()
                 yield future.result(), place, behind
@@ -227,7 +241,7 @@ def results(pending, arguments, workers):
 
 
 class Files:
-    """The token files of one split, of at most `limit` tokens each (but for a document's end)."""
+    """The token files of one split, of at most `limit` tokens each."""
 
     def __init__(self, folder, split, limit, dtype, written):
         self.folder, self.split, self.limit, self.width = folder, split, limit, dtype.itemsize
@@ -242,12 +256,15 @@ class Files:
         self.file = open(folder / written[-1][0], "ab") if written else None
 
     def write(self, raw):
-        if not self.file or self.written[-1][1] >= self.limit:
-            self.close()
-            self.written.append([f"{self.split}_{len(self.written):05d}.bin", 0])
-            self.file = open(self.folder / self.written[-1][0], "wb")
-        self.file.write(raw)
-        self.written[-1][1] += len(raw) // self.width
+        while raw:  # each file but the last has exactly `limit` tokens, however the tokens arrive
+            if not self.file or self.written[-1][1] >= self.limit:
+                self.close()
+                self.written.append([f"{self.split}_{len(self.written):05d}.bin", 0])
+                self.file = open(self.folder / self.written[-1][0], "wb")
+            some = raw[: (self.limit - self.written[-1][1]) * self.width]
+            self.file.write(some)
+            self.written[-1][1] += len(some) // self.width
+            raw = raw[len(some) :]
 
     def flush(self):
         if self.file:
@@ -270,7 +287,16 @@ class Ledger:
     """What a preparation has done so far, in one SQLite file: what it prepares (its `plan`), its state, and the hashes of
     the documents it has seen. State and hashes change together or not at all, and the hashes need no memory."""
 
-    def __init__(self, path):
+    def __init__(self, path, anew=False):
+        try:
+            self.open(path)
+        except OSError:
+            if not anew or not path.exists():
+                raise
+            path.unlink()  # damaged, but nothing in it is wanted
+            self.open(path)
+
+    def open(self, path):
         self.db = sqlite3.connect(path, isolation_level=None, timeout=0.1)
         try:
             self.db.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -293,6 +319,10 @@ class Ledger:
         self.db.execute("COMMIT")
         self.db.execute("BEGIN EXCLUSIVE")
 
+    def clear(self):
+        self.db.execute("DELETE FROM notes")
+        self.db.execute("DELETE FROM seen")
+
     def is_new(self, digest):
         return self.db.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest[:16],)).rowcount == 1
 
@@ -301,22 +331,34 @@ class Ledger:
 
 
 def prepare(sources, folder, cfg, progress=lambda done, documents, tokens: None, commit_every=5.0):
-    """Tokenize `sources` into `folder`, which appears only when complete. Returns the metadata.
+    """Tokenize `sources` (or what they return for the folder of what is done so far) into `folder`, which appears only when complete.
 
-    What was interrupted goes on where it stopped: beside `folder` lies what is done so far. Raises ValueError, OSError or
+    Returns the metadata. What was interrupted goes on where it stopped, from what lies beside `folder`. Raises ValueError, OSError or
     FileExistsError for what is wrong with the input or the disk, and leaves nothing behind then.
     """
     folder = Path(folder)
     building = begin(folder)
     tokens = data.tokenizer(cfg.tokenizer or "bytes", eos=cfg.eos)
-    inside = building / "corpus"
+    inside, fresh = building / "corpus", not building.exists()
     inside.mkdir(parents=True, exist_ok=True)
-    ledger = Ledger(building / "ledger.sqlite")
-    keep = True
     try:
+        ledger = Ledger(building / "ledger.sqlite", cfg.restart)
+    except OSError:
+        if fresh:
+            shutil.rmtree(building, ignore_errors=True)
+        raise
+    keep = False
+    try:
+        if cfg.restart:
+            ledger.clear()
+            for path in building.glob("stdin.*"):
+                path.unlink()
+        state = ledger.read("state")
+        keep = bool(state)  # a wrong command costs nothing that is done
+        sources = sources(building) if callable(sources) else sources
         options = {k: v for k, v in asdict(cfg).items() if k not in ("name", "out", "workers", "restart", "val_share")}
         options |= dict(tokenizer=tokens.name, python=sys.version if any(s.kind == "docs" for s in sources) else "")
-        state, plan = ledger.read("state"), dict(options=options, sources=[list(s) for s in sources])
+        plan = dict(options=options, sources=[list(s) for s in sources])
         if state:
             check_same(ledger.read("plan"), plan, building)
         else:
@@ -344,6 +386,8 @@ def prepare(sources, folder, cfg, progress=lambda done, documents, tokens: None,
 def begin(folder):
     """The folder beside `folder` in which it is built; raises FileExistsError if `folder` is there already."""
     building = folder.with_name(f".{folder.name}.building")
+    if folder.name in ("", ".", ".."):
+        raise ValueError(f"--name={folder.name}: no name for a folder")
     if folder.exists():
         if not (building / "corpus").exists():  # killed between its last two acts
             shutil.rmtree(building, ignore_errors=True)
@@ -362,10 +406,8 @@ def check_same(old, new, building):
 
 
 def check_unchanged(source):
-    if source.size:
-        stat = os.stat(source.path)
-        if (stat.st_size, stat.st_mtime_ns) != (source.size, source.changed):
-            raise ValueError(f"{source.path} changed while it was read; start again")
+    if source.changed and stamp(Path(source.path)) != (source.size, source.changed):
+        raise ValueError(f"{source.path} changed while it was read; start again")
 
 
 def tokenize(sources, inside, cfg, tokens, state, ledger, progress, commit_every):
@@ -389,7 +431,7 @@ def tokenize(sources, inside, cfg, tokens, state, ledger, progress, commit_every
 
     try:
         commit()
-        with contextlib.closing(results(tasks(sources, place, cfg), arguments, workers if workers > 1 else 0)) as arriving:
+        with contextlib.closing(results(tasks(sources, place, cfg, tokens.cuts), arguments, workers if workers > 1 else 0)) as arriving:
             for result, after, behind in arriving:  # interrupted in here: what came after the last commit is done again
                 for d in result.documents:
                     if d.starts:
@@ -454,7 +496,7 @@ def finish(sources, inside, tokens, state):
 def main():
     names = [a for a in sys.argv[1:] if a == "-" or not a.startswith("-")]
     cfg = configurator.load(Config, [a for a in sys.argv[1:] if a != "-" and a.startswith("-")], about=__doc__)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, stop)
     try:
         if names[:1] == ["inspect"]:
             if len(names) != 2:
@@ -483,6 +525,10 @@ def main():
         print("left out: " + ", ".join(f"{n:,} {what}" for what, n in meta["left_out"].items() if n))
 
 
+def stop(*_):
+    raise KeyboardInterrupt
+
+
 def default_name(names):
     """A corpus's name from its first source's."""
     name = names[0].removeprefix("hf:")
@@ -491,7 +537,8 @@ def default_name(names):
     if re.search(r"[*?\[]", name):
         raise ValueError(f"{name}: give the corpus a name with --name=")
     path = Path(name)
-    return Path(path.stem).stem if path.suffix in COMPRESSED else path.stem
+    path = path.resolve() if path.is_dir() else path
+    return path.name if path.is_dir() else Path(path.stem).stem if path.suffix in COMPRESSED else path.stem
 
 
 def export(folder, prefix, cfg):
@@ -505,15 +552,11 @@ def export(folder, prefix, cfg):
 def prepare_with_bar(names, folder, cfg):
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    building = begin(folder)
-    if cfg.restart:
-        shutil.rmtree(building, ignore_errors=True)
+    begin(folder)
     data.tokenizer(cfg.tokenizer or "bytes", eos=cfg.eos)  # if there is none, say so before anything is downloaded
     names = [str(download(SHAKESPEARE, Path(cfg.out) / ".shakespeare.txt")) if name == "shakespeare" and not Path(name).exists() else name for name in names]
     sources = find_sources([name for name in names if name != "-"], cfg)
-    if "-" in names:
-        sources.append(spooled(sys.stdin.buffer, building, cfg))
-    total = sum(s.size for s in sources)
+    total = sum(s.size for s in sources) if "-" not in names else 0
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[counts]}"), *([TransferSpeedColumn()] if total else []),
                TimeElapsedColumn(), *([TextColumn("left"), TimeRemainingColumn()] if total else []))
     with Progress(*columns) as bar:
@@ -522,28 +565,27 @@ def prepare_with_bar(names, folder, cfg):
         def progress(done, n_documents, n_tokens):
             bar.update(task, completed=done, counts=f"{n_documents:,} documents, {n_tokens:,} tokens")
 
-        meta = prepare(sources, folder, cfg, progress)
+        def with_input(building):
+            return sources + [spooled(sys.stdin.buffer, building, cfg)]
+
+        meta = prepare(with_input if "-" in names else sources, folder, cfg, progress)
         bar.update(task, completed=total or None)
     return meta
 
 
 def spooled(stream, building, cfg):
-    """Standard input as a file: it is read more than once, and again after an interruption."""
-    building.mkdir(parents=True, exist_ok=True)
+    """Standard input as a file: it is read more than once, and again after an interruption. Raises ValueError if it is another one then."""
     final = building / f"stdin.{'txt' if cfg.format == 'auto' else cfg.format}"
     arriving = building / "stdin.part"
     try:
         with open(arriving, "wb") as file:
             shutil.copyfileobj(stream, file, SIZE)
-    except OSError:
-        arriving.unlink()
-        with contextlib.suppress(OSError):
-            building.rmdir()  # unless there is more in it
-        raise
-    if final.is_file() and data_digest(final) == data_digest(arriving):
-        arriving.unlink()  # the same as before the interruption
-    else:
-        arriving.rename(final)
+        if final.is_file() and data_digest(final) != data_digest(arriving):
+            raise ValueError(f"{final}: standard input changed since the preparation in {building} began; start again with --restart")
+        if not final.is_file():
+            arriving.rename(final)
+    finally:
+        arriving.unlink(missing_ok=True)
     return file_source(final, cfg)
 
 

@@ -47,9 +47,11 @@ def find_sources(names, cfg):
         if name == "docs" and not path.exists():
             found.append(Source("docs", "docs", 0, 0))
         elif name.startswith("hf:") or path.is_dir() and any((path / mark).is_file() for mark in ("dataset_info.json", "dataset_dict.json")):
-            found.append(Source("hf", name.removeprefix("hf:")))
+            path = Path(name.removeprefix("hf:"))
+            found.append(Source("hf", str(path), *(stamp(path) if path.exists() else ())))
         elif path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".") and (cfg.format != "auto" or kind_of(p)))
+            files = sorted(p for p in path.rglob("*") if p.is_file() and (cfg.format != "auto" or kind_of(p))
+                           and not any(part.startswith(".") for part in p.relative_to(path).parts))
             if not files:
                 raise ValueError(f"{path}: no {', '.join(SUFFIXES)} files in it (or these with {', '.join(COMPRESSED)}); --format=txt takes every file as text")
             found += [file_source(p, cfg) for p in files]
@@ -72,8 +74,13 @@ def file_source(path, cfg):
     if not kind:
         raise ValueError(f"{path}: expected docs, shakespeare, hf:NAME, -, or a {', '.join(SUFFIXES)} file (or one of these with {', '.join(COMPRESSED)}); "
                          "--format= says what it is otherwise")
-    stat = path.stat()
-    return Source(kind, str(path), stat.st_size, stat.st_mtime_ns)
+    return Source(kind, str(path), *stamp(path))
+
+
+def stamp(path):
+    """Size and time of the last change of a file, or of the files in a folder."""
+    stats = [p.stat() for p in (path.rglob("*") if path.is_dir() else [path])]
+    return sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)
 
 
 @contextlib.contextmanager
@@ -88,7 +95,7 @@ def reading(source, start=0):
                 except ImportError:
                     raise ValueError(f"{path}: .zst needs the zstandard package: pip install 'nanoquokka[data]'") from None
                 damaged = (zstandard.ZstdError, EOFError)
-                file = io.BufferedReader(Zstandard(raw, zstandard.ZstdDecompressor()), SIZE)
+                file = io.BufferedReader(Zstandard(raw, zstandard.ZstdDecompressor(max_window_size=1 << 31)), SIZE)
             else:
                 damaged = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
                 file = stack.enter_context({".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[path.suffix](raw)) if path.suffix in COMPRESSED else raw
@@ -160,20 +167,23 @@ class Part(NamedTuple):
     ends: bool
 
 
-def tasks(sources, place, cfg):
-    """Yield (task, the Place behind it, bytes of the source behind it) from `place` on: the same however often it was interrupted."""
+def tasks(sources, place, cfg, cuts=True):
+    """Yield (task, the Place behind it, bytes of the source behind it) from `place` on.
+
+    What the tasks hold together is the same however often it was interrupted. cuts: long documents may be cut (data.py).
+    """
     alone = len(sources) == 1 and sources[0].kind == "txt" and not cfg.separator
     number = place.source
     while number < len(sources):
         source, here = sources[number], place if number == place.source else Place(number)
         if source.kind == "txt" and not cfg.separator:
-            produce = alone_text(source, here, cfg) if alone else None
+            produce = alone_text(source, here, cfg, cuts) if alone else None
             if not alone:
                 number, produced = small_texts(sources, number) if here.byte == 0 else (number, None)
                 if produced:
                     yield produced, Place(number), 0
                     continue
-                produce = whole_text(source, here, cfg)
+                produce = whole_text(source, here, cfg, cuts)
         else:
             produce = {"docs": python_tasks, "txt": separated_tasks, "jsonl": line_tasks, "parquet": parquet_tasks, "hf": hf_tasks}[source.kind](source, here, cfg)
         yield from produce
@@ -213,8 +223,8 @@ def separated_tasks(source, place, cfg):
         while True:
             read = file.read(max(SIZE, len(held)))
             held += read
-            end = len(held) if not read else held.rfind(separator) + len(separator)
-            if read and end < len(separator):  # none yet
+            end = len(held) - len(held.split(separator)[-1]) if read else len(held)  # they may overlap: the leftmost counts
+            if read and not end:  # none yet
                 if len(held) > LONGEST:
                     raise ValueError(f"{source.path}: no separator {cfg.separator!r} within {LONGEST >> 20} MiB from byte {byte} on")
                 continue
@@ -260,7 +270,7 @@ def cut_up(text):
         start = stop
 
 
-def text_pieces(source, start, stop, bad_bytes):
+def text_pieces(source, start, stop, bad_bytes, cuts=True):
     """Yield (text, byte behind it) for bytes [start, stop) of a file (None: to its end); raises ValueError where they are no UTF-8.
 
     With bad_bytes=replace they become U+FFFD; skip is the caller's.
@@ -276,7 +286,7 @@ def text_pieces(source, start, stop, bad_bytes):
             if (bad := BAD.search(text)) and bad_bytes != "replace":
                 place = byte + len(text[: bad.start()].encode("utf-8"))
                 raise ValueError(f"{source.path}: not UTF-8 at byte {place}; see --bad_bytes")
-            cut = last_cut(text) if read else len(text)
+            cut = len(text) if not read else last_cut(text) if cuts else 0
             if cut:
                 raw = text[:cut].encode("utf-8", "surrogateescape")
                 byte, held = byte + len(raw), held[len(raw) :]
@@ -295,7 +305,7 @@ def partial(raw):
     return 0
 
 
-def whole_text(source, place, cfg):
+def whole_text(source, place, cfg, cuts):
     """A large .txt file as one document: read twice, as its split is decided by its hash."""
     digest, last = hashlib.sha256(), 0
     try:
@@ -307,7 +317,7 @@ def whole_text(source, place, cfg):
         yield Task("skipped", source.path, None), Place(place.source + 1), source.size
         return
     digest = digest.digest()
-    yield from parts_of(source, place, [(split_of(digest, cfg.val), 0, last)], digest, cfg)
+    yield from parts_of(source, place, [(split_of(digest, cfg.val), 0, last)], digest, cfg, cuts)
 
 
 def split_of(digest, val):
@@ -315,24 +325,25 @@ def split_of(digest, val):
     return "val" if int.from_bytes(digest[:8], "big") < val * 2**64 else "train"
 
 
-def alone_text(source, place, cfg):
+def alone_text(source, place, cfg, cuts):
     """A .txt file that is the only source, as one document: its end is for validation."""
     with reading(source) as (file, _):
         size = source.size if Path(source.path).suffix not in COMPRESSED else sum(map(len, iter(lambda: file.read(SIZE), b"")))
     cut = int(size * (1 - cfg.val))
     with reading(source, cut) as (file, _):  # never inside a character
-        cut += next((i for i, byte in enumerate(file.read(4)) if byte & 0xC0 != 0x80), 0)
+        tail = file.read(4)
+        cut += next((i for i, byte in enumerate(tail) if byte & 0xC0 != 0x80), len(tail))
     if cfg.bad_bytes == "skip":
         cfg = dataclasses.replace(cfg, bad_bytes="stop")  # there would be nothing left
-    yield from parts_of(source, place, [("train", 0, cut), ("val", cut, size)], b"", cfg)
+    yield from parts_of(source, place, [("train", 0, cut), ("val", cut, size)], b"", cfg, cuts)
 
 
-def parts_of(source, place, ranges, digest, cfg):
+def parts_of(source, place, ranges, digest, cfg, cuts):
     for split, start, stop in ranges:
         if place.byte >= stop:
             continue
         byte, starts = max(place.byte, start), place.byte <= start
-        pieces = text_pieces(source, byte, stop, cfg.bad_bytes)
+        pieces = text_pieces(source, byte, stop, cfg.bad_bytes, cuts)
         for text, byte in pieces:
             yield Task("part", source.path, Part(split, text, digest, starts, byte == stop)), Place(place.source, byte), byte
             starts = False
@@ -351,7 +362,7 @@ def parquet_tasks(source, place, cfg):
             rows = np.cumsum([0] + [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
             group = int(np.searchsorted(rows, place.count, side="right")) - 1
             batches = file.iter_batches(batch_size=256, row_groups=list(range(group, file.num_row_groups)), columns=[cfg.field])
-            records = (text for batch in batches for text in batch.column(0).to_pylist())
+            records = (text for batch in batches for text in raw_text(batch.column(0)).to_pylist())
             for _ in range(place.count - int(rows[group])):
                 next(records)
             for texts, row in gathered(records, place.count):
@@ -361,6 +372,14 @@ def parquet_tasks(source, place, cfg):
         if isinstance(problem, OSError) and problem.errno:
             raise
         raise ValueError(f"{source.path}: not a whole parquet file: {str(problem).splitlines()[0]}") from None
+
+
+def raw_text(column):
+    """A column of an Arrow table, text as bytes: whether they are UTF-8 is asked later."""
+    import pyarrow.types as types
+
+    column = column.dictionary_decode() if types.is_dictionary(column.type) else column
+    return column.cast("large_binary") if types.is_string(column.type) or types.is_large_string(column.type) or types.is_string_view(column.type) else column
 
 
 def hf_tasks(source, place, cfg):
@@ -383,7 +402,7 @@ def hf_tasks(source, place, cfg):
     table = table.select_columns([cfg.field])
     records = (text for start in range(place.count, len(table), 256) for text in table[start : start + 256][cfg.field])
     for texts, row in gathered(records, place.count):
-        yield Task("records", source.path, texts, row - len(texts) + 1), Place(place.source, 0, row), 0
+        yield Task("records", source.path, texts, row - len(texts) + 1), Place(place.source, 0, row), source.size * row // len(table)
 
 
 def python_tasks(source, place, cfg):
@@ -399,7 +418,7 @@ def gathered(records, row):
     texts, size = [], 0
     for row, text in enumerate(records, row + 1):  # noqa: B020
         texts.append(text)
-        size += len(text) if isinstance(text, str) else 0
+        size += len(text) if isinstance(text, (str, bytes)) else 0
         if size >= SIZE or len(texts) >= 1 << 14:
             yield texts, row
             texts, size = [], 0

@@ -728,7 +728,11 @@ def main():
         tracker.finish()
     if world > 1:
         dist.barrier()
-        dist.destroy_process_group()
+        # Not by the ordinary way: DDP's destructor would hold Python's lock while it waits for gloo's thread, which may
+        # itself need that lock to drop its last tensor (torch 2.13; seen to hang).
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":
