@@ -160,7 +160,8 @@ def tokenizer(name, folders=(), eos=""):
             if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest().startswith(digest):
                 return TokenizerFile(path, eos)
         raise ValueError(f"no tokenizer.json of digest {digest} in {' or '.join(map(str, folders))}; put the one that prepared the corpus there")
-    path = Path(name) / "tokenizer.json" if Path(name).is_dir() else Path(name)
+    path = Path(name) / "tokenizer.json"
+    path = path if path.is_file() else Path(name)
     if path.suffix == ".json":
         if not path.is_file():
             raise ValueError(f"{path}: no such tokenizer file")
@@ -180,8 +181,8 @@ class Stream:
     a document ends with its eos token.
     """
 
-    def __init__(self, arrays, borders=()):
-        self.arrays = [array for array in arrays if len(array)]
+    def __init__(self, arrays, borders=(), lead=0):
+        self.arrays, self.lead = [array for array in arrays if len(array)], lead  # lead: tokens in front that are in no file
         self.offsets = np.cumsum([0, *map(len, self.arrays)], dtype=np.int64)
         self.dtype, self.borders, self.views = self.arrays[0].dtype if self.arrays else np.dtype(np.uint16), borders, {}
 
@@ -227,33 +228,51 @@ class Stream:
         return number
 
     def cut(self, position):
-        """Two streams: what comes before a position, and the rest."""
-        first = [a[: max(0, position - o)] for a, o in zip(self.arrays, self.offsets)]
-        second = [a[max(0, position - o) :] for a, o in zip(self.arrays, self.offsets)]
-        return Stream(first, self.borders), Stream(second, [(o - position, starts, width) for o, starts, width in self.borders])
+        """Two streams: what comes before a position where a document starts, and the rest."""
+        before, after = [], []
+        for first, starts, width in self.borders:
+            index = int(np.searchsorted(starts, (position - first) * width))
+            before += [(first, starts[:index], width)] if index else []
+            after += [(first - position, starts[index:], width)] if index < len(starts) else []
+        return (Stream([a[: max(0, position - o)] for a, o in zip(self.arrays, self.offsets)], before, self.lead),
+                Stream([a[max(0, position - o) :] for a, o in zip(self.arrays, self.offsets)], after))
+
+    def led_by(self, eos_id):
+        """The stream with a lone eos in front, unless it begins with one: so the first token, too, has one before it."""
+        if not len(self) or int(self.read(0, 1)[0]) == eos_id:
+            return self
+        return Stream([np.array([eos_id], self.dtype), *self.arrays], [(first + 1, starts, width) for first, starts, width in self.borders], 1)
 
 
-def document_lengths(stream, eos_id):
-    """Yield arrays of the documents' lengths in tokens, eos not counted. The stream begins with an eos of its own."""
+def document_sizes(stream, eos_id):
+    """Yield arrays of the documents' sizes in tokens, their eos included. The eos that the stream begins with is no document's."""
     if stream.borders:
         for number, (first, starts, width) in enumerate(stream.borders):
-            end = stream.borders[number + 1][0] if number + 1 < len(stream.borders) else len(stream)
-            starts = np.clip(first + starts // width, 0, end)
-            lengths = np.diff(np.append(starts, end))
-            last = np.clip(starts + lengths - 1, 0, None)
-            yield lengths - ((lengths > 0) & (stream.windows(last, 1)[:, 0] == eos_id))
+            end = stream.borders[number + 1] if number + 1 < len(stream.borders) else None
+            end = end[0] + int(end[1][0]) // width if end else len(stream)
+            yield np.diff(first + starts // width, append=end)
         return
     position, before = 0, 0
     for chunk in stream.chunks():
-        ends = position + np.flatnonzero(chunk == eos_id)
-        if position == 0 and len(ends) and ends[0] == 0:  # that of its own
+        ends = position + np.flatnonzero(chunk == eos_id) + 1
+        if position == 0 and len(ends) and ends[0] == 1:
             ends, before = ends[1:], 1
         if len(ends):
-            yield np.diff(ends, prepend=before - 1) - 1
-            before = ends[-1] + 1
+            yield np.diff(ends, prepend=before)
+            before = int(ends[-1])
         position += len(chunk)
     if before < position:  # the last document has no end
         yield np.array([position - before])
+
+
+def document_lengths(stream, eos_id):
+    """Yield arrays of the documents' lengths in tokens, without their eos."""
+    place = stream.borders[0][0] + int(stream.borders[0][1][0]) // stream.borders[0][2] if stream.borders else int(len(stream) and stream.read(0, 1)[0] == eos_id)
+    for sizes in document_sizes(stream, eos_id):
+        last = place + np.cumsum(sizes) - 1
+        ended = stream.windows(np.clip(last, 0, None), 1)[:, 0] == eos_id
+        yield sizes - ((sizes > 0) & ended)
+        place += int(sizes.sum())
 
 
 class Corpus(NamedTuple):
@@ -293,8 +312,8 @@ def load_corpus(folder, tokenizer_name="", val_share=0.0):
             raise ValueError(f"{folder}: no validation tokens; add a file with 'val' in its name, or --val_share=0.01 to keep the last 1 %")
         kind, whole, digest = streams["train"]
         halves = whole.cut(document_start(whole, int(len(whole) * (1 - val_share)), tokens.eos_id))
-        streams = {split: (kind, half, f"{digest} {val_share}") for split, half in zip(("train", "val"), halves)}
-    meta |= {split: dict(tokens=len(stream), sha256=digest) for split, (_, stream, digest) in streams.items()}
+        streams = {split: (kind, half.led_by(tokens.eos_id), f"{digest} {val_share}") for split, half in zip(("train", "val"), halves)}
+    meta |= {split: dict(tokens=len(stream) - stream.lead, sha256=digest) for split, (_, stream, digest) in streams.items()}
     return Corpus(folder, meta, streams["train"][1], streams["val"][1], tokens.token_bytes(), getattr(tokens, "path", None))
 
 
@@ -308,7 +327,7 @@ def parse_corpora(text):
             weight, unique = ((float(n) if n else None) for n in (numbers + ["", ""])[:2])
         except ValueError:
             raise ValueError(f"corpus={item}: write path, path:weight or path:weight:unique_tokens") from None
-        if len(numbers) > 2 or not path or weight is not None and not 0 < weight < 1e9 or unique is not None and not 0 < unique < 1e18:
+        if len(numbers) > 2 or not path or weight is not None and not 0 < weight < 1e9 or unique is not None and not 1 <= unique < 1e18:
             raise ValueError(f"corpus={item}: write path, path:weight or path:weight:unique_tokens")
         found.append((path, weight, int(unique or 0)))
     if not found:
@@ -341,10 +360,10 @@ def load_prepared(folder):
     try:
         meta = json.loads((folder / "meta.json").read_text())
         dtype = {"uint16": np.dtype(np.uint16), "uint32": np.dtype(np.uint32)}[meta["dtype"]]
-        files = [(split, file["name"], file["tokens"], file["sha256"]) for split in ("train", "val") for file in meta[split]["files"]]
+        files = [(split, str(file["name"]), 0 + file["tokens"], file["sha256"]) for split in ("train", "val") for file in meta[split]["files"]]
         if not (meta["eos_id"] < meta["n_vocab"] <= meta["mask_id"] and meta["val"]["bytes"] > 0 and meta["tokenizer"]):
             raise ValueError("eos_id < n_vocab ≤ mask_id, text in val and a tokenizer are needed")
-        if meta["mask_id"] > np.iinfo(dtype).max:
+        if meta["n_vocab"] - 1 > np.iinfo(dtype).max:
             raise ValueError(f"a vocabulary of {meta['n_vocab']} is above what {dtype.name} holds")
     except (ValueError, KeyError, TypeError) as problem:
         raise ValueError(f"{folder}/meta.json is damaged ({type(problem).__name__}: {problem}); prepare it again") from None
@@ -381,8 +400,8 @@ MEGATRON = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: n
 
 def foreign_files(folder):
     """The .bin files at `folder` (a folder, one file, or a Megatron prefix) by split, as their names tell; test files in neither."""
-    found, files = [folder] if folder.suffix == ".bin" else [folder.with_name(folder.name + ".bin")], {"train": [], "val": []}
-    found = sorted(folder.glob("*.bin")) if folder.is_dir() else [path for path in found if path.is_file()]
+    files, single = {"train": [], "val": []}, folder if folder.suffix == ".bin" else folder.parent / f"{folder.name}.bin"
+    found = sorted(folder.glob("*.bin")) if folder.is_dir() else [single] if single.is_file() else []
     for path in found:
         words = set(path.stem.lower().replace("-", "_").replace(".", "_").split("_"))
         if not words & {"test"} or len(found) == 1:
@@ -391,19 +410,17 @@ def foreign_files(folder):
 
 
 def open_foreign(paths, tokens):
-    """(layout, Stream, fingerprint) of files in one layout. A lone eos goes before what does not begin with one, so that
-    the first token, too, has one before it."""
+    """(layout, Stream, fingerprint) of files in one layout."""
     opened = [open_file(path) for path in paths]
     kinds, types = ({item[i] if i == 0 else item[1].dtype for item in opened} for i in (0, 1))
     if len(kinds) > 1 or len(types) > 1:
         raise ValueError(f"{paths[0].parent}: files of different layouts or types ({', '.join(map(str, (*kinds, *types)))}); keep one kind in a folder")
     dtype = types.pop()
-    if tokens.mask_id > np.iinfo(dtype).max:
+    if tokens.n_vocab - 1 > np.iinfo(dtype).max:
         raise ValueError(f"{paths[0]}: tokens of {dtype.name}, which can't hold tokenizer '{tokens.name}' of {tokens.n_vocab} tokens")
-    lead = [] if int(opened[0][1][0]) == tokens.eos_id else [np.array([tokens.eos_id], dtype)]
-    arrays, borders, position = lead + [array for _, array, _ in opened], [], len(lead)
+    borders, position = [], 0
     for _, array, starts in opened:
-        if starts is not None:
+        if starts is not None and len(starts):
             borders.append((position, starts, dtype.itemsize))
         position += len(array)
     digest = hashlib.sha256()
@@ -411,7 +428,7 @@ def open_foreign(paths, tokens):
         digest.update(f"{path.name} {len(array)}".encode())
         for start in np.linspace(0, max(0, len(array) - 4096), 64).astype(np.int64):  # samples: a corpus may be terabytes
             digest.update(array[start : start + 4096].tobytes())
-    return kinds.pop(), Stream(arrays, borders), digest.hexdigest()
+    return kinds.pop(), Stream([array for _, array, _ in opened], borders).led_by(tokens.eos_id), digest.hexdigest()
 
 
 def open_file(path):
@@ -419,8 +436,10 @@ def open_file(path):
     if path.with_suffix(".idx").is_file():
         return "Megatron", *open_megatron(path)
     size = path.stat().st_size
-    header = np.fromfile(path, np.int32, 256) if size >= 1024 else np.zeros(256, np.int32)
-    if int(header[0]) in SHARDS:
+    header = np.fromfile(path, np.int32, 256)
+    if len(header) and int(header[0]) in SHARDS:
+        if len(header) < 256:
+            raise ValueError(f"{path}: {size} bytes are less than the header of such a shard: truncated")
         version, dtype = SHARDS[int(header[0])]
         if header[1] != version:
             raise ValueError(f"{path}: a shard of version {header[1]}; version {version} is known")
@@ -482,17 +501,13 @@ def write_megatron(stream, eos_id, prefix):
             raise FileExistsError(f"{prefix}{end} exists; remove it or choose another prefix")
     prefix.parent.mkdir(parents=True, exist_ok=True)
     try:
-        lengths, open_length, lead = [], 0, len(stream) > 0 and int(stream.read(0, 1)[0]) == eos_id
+        lengths = np.concatenate([np.empty(0, np.int64), *document_sizes(stream, eos_id)])
         with open(building[".bin"], "wb") as file:
-            for number, chunk in enumerate(stream.chunks()):
-                chunk = chunk[1:] if lead and number == 0 else chunk  # the lone eos in front belongs to no document
-                chunk.astype(dtype).tofile(file)
-                ends = np.flatnonzero(chunk == eos_id) + 1
-                if len(ends):
-                    lengths.append(np.diff(ends, prepend=-open_length))
-                open_length = len(chunk) - int(ends[-1]) if len(ends) else open_length + len(chunk)
+            skip = len(stream) - int(lengths.sum())  # the lone eos in front belongs to no document
+            for chunk in stream.chunks():
+                chunk[skip:].astype(dtype).tofile(file)
+                skip = 0
             flush(file)
-        lengths = np.concatenate([np.empty(0, np.int64), *lengths, np.array([open_length] if open_length else [], np.int64)])
         with open(building[".idx"], "wb") as file:
             file.write(b"MMIDIDX\0\0" + np.uint64(1).tobytes() + np.uint8(code).tobytes())
             file.write(np.array([len(lengths), len(lengths) + 1], np.uint64).tobytes())
@@ -500,8 +515,8 @@ def write_megatron(stream, eos_id, prefix):
             ((np.cumsum(lengths) - lengths) * dtype.itemsize).astype(np.int64).tofile(file)
             np.arange(len(lengths) + 1, dtype=np.int64).tofile(file)
             flush(file)
-        for end, path in building.items():
-            path.rename(prefix.with_name(prefix.name + end))
+        for end in (".idx", ".bin"):  # a .bin alone could be taken for nanoGPT's
+            building[end].rename(prefix.with_name(prefix.name + end))
     finally:
         for path in building.values():
             path.unlink(missing_ok=True)
@@ -581,7 +596,10 @@ class Blocks:
     def read(self, index):
         """The blocks numbered `index` as they stand in the files, int32. Raises ValueError for ids that are no text."""
         rows = self.stream.windows(index * self.length, self.length + 1)
-        if (largest := int(rows.max(initial=0))) >= self.n_vocab:
+        largest = int(rows.max(initial=0))
+        if rows.dtype.kind == "i" and (least := int(rows.min(initial=0))) < 0:
+            largest = least
+        if not 0 <= largest < self.n_vocab:
             raise ValueError(f"the {self.what} split holds token {largest}, beyond its vocabulary of {self.n_vocab}; "
                              "another tokenizer's, or damaged: prepare it again")
         return rows.astype(np.int32)
@@ -702,7 +720,8 @@ def inspect(folder, tokenizer_name="", val_share=0.0, seed=None, show=print):
                 count, longest, total = count + len(lengths), max(longest, int(lengths.max())), total + int(lengths.sum())
         for chunk in stream.chunks():
             largest = max(largest, int(chunk.max()))
-        show(f"\n{split}: {len(stream):,} tokens in {len(stream.arrays)} file{'s' * (len(stream.arrays) > 1)}, {count:,} documents, "
+        n_files = len(stream.arrays) - stream.lead
+        show(f"\n{split}: {len(stream) - stream.lead:,} tokens in {n_files} file{'s' * (n_files > 1)}, {count:,} documents, "
              f"{total / max(1, count):,.0f} tokens each on average, {longest:,} at most" + (f"; {meta[split]['bytes']:,} bytes" if own else ""))
         if count:
             shown = np.flatnonzero(buckets)

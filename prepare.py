@@ -544,6 +544,9 @@ def default_name(names):
 def export(folder, prefix, cfg):
     """Write a corpus's splits as Megatron's prefix_train.bin, .idx and prefix_val.bin, .idx."""
     corpus = data.load_corpus(folder, cfg.tokenizer, cfg.val_share)
+    for path in (f"{prefix}_{split}{end}" for split in ("train", "val") for end in (".bin", ".idx")):
+        if Path(path).exists():
+            raise FileExistsError(f"{path} exists; remove it or choose another prefix")
     for split, stream in (("train", corpus.train), ("val", corpus.val)):
         data.write_megatron(stream, corpus.meta["eos_id"], f"{prefix}_{split}")
         print(f"{prefix}_{split}.bin and .idx: {len(stream):,} tokens")

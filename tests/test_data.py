@@ -346,7 +346,7 @@ def pair_up(folder):
     (edit_json(lambda meta: meta.pop("eos_id")), "meta.json is damaged"),
     (edit_json(lambda meta: meta["val"].pop("bytes")), "meta.json is damaged"),
     (edit_json(lambda meta: meta.update(mask_id=256)), "meta.json is damaged"),
-    (edit_json(lambda meta: meta.update(n_vocab=65536, mask_id=65536)), "a vocabulary of 65536 is above what uint16 holds"),
+    (edit_json(lambda meta: meta.update(n_vocab=65537, mask_id=65537)), "a vocabulary of 65537 is above what uint16 holds"),
     (edit_json(lambda meta: meta.update(n_vocab=100, eos_id=99)), "n_vocab|vocabulary"),
     (pair_up, "n_vocab|vocabulary"),
     (edit_bytes("meta.json", lambda raw: raw[: len(raw) // 2]), "meta.json is damaged"),
