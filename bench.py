@@ -119,9 +119,9 @@ class Step:
     """A training step as train.py takes it, on a few batches of real tokens in turn."""
 
     def __init__(self, config, objective, rows, device, dtype, how="whole", full_head=False, plain_loss=False, n_batches=4,
-                 cuda_graphs=False, **use):
+                 cuda_graphs=False, short_rows=0.0, **use):
         torch.manual_seed(0)
-        process = diffusion.Process(objective, config.n_vocab, config.mask_id, config.block_len)
+        process = diffusion.Process(objective, config.n_vocab, config.mask_id, config.block_len, short_rows=short_rows)
         blocks = data.Blocks(real_tokens(config.n_vocab), config.block_len, seed=1)
         levels = [diffusion.step_rows(process, i * rows, rows) for i in range(n_batches)]
         shares = [float(level.count.mean()) / config.block_len if objective == "masked" else 1.0 for level in levels]
@@ -616,12 +616,14 @@ def varlen(q, k, v, borders, longest, causal):
 # model, objective, rows of 2048, settings; what matters most first
 STEPS = [
     ("1.7B", "masked", 16, {}), ("1.7B", "masked", 24, {}), ("413M", "masked", 32, {}), ("135M", "masked", 32, {}), ("135M", "masked", 32, dict(plain_loss=True)),
+    ("1.7B", "masked", 16, dict(fp8=True)), ("413M", "masked", 32, dict(short_rows=0.01)), ("135M", "masked", 16, {}),
+    ("135M", "masked", 16, dict(plain_loss=True, how="no")),
     ("1.7B", "ar", 16, {}), ("413M", "ar", 32, {}), ("135M", "ar", 32, {}), ("1.1B", "masked", 24, {}), ("1.1B", "ar", 24, {}),
     ("135M", "masked", 32, dict(how="blocks")), ("135M", "masked", 32, dict(full_head=True)), ("135M", "masked", 32, dict(recompute="elementwise")),
     ("1.7B", "masked", 16, dict(how="blocks")), ("1.7B", "masked", 24, dict(recompute="elementwise", how="blocks")),
     ("25M", "masked", 8, {}), ("25M", "masked", 8, dict(cuda_graphs=True)),
 ]  # fmt: skip
-TINY = [("tiny", objective, 4, settings) for objective in ("masked", "ar") for settings in (dict(how="no"), dict(how="no", fp8=True), dict(how="no", plain_loss=True))]
+TINY = [("tiny", objective, 4, settings) for objective in ("masked", "ar") for settings in (dict(how="no"), dict(how="no", fp8=True), dict(how="no", plain_loss=True), dict(how="no", short_rows=0.5))]
 
 
 def model_of(name, causal):
@@ -672,7 +674,8 @@ def step_line(cfg, device, name, objective, rows, settings):
     palm, ratio = n.flops_per_token(1.0, causal=False), n.flops_per_token(run.example_share, causal=False) / counted_flops(config, rows, run.example)
     example, speed = run.example, run.tokens / np.median(t) * 1e3
     sizes = f"{n.n_params() / 1e6:,.0f}M ({n.n_params(False) / 1e6:,.0f}M)"
-    backend = kernels.attention_backend(torch.empty(rows, c.block_len, c.n_head, c.head_dim, device=device, dtype=torch.bfloat16).transpose(1, 2), c.causal)
+    backend = kernels.attention_backend(torch.empty(rows, c.block_len, c.n_head, c.head_dim, device=device, dtype=torch.bfloat16).transpose(1, 2), c.causal,
+                                        example.documents is not None)
     if not np.isfinite(losses).all():
         raise RuntimeError("the loss is not finite")
     del run, n
@@ -721,9 +724,9 @@ def gpu_turns(cfg, device):
     for what, model, rows, first, second in [(what, "tiny", 4, *both) for what, _, _, *both in pairs] if cfg.smoke else pairs:
         how = dict(how="no") if cfg.smoke else {}
         steps = {k: Step(model_of(model, False), "masked", rows, device, torch.bfloat16, **how, **s) for k, s in (("first", first), ("second", second))}
-        rivals = {k: functools.partial(timed_in_a_row, run, device, 5) for k, run in steps.items()}  # five in a row: the device never idles
+        rivals = {k: functools.partial(timed_in_a_row, run, device, 7) for k, run in steps.items()}  # seven in a row: the device never idles
         times = take_turns(rivals, device, cfg.rounds, 1)
-        lines.append([what, model, rows, *(spread(t / 5, 1) for t in times.values()), f"{spread(times['second'] / times['first'])} ×",
+        lines.append([what, model, rows, *(spread(t / 7, 1) for t in times.values()), f"{spread(times['second'] / times['first'])} ×",
                       *(f"{run.record[0].item():.3f}" for run in steps.values())])
         del steps, rivals
         release(device)

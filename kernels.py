@@ -331,8 +331,8 @@ def has_wide_avx512_of_amd():
     return False
 
 
-# torch multiplies fp32 matrices on x86 CPUs with MKL, which leaves AVX-512 unused on AMD's: where that is twice as wide as
-# AVX2, oneDNN is twice as fast. On Zen 4 it isn't (bench.py's `choices`: 0.84 to 1.26 times MKL's speed, slower at our sizes).
+# torch multiplies fp32 matrices on x86 CPUs with MKL, which leaves AVX-512 unused on AMD's. Where that is twice as wide as AVX2,
+# a step with oneDNN takes 144 ms instead of 196 (results/cpu_zen5.md); on Zen 4, 337 instead of 350, and small products are slower.
 ONEDNN = torch.backends.mkldnn.is_available() and has_wide_avx512_of_amd()
 
 
@@ -465,8 +465,10 @@ def preferring_cudnn(device):
     return sdpa_kernel(order, set_priority=True)
 
 
-def attention_backend(q, causal):
-    """The name of the implementation that torch picks for queries, keys and values like q (B, H, L, head_dim) without mask."""
+def attention_backend(q, causal, documents=False):
+    """The name of what computes attention for queries, keys and values like q (B, H, L, head_dim), within documents or without mask."""
+    if documents and has_flex(q):
+        return "flex_attention"
     if on_cpu(q) and q.shape[-2] <= PLAIN_UP_TO.get(q.dtype, 0):
         return "plain products"
     choice = torch._fused_sdp_choice(q, q, q, is_causal=causal)  # the very function that the dispatcher asks

@@ -165,6 +165,8 @@ class Config:
         gpu = self.device != "cpu" and torch.cuda.is_available() or self.device == "cuda" and self.estimate
         if self.cuda_graphs and (self.compile != "whole" or world > 1 or not gpu):
             say("cuda_graphs needs compile=whole and one process on a GPU")
+        if world > 1 and self.compile == "whole" and self.recompute in ("elementwise", "selective") and torch.__version__ < "2.13":
+            say(f"recompute={self.recompute} with compile=whole on several ranks needs torch 2.13 (before, DDP's compiler computes all again); use compile=blocks")
         if self.device == "cuda" and not torch.cuda.is_available() and not self.estimate:
             say("device=cuda, but this machine has no usable GPU; use --device=cpu")
         if self.device != "cpu" and 0 < torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
@@ -585,9 +587,13 @@ def main():
             (run / "wandb_id.txt").write_text(tracker.id)
         metrics_file = open(run / "metrics.jsonl", "a", buffering=1)
     say(configurator.dump(cfg))
+    within_documents = cfg.document_attention or cfg.short_rows > 0 and cfg.objective != "ar"
+    backend = kernels.attention_backend(torch.empty(1, 1, cfg.block_len, model_config.head_dim, dtype=dtype, device=device), model_config.causal, within_documents)
+    if backend == "flash_attention" and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+        say("warning: attention falls back to FlashAttention-2; cuDNN's is faster here, but this torch does not find it fit", file=sys.stderr)
     say(f"{network.n_params():,} parameters ({network.n_params(False):,} without embeddings), "
         f"{network.flops_per_token(noisy_share(process)) / 1e6:.1f} MFLOP per token, {str(dtype)[6:]} on {world} × {device.type}, "
-        f"attention: {kernels.attention_backend(torch.empty(1, 1, cfg.block_len, model_config.head_dim, dtype=dtype, device=device), model_config.causal)}")
+        f"attention: {backend}")
     say(f"{steps:,} steps of {tokens_per_step:,} tokens: {steps * tokens_per_step:,} tokens, "
         f"{steps * cfg.batch_size / blocks.n:.2f} epochs of {blocks.n * cfg.block_len:,}")
     if record:
@@ -687,8 +693,10 @@ def main():
         if step == first_step + 1:  # what has been built by now stays: the garbage collector need not look at it again
             gc.collect()
             gc.freeze()
-            if need:
-                say(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB measured, {need.peak / 2**30:.2f} predicted")
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+        if step == first_step + 2 and need:  # the first step's backward pass had no moments beside it yet
+            say(f"peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB measured, {need.peak / 2**30:.2f} predicted")
 
         stopping = stop.is_set()
         if world > 1:

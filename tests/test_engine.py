@@ -209,6 +209,6 @@ def test_figures_arrive_as_they_were_when_sent():
 def test_uploads_are_what_was_sent():
     _, process = setting("masked")
     sent = [engine.to_tensors(b, True) for b in batches(process, 7)]
-    for got, want in zip(engine.uploaded(iter(sent), DEVICE), sent, strict=True):
+    for got, want in zip(engine.uploaded((b for b in sent), DEVICE), sent, strict=True):
         for a, b in zip(got, want):
             assert a is b is None or torch.equal(a.cpu(), b)

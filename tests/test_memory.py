@@ -95,7 +95,8 @@ def plain_loss(hidden, head, batch, n_vocab, posterior=False):
 
 
 def test_masked_step_at_135m_needs_under_half_of_the_plain_full_logits_step(monkeypatch):
-    """On a GPU, in bf16, 32 rows of 2048: against the plain step, and against a compiled one at equal recomputation."""
+    """On a GPU, in bf16, 32 rows of 2048: ours as it is, against the plain step (fp32 logits everywhere, not compiled), and with
+    `elementwise` recomputation against the plain one compiled. At equal compilation and recomputation it is about three quarters."""
     process = diffusion.Process("masked", 50257, 50257, 2048)
     config = ModelConfig(14, 14, 14, 64, 896, 2368, 50257, 50257, 2048, causal=False)
     levels = diffusion.step_rows(process, 0, 32)

@@ -875,21 +875,21 @@ def test_killed_at_random_moments(tmp_path, kills):
     assert done.communicate() and done.returncode == 0
     takes, whole = time.monotonic() - began, contents(tmp_path / "whole/x")
     out, killed, resumed = tmp_path / "out", 0, 0
-    while killed < kills or not (out / "x").exists():
+    while (wanted := killed < kills or not resumed) or not (out / "x").exists():
         if (out / "x").exists():  # ended before we had killed it often enough
             assert contents(out) == {f"x/{name}": raw for name, raw in whole.items()}
             shutil.rmtree(out)
         resumed += at_work(out)
         process = start(QUICK, *argv, f"--out={out}")
-        if killed % 2 == 0 and killed < kills:  # every other time at a moment when there is something to lose
+        if killed % 2 == 0 and wanted:  # every other time at a moment when there is something to lose
             until(lambda: at_work(out) or process.poll() is not None)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(order.uniform(0, 1) ** 2 * takes if killed < kills else None)
+            process.wait(order.uniform(0, 1) ** 2 * takes if wanted else None)
         process.kill()
         process.communicate()
         assert process.returncode in (0, -signal.SIGKILL)
         killed += process.returncode != 0
-    assert contents(out) == {f"x/{name}": raw for name, raw in whole.items()} and resumed
+    assert contents(out) == {f"x/{name}": raw for name, raw in whole.items()}
 
 
 # ------------------------------------------------------------------------------------- after an interruption
