@@ -882,7 +882,7 @@ def test_killed_at_random_moments(tmp_path, kills):
         resumed += at_work(out)
         process = start(QUICK, *argv, f"--out={out}")
         if killed % 2 == 0 and wanted:  # every other time at a moment when there is something to lose
-            until(lambda: at_work(out) or process.poll() is not None)
+            until(lambda process=process: at_work(out) or process.poll() is not None)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(order.uniform(0, 1) ** 2 * takes if wanted else None)
         process.kill()
