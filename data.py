@@ -8,10 +8,12 @@ A corpus is two long rows of tokens, for training and for validation. It is a fo
 uint16, llm.c's and modded-nanogpt's shards, Megatron's .bin/.idx pairs.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
+import resource
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,6 +87,9 @@ class TokenizerFile:
     """A tokenizer.json (Hugging Face's `tokenizers`). Known by its digest: a copy travels with the corpus and the run."""
 
     ENDS = ("<|endoftext|>", "<|end_of_text|>", "<|eos|>", "<eos>", "</s>", "<|im_end|>", "[SEP]")
+    SPLITS = [dict(type="Split", behavior="Isolated", invert=False, pattern={  # Qwen's and Llama 3's
+        "Regex": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"})
+        for digits in ("", "{1,3}")]
 
     def __init__(self, path, eos=""):
         try:
@@ -109,9 +114,10 @@ class TokenizerFile:
         self.eos, self.eos_id = eos, vocab[eos]
         self.n_vocab = self.mask_id = max(vocab.values()) + 1
         self.name = f"tokenizer.json {hashlib.sha256(raw).hexdigest()[:16]} {eos}"
-        splits = components(layout.get("pre_tokenizer"))
-        self.cuts = not layout.get("normalizer") and [part["type"] for part in splits] == ["ByteLevel"] and (
-            splits[0].get("use_regex", True) and not splits[0]["add_prefix_space"])
+        *splits, last = components(layout.get("pre_tokenizer")) or [{}]
+        plain = (layout.get("normalizer") or {"type": "NFC"})["type"] == "NFC"  # which composes nothing with a newline or a space
+        self.cuts = plain and last.get("type") == "ByteLevel" and not last["add_prefix_space"] and (
+            all(part in self.SPLITS for part in splits) if splits else last.get("use_regex", True))
         self.lengths = self.measure(vocab, layout)
 
     def measure(self, vocab, layout):
@@ -177,8 +183,7 @@ def tokenizer(name, folders=(), eos=""):
 class Stream:
     """A long row of tokens over one or several memory-mapped arrays of one type, read as if they were one.
 
-    borders: (first position, documents' starts in bytes, bytes per token) for each file that lists them; else
-    a document ends with its eos token.
+    borders: (first position, documents' starts in bytes, bytes per token) for each file that lists them; else a document ends with its eos.
     """
 
     def __init__(self, arrays, borders=(), lead=0):
@@ -293,7 +298,9 @@ def load_corpus(folder, tokenizer_name="", val_share=0.0):
     the last ones from a document's start on, are for validation. Raises ValueError or FileNotFoundError.
     """
     folder = Path(folder)
-    if (folder / "meta.json").is_file():
+    with contextlib.suppress(ValueError, OSError):  # each file counts as open while it is mapped, and usually 1024 may be
+        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    if any((folder / name).is_file() for name in ("meta.json", "token_bytes.bin")):  # without the former it is no nanoGPT folder, but damaged
         corpus = load_prepared(folder)
         if tokenizer_name and (name := tokenizer(tokenizer_name, (folder,)).name) != corpus.meta["tokenizer"]:
             raise ValueError(f"{folder} was prepared with tokenizer '{corpus.meta['tokenizer']}', not '{name}'")
@@ -502,6 +509,8 @@ def write_megatron(stream, eos_id, prefix):
     prefix.parent.mkdir(parents=True, exist_ok=True)
     try:
         lengths = np.concatenate([np.empty(0, np.int64), *document_sizes(stream, eos_id)])
+        if (longest := int(lengths.max(initial=0))) > np.iinfo(np.int32).max:
+            raise ValueError(f"{prefix}: a document of {longest} tokens is longer than an .idx can say")
         with open(building[".bin"], "wb") as file:
             skip = len(stream) - int(lengths.sum())  # the lone eos in front belongs to no document
             for chunk in stream.chunks():
@@ -534,8 +543,7 @@ def flush(file):
 def permute(index, n, seed, epoch):
     """A keyed bijection of [0, n), applied to `index`: nothing of size n is stored.
 
-    Twelve Feistel rounds over the next power of four (six leave a bias below n = 16), and cycle walking
-    back into the range.
+    Twelve Feistel rounds over the next power of four (six leave a bias below n = 16), and cycle walking back into the range.
     index, epoch: int64 arrays of one shape. Returns int64.
     """
     half = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))
@@ -564,9 +572,8 @@ def finalize(x):
 class Blocks:
     """A stream as blocks of `length` tokens, each with the token before it, in a new order every epoch.
 
-    Block b covers tokens 1 + b·length … (b + 1)·length; the token before it is what an AR model reads
-    first, so AR and diffusion predict the same tokens. With unique_tokens, only a fixed random subset of
-    blocks is used, and a smaller subset is contained in a larger one.
+    Block b covers tokens 1 + b·length … (b + 1)·length; the token before it is what an AR model reads first, so AR and diffusion predict
+    the same tokens. With unique_tokens, only a fixed random subset of blocks is used, and a smaller subset is contained in a larger one.
     """
 
     def __init__(self, stream, length, seed=0, unique_tokens=0, n_vocab=2**31, what="training"):
@@ -713,13 +720,13 @@ def inspect(folder, tokenizer_name="", val_share=0.0, seed=None, show=print):
     show(f"tokenizer {meta['tokenizer']}: {meta['n_vocab']:,} tokens, mask {meta['mask_id']}, eos {meta['eos_id']}, {corpus.train.dtype}")
     random = np.random.default_rng(seed)
     for split, stream in (("train", corpus.train), ("val", corpus.val)):
-        buckets, count, longest, total, largest = np.zeros(64, np.int64), 0, 0, 0, 0
+        buckets, count, longest, total, least, largest = np.zeros(64, np.int64), 0, 0, 0, 0, 0
         for lengths in document_lengths(stream, meta["eos_id"]):
             if len(lengths):
                 buckets += np.bincount(np.ceil(np.log2(np.maximum(lengths, 1))).astype(int), minlength=64)
                 count, longest, total = count + len(lengths), max(longest, int(lengths.max())), total + int(lengths.sum())
         for chunk in stream.chunks():
-            largest = max(largest, int(chunk.max()))
+            least, largest = min(least, int(chunk.min())), max(largest, int(chunk.max()))
         n_files = len(stream.arrays) - stream.lead
         show(f"\n{split}: {len(stream) - stream.lead:,} tokens in {n_files} file{'s' * (n_files > 1)}, {count:,} documents, "
              f"{total / max(1, count):,.0f} tokens each on average, {longest:,} at most" + (f"; {meta[split]['bytes']:,} bytes" if own else ""))
@@ -728,8 +735,8 @@ def inspect(folder, tokenizer_name="", val_share=0.0, seed=None, show=print):
             for power in range(shown[0], shown[-1] + 1):
                 bar = "█" * int(np.ceil(40 * buckets[power] / buckets.max()))
                 show(f"  ≤ {2**power:>13,} tokens  {buckets[power]:>12,}  {bar}")
-        if largest >= meta["n_vocab"]:
-            raise ValueError(f"{folder}: the {split} split holds token {largest}, beyond the vocabulary of {meta['n_vocab']}")
+        if least < 0 or largest >= meta["n_vocab"]:
+            raise ValueError(f"{folder}: the {split} split holds token {least or largest}, beyond the vocabulary of {meta['n_vocab']}")
         start = int(random.integers(0, max(1, len(stream) - 64)))
         show(f"  sample from token {start:,}: {tokens.decode(stream.read(start, start + 64).tolist())!r}")
     if not own:

@@ -538,7 +538,7 @@ def default_name(names):
         raise ValueError(f"{name}: give the corpus a name with --name=")
     path = Path(name)
     path = path.resolve() if path.is_dir() else path
-    return path.name if path.is_dir() else Path(path.stem).stem if path.suffix in COMPRESSED else path.stem
+    return path.name if path.is_dir() or names[0].startswith("hf:") else Path(path.stem).stem if path.suffix in COMPRESSED else path.stem
 
 
 def export(folder, prefix, cfg):
@@ -547,8 +547,16 @@ def export(folder, prefix, cfg):
     for path in (f"{prefix}_{split}{end}" for split in ("train", "val") for end in (".bin", ".idx")):
         if Path(path).exists():
             raise FileExistsError(f"{path} exists; remove it or choose another prefix")
+    written = []
+    try:
+        for split, stream in (("train", corpus.train), ("val", corpus.val)):
+            data.write_megatron(stream, corpus.meta["eos_id"], f"{prefix}_{split}")
+            written += [Path(f"{prefix}_{split}{end}") for end in (".bin", ".idx")]
+    except BaseException:
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
     for split, stream in (("train", corpus.train), ("val", corpus.val)):
-        data.write_megatron(stream, corpus.meta["eos_id"], f"{prefix}_{split}")
         print(f"{prefix}_{split}.bin and .idx: {len(stream):,} tokens")
 
 
@@ -560,10 +568,10 @@ def prepare_with_bar(names, folder, cfg):
     names = [str(download(SHAKESPEARE, Path(cfg.out) / ".shakespeare.txt")) if name == "shakespeare" and not Path(name).exists() else name for name in names]
     sources = find_sources([name for name in names if name != "-"], cfg)
     total = sum(s.size for s in sources) if "-" not in names else 0
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[counts]}"), *([TransferSpeedColumn()] if total else []),
-               TimeElapsedColumn(), *([TextColumn("left"), TimeRemainingColumn()] if total else []))
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[counts]}"),  # short: 80 characters are to hold it
+               *([TransferSpeedColumn(), TextColumn("left"), TimeRemainingColumn()] if total else [TimeElapsedColumn()]))
     with Progress(*columns) as bar:
-        task = bar.add_task(f"preparing {folder}", total=total or None, counts="")
+        task = bar.add_task(folder.name, total=total or None, counts="")
 
         def progress(done, n_documents, n_tokens):
             bar.update(task, completed=done, counts=f"{n_documents:,} documents, {n_tokens:,} tokens")

@@ -22,8 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 SIZE = 1 << 20  # bytes of text that make a task
-LONGEST = 1 << 30  # bytes of one line, or between two separators
-
+LONGEST = 1 << 30  # bytes of one line, between two separators, or of text that can't be cut
 
 
 class Source(NamedTuple):
@@ -291,6 +290,8 @@ def text_pieces(source, start, stop, bad_bytes, cuts=True):
                 raw = text[:cut].encode("utf-8", "surrogateescape")
                 byte, held = byte + len(raw), held[len(raw) :]
                 yield raw.decode("utf-8", "replace") if bad else text[:cut], byte
+            elif len(held) > LONGEST:
+                raise ValueError(f"{source.path}: no place to cut the text within {LONGEST >> 20} MiB from byte {byte} on; --separator= makes documents of it")
             if not read:
                 return
 
@@ -345,7 +346,8 @@ def parts_of(source, place, ranges, digest, cfg, cuts):
         byte, starts = max(place.byte, start), place.byte <= start
         pieces = text_pieces(source, byte, stop, cfg.bad_bytes, cuts)
         for text, byte in pieces:
-            yield Task("part", source.path, Part(split, text, digest, starts, byte == stop)), Place(place.source, byte), byte
+            part = Part(split, text, digest, starts, byte == stop)
+            yield Task("part", source.path, part), Place(place.source, byte), source.size * byte // ranges[-1][2]  # it may be compressed
             starts = False
 
 
@@ -356,7 +358,7 @@ def parquet_tasks(source, place, cfg):
     except ImportError:
         raise ValueError(f"{source.path}: .parquet needs the pyarrow package: pip install 'nanoquokka[data]'") from None
     try:
-        with pyarrow.parquet.ParquetFile(source.path) as file:
+        with pyarrow.parquet.ParquetFile(source.path, buffer_size=1 << 20, pre_buffer=False) as file:  # else it reads the whole column first
             if cfg.field not in file.schema_arrow.names:
                 raise ValueError(f"{source.path}: no column '{cfg.field}'; there are {', '.join(file.schema_arrow.names)}; name the text's with --field")
             rows = np.cumsum([0] + [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])

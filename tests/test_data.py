@@ -5,7 +5,9 @@ import functools
 import hashlib
 import io
 import json
+import os
 import re
+import resource
 import shutil
 import signal
 import struct
@@ -373,6 +375,15 @@ def test_load_refuses_a_missing_folder(tmp_path):
         data.load_corpus(tmp_path)  # a folder, but nothing in it
 
 
+@pytest.mark.parametrize("tokenizer", ["", "bytes"])
+def test_a_corpus_without_its_meta_json_is_no_nanogpt_folder(small, tmp_path, tokenizer):
+    """The lengths of the tokens would become training data."""
+    shutil.copytree(small, tmp_path / "out")
+    (tmp_path / "out" / "meta.json").unlink()
+    with pytest.raises(FileNotFoundError, match="out/meta.json"):
+        data.load_corpus(tmp_path / "out", tokenizer)
+
+
 def test_load_of_several_shards(sharded, tmp_path):
     files = json.loads((sharded / "meta.json").read_text())["train"]["files"]
     read = data.load_corpus(sharded)
@@ -469,6 +480,18 @@ def test_llm_c_shards(scratch, draw, write):
     for split, stream in (("train", read.train), ("val", read.val)):
         assert whole(stream) == with_lead(all_tokens[split]) and stream.dtype == (np.uint16 if write is shard else np.uint32)
         assert lengths_of(stream) == eos_lengths(all_tokens[split])
+
+
+def test_more_shards_than_files_may_be_open(tmp_path):
+    """A hundred billion tokens of FineWeb are 1030 shards, and 1024 the usual limit."""
+    for number in range(40):
+        shard(tmp_path / f"fineweb_{'val' if number == 39 else 'train'}_{number:06}.bin", [number, EOS])
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, limits[1]))
+        assert whole(data.load_corpus(tmp_path, "bytes").train)[1::2] == list(range(39))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 99), max_size=5), min_size=1, max_size=3)
@@ -853,6 +876,13 @@ def test_write_megatron_overwrites_nothing(tmp_path, end):
     assert [p.name for p in tmp_path.iterdir()] == [f"web{end}"] and (tmp_path / f"web{end}").read_text() == "mine"
 
 
+def test_documents_that_an_index_cannot_measure(tmp_path):
+    """Its lengths are int32; a single text may be longer."""
+    with mock.patch.object(data, "document_sizes", lambda *_: [np.array([3, 2**31])]), pytest.raises(ValueError, match="web: a document of 2147483648 tokens"):
+        data.write_megatron(data.Stream([np.array([EOS, 1, EOS], np.uint16)]), EOS, tmp_path / "web")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])
 @pytest.mark.parametrize("where", [1, 2])
 def test_write_megatron_leaves_nothing_behind(tmp_path, stop, where):
@@ -916,6 +946,14 @@ def test_export_writes_both_splits_or_none(small, tmp_path, command, taken):
     code, out, err = command("export", small, tmp_path / "web")
     assert code == 2 and not out and err == f"data.py: {tmp_path / taken} exists; remove it or choose another prefix\n"
     assert [p.name for p in tmp_path.iterdir()] == [taken]
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError("No space left on device")])
+def test_export_that_stops_leaves_nothing_behind(small, tmp_path, command, stop):
+    """Stopped while it writes the second split: the first goes, too."""
+    with mock.patch.object(data, "flush", mock.Mock(side_effect=[None, None, stop])):
+        code, out, err = command("export", small, tmp_path / "web")
+    assert code in (2, 130) and not out and err.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 # -------------------------------------------------------------------------------------------------- streams
@@ -1663,6 +1701,13 @@ def test_inspect_finds_a_flipped_byte(small, tmp_path, command, monkeypatch, whi
     edit_bytes(which, lambda raw: raw[:20] + b"\xff\xff" + raw[22:])(folder)
     code, _, err = command("inspect", folder)
     assert code == 2 and re.fullmatch(rf"data.py: {folder}: the {which[:-4]} split holds token 65535, beyond the vocabulary of 257\n", err)
+
+
+def test_inspect_finds_a_negative_token(tmp_path, command):
+    megatron(tmp_path / "web_train", [[[1, 2, -300, EOS]], *[[[3, 4, EOS]]] * 99], 4)
+    megatron(tmp_path / "web_val", [[[1, EOS]]], 4)
+    code, _, err = command("inspect", tmp_path, "--tokenizer=bytes")
+    assert (code, err) == (2, f"data.py: {tmp_path}: the train split holds token -300, beyond the vocabulary of 257\n")
 
 
 @pytest.mark.parametrize("argv, message", [

@@ -144,12 +144,12 @@ def refused(run, capsys):
     """Run what must fail: one line on stderr, which says `message`, exit code 2, and nothing that was not there before."""
 
     def refused(*argv, message, **more):
-        before = contents("corpora")
+        before, hidden = contents("corpora"), list(Path("corpora").glob(".*"))
         capsys.readouterr()
         code, _, err = run(*argv, **more)
         assert code == 2 and re.fullmatch(r"data\.py: [^\n]+\n", err), err
         assert message in err
-        assert contents("corpora") == before and (not before or not list(Path("corpora").glob(".*")))
+        assert contents("corpora") == before and list(Path("corpora").glob(".*")) == hidden
 
     return refused
 
@@ -435,6 +435,19 @@ def test_zstandard_of_a_large_window(tmp_path):
     assert texts_in(tmp_path / "out") == by_split(TEXTS, 0.3)
 
 
+@pytest.mark.parametrize("rows", [1 << 20, 500])
+def test_parquet_takes_little_memory(tmp_path, rows):
+    """Whatever the size of the file and of its row groups."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = [np.random.default_rng(i).bytes(2000).hex() for i in range(5000)]  # 20 MB that do not shrink
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "x.parquet", row_group_size=rows, use_dictionary=False)
+    cfg, before, most, found = prepare.Config(), pyarrow.total_allocated_bytes(), 0, []
+    for task, _, _ in sources.tasks(sources.find_sources([str(tmp_path / "x.parquet")], cfg), sources.Place(), cfg):
+        most = max(most, pyarrow.total_allocated_bytes() - before)
+        found += task.content
+    assert [text.decode() for text in found] == texts and most < 8e6
+
+
 @quick
 @given(st.lists(st.text(st.sampled_from("ab\n"), max_size=6), min_size=1, max_size=9), st.sampled_from(["\n\n", "\n", "aba", "b"]), st.integers(1, 9))
 @example(["a", "\nb", "", "\nc"], "\n\n", 4)
@@ -617,6 +630,17 @@ def test_any_size_of_tasks_gives_the_same_files(fast_path, few_docs, kind):
         assert contents(fast_path / f"out{size}") == contents(fast_path / "out")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_progress_counts_the_bytes_of_the_sources(fast_path, few_docs, kind):
+    """As they are in the files: text that is compressed would pass the end."""
+    names, settings = inputs(kind, fast_path / "in")
+    cfg, seen = prepare.Config(val=0.3, **settings), []
+    found = sources.find_sources([str(name) for name in names], cfg)
+    with task_size(100):
+        prepare.prepare(found, fast_path / "out", cfg, progress=lambda done, *_: seen.append(done))
+    assert seen == sorted(seen) and seen[-1] == sum(s.size for s in found)
+
+
 @pytest.mark.parametrize("workers", [2, 3])
 def test_any_number_of_processes_gives_the_same_files(tmp_path, workers):
     names, settings = inputs("mixed", tmp_path / "in")
@@ -684,6 +708,22 @@ def test_interrupted_at_every_step(fast_path, few_docs, kind, limit):
             except KeyboardInterrupt:
                 assert behind < 3 * n + 9
         assert contents(out) == whole and sorted(p.name for p in fast_path.iterdir()) == ["in", "out", "whole"]
+
+
+def test_what_a_commit_says_is_in_the_files(tmp_path):
+    """And not in this process's memory, which kill -9 empties."""
+    cfg, commit, seen = prepare.Config(val=0.3, shard_tokens=700), prepare.Ledger.commit, []
+    found = sources.find_sources([str(write_jsonl(tmp_path / "x.jsonl", stories(40)))], cfg)
+
+    def checked(self, **notes):
+        for name, tokens in itertools.chain(*notes["state"]["files"].values()) if "state" in notes else ():
+            assert (tmp_path / ".out.building/corpus" / name).stat().st_size == 2 * tokens
+            seen.append(name)
+        commit(self, **notes)
+
+    with task_size(100), mock.patch.object(prepare.Ledger, "commit", checked):
+        prepare.prepare(found, tmp_path / "out", cfg, commit_every=0)
+    assert len(set(seen)) > 3 and len(seen) > 30
 
 
 def test_interrupted_preparation_goes_on_where_it_stopped(tmp_path):
@@ -876,8 +916,8 @@ def test_killed_at_random_moments(tmp_path, kills):
     takes, whole = time.monotonic() - began, contents(tmp_path / "whole/x")
     out, killed, resumed = tmp_path / "out", 0, 0
     while (wanted := killed < kills or not resumed) or not (out / "x").exists():
-        if (out / "x").exists():  # ended before we had killed it often enough
-            assert contents(out) == {f"x/{name}": raw for name, raw in whole.items()}
+        if (out / "x").exists():  # complete before we had killed it often enough; beside it may lie what a kill just then has left
+            assert contents(out / "x") == whole
             shutil.rmtree(out)
         resumed += at_work(out)
         process = start(QUICK, *argv, f"--out={out}")
@@ -889,7 +929,7 @@ def test_killed_at_random_moments(tmp_path, kills):
         process.communicate()
         assert process.returncode in (0, -signal.SIGKILL)
         killed += process.returncode != 0
-    assert contents(out) == {f"x/{name}": raw for name, raw in whole.items()}
+    assert contents(out / "x") == whole
 
 
 # ------------------------------------------------------------------------------------- after an interruption
@@ -1230,15 +1270,17 @@ def test_empty_files_and_tables(run, refused, tmp_path):
     assert code == 0 and printed.endswith("left out: 4 empty\n") and texts_in("corpora/in") == by_split(stories(20), 0.3)
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "separated"])
+@pytest.mark.parametrize("kind", ["jsonl", "separated", "text"])
 def test_documents_beyond_the_longest(refused, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(sources, "LONGEST", 1 << 21)
     write_txt(tmp_path / "x.txt", "a%%" + "b" * (1 << 22))
     (tmp_path / "x.jsonl").write_bytes(jsonl(["a", "b" * (1 << 22)]))
     if kind == "jsonl":
         refused("x.jsonl", message="x.jsonl: from line 1 on: a line of more than 2 MiB")
-    else:
+    elif kind == "separated":
         refused("x.txt", "--separator=%%", message="x.txt: no separator '%%' within 2 MiB from byte 3 on")
+    else:
+        refused("x.txt", message="x.txt: no place to cut the text within 2 MiB from byte 0 on")
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -1390,6 +1432,54 @@ def test_tokenizer_file_without_an_end(run, refused, tmp_path):
     assert texts_in("corpora/x") == by_split(stories(30), 0.1)
 
 
+LLAMA = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+NFC, OWN = {"type": "NFC"}, {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+
+def splitting(regex, **changes):
+    """A pre-tokenizer of a pattern of its own, as newer models have them."""
+    return {"type": "Sequence", "pretokenizers": [dict(dict(type="Split", pattern={"Regex": regex}, behavior="Isolated", invert=False), **changes),
+                                                  OWN | dict(use_regex=False)]}
+
+
+def with_layout(folder, normalizer, splits):
+    """A tokenizer.json with merges across everything that a pattern may join; data.tokenizer's."""
+    tokenizers = pytest.importorskip("tokenizers")
+    spelled = dict(zip("\n\t\r ", "ĊĉčĠ"))
+    pairs = [tuple(spelled.get(c, c) for c in pair) for pair in itertools.product("aZ1.'!/\t\r\n ", repeat=2)]
+    vocab = {token: i for i, token in enumerate([*sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), *map("".join, pairs), "<eos>"])}
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, pairs))
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    inner.add_special_tokens(["<eos>"])
+    write_txt(folder / "tokenizer.json", json.dumps(json.loads(inner.to_str()) | dict(normalizer=normalizer, pre_tokenizer=splits)))
+    return data.tokenizer(str(folder))
+
+
+@pytest.fixture(scope="module", params=["GPT-NeoX", "Llama 3", "Qwen"])
+def cuttable(request, scratch):
+    return with_layout(scratch, *{"GPT-NeoX": (NFC, OWN), "Llama 3": (None, splitting(LLAMA)), "Qwen": (NFC, splitting(LLAMA.replace("{1,3}", "")))}[request.param])
+
+
+@settings(max_examples=150, deadline=None)
+@given(TEXT, st.integers(1, 9))
+@example("cafe\u0301\n\u0301a\u030a b\u0301 c\n\u0301", 1)  # composed by NFC, but not with a newline or a space
+@example("one!\ntwo\n!three!\n!four\n", 1)
+def test_large_texts_are_cut_for_tokenizer_files(scratch, cuttable, text, size):
+    """Else they would be read and encoded whole, which takes a hundred times their size."""
+    assert cuttable.cuts
+    with task_size(size):
+        pieces = list(sources.cut_up(text))
+    for some in pieces, text_pieces(scratch, text, size):
+        assert [i for ids in cuttable.encode_batch(some) for i in ids.tolist()] == cuttable.encode(text).tolist()
+
+
+@pytest.mark.parametrize("normalizer, splits", [
+    ({"type": "NFKC"}, OWN), ({"type": "Sequence", "normalizers": [NFC]}, OWN), (None, OWN | dict(add_prefix_space=True)), (None, OWN | dict(use_regex=False)),
+    (None, splitting(r"\n\p{L}+")), (None, splitting(LLAMA, behavior="MergedWithNext")), (None, splitting(LLAMA, invert=True))])
+def test_other_tokenizer_files_get_texts_whole(tmp_path, normalizer, splits):
+    assert not with_layout(tmp_path, normalizer, splits).cuts
+
+
 @pytest.mark.parametrize("options", [dict(), dict(use_regex=False), dict(add_prefix_space=True)], ids=["plain", "no regex", "prefix"])
 def test_long_documents_of_a_tokenizer_file(tmp_path, options):
     """Documents longer than a task: cut only where that changes no token."""
@@ -1415,6 +1505,11 @@ def test_long_documents_of_a_tokenizer_file(tmp_path, options):
 # ---------------------------------------------------------------------------------------- command line, download
 
 
+@pytest.mark.parametrize("source, name", [("hf:org/tales-v1.5", "tales-v1.5"), ("a/b.txt", "b"), ("a/b.v2.jsonl.zst", "b.v2"), ("-", "stdin")])
+def test_default_names(source, name):
+    assert prepare.default_name([source, "another.txt"]) == name
+
+
 def test_command_line_prints_what_came_out(run, tmp_path):
     write_jsonl(tmp_path / "my.v2.jsonl.gz", [])
     (tmp_path / "my.v2.jsonl.gz").write_bytes(gzip.compress(jsonl(["", *stories(2000), *stories(3)])))
@@ -1426,6 +1521,14 @@ def test_command_line_prints_what_came_out(run, tmp_path):
         first = f"corpora/my.v2/{which}_00000.bin and {files - 1} more" if files > 1 else f"corpora/my.v2/{which}.bin"
         assert f"{first}: {s['documents']:,} documents, {s['tokens']:,} tokens, {s['bytes']:,} bytes\n" in printed
     assert len(meta["train"]["files"]) > 1 and printed.endswith("left out: 3 duplicates, 1 empty\n")
+
+
+def test_the_bar_fits_into_a_usual_line(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    write_jsonl(tmp_path / "web.jsonl", stories(12_000))
+    code, printed, _ = run("web.jsonl", "--name=web[b]")  # which is no markup
+    line = printed.splitlines()[0]
+    assert code == 0 and re.search(r"^web\[b\] ━+ 12,000 documents, [\d,]+ tokens [\d.]+ [kM]B/s left 0:00:00$", line), line
 
 
 @contextlib.contextmanager
