@@ -121,7 +121,12 @@ def convert(value, kind):
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError("expected a number")
     try:
-        number = float(value.replace("_", "")) if isinstance(value, str) else value
+        number = value
+        if isinstance(value, str):  # 250K, 1.5B, 15T: as people write parameters and tokens
+            unit = dict(K=1e3, M=1e6, B=1e9, T=1e12).get(value[-1:], 1)
+            value = value[:-1] if unit > 1 else value
+            number = float(value.replace("_", "")) * unit
+            value = value if unit == 1 else number
     except ValueError:
         raise ValueError("expected a number") from None
     if kind is float:

@@ -1,0 +1,312 @@
+"""The command line of scaling.py: plans, fits, tables, and what it says to bad input."""
+
+import csv
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import configurator
+import laws
+import scaling
+import train
+
+ROOT = Path(__file__).parent.parent
+QUOKKA = ROOT / "results/quokka"
+
+
+@pytest.fixture
+def run(capsys):
+    """The command in this process: its exit code, standard output and error."""
+
+    def run(command, *argv):
+        code = 0
+        try:
+            scaling.COMMANDS[command](list(map(str, argv)))
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def plan(**given):
+    return scaling.Plan(**given)
+
+
+def rows_of(given, flops=0.0):
+    fits, approach1 = scaling.known_laws(given.fits)
+    where = scaling.reach_of(scaling.read_csv(QUOKKA / "isoflop_points.csv"))
+    rows = scaling.data_plans(given, flops, fits) if given.unique_tokens else scaling.compute_plans(given, flops, fits, approach1, where)
+    return {row.law: row for row in rows}
+
+
+def write(path, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+# -------------------------------------------------------------------------------------------------------- plan
+
+
+def test_plans_agree_whichever_side_they_start_from():
+    """From C to N and D, and from that N or that D back to C."""
+    forward = rows_of(plan(flops=1e21), 1e21)
+    assert set(forward) == {"Quokka 1, printed", "Quokka 1, refitted", "Quokka 2, printed", "Quokka 2, refitted", "Chinchilla 1", "Chinchilla 2", "Chinchilla 3"}
+    for name, row in forward.items():
+        assert math.isclose(row.flops, 1e21, rel_tol=1e-9)
+        assert math.isclose(rows_of(plan(params=row.N))[name].flops, 1e21, rel_tol=0.05)  # printed k_N and k_D are rounded apart
+        assert math.isclose(rows_of(plan(tokens=row.tokens))[name].flops, 1e21, rel_tol=0.05)
+    one = forward["Quokka 1, printed"]
+    assert math.isclose(one.N, 0.0216 * 1e21**0.514) and one.N_range == ()
+    two = forward["Quokka 2, refitted"]
+    assert two.N_range[0] < two.N < two.N_range[1] and two.loss_range[0] < two.loss < two.loss_range[1] and not two.notes
+    assert forward["Chinchilla 1"].N > 2 * one.N  # a diffusion model wants more tokens
+    assert "extrapolates" in rows_of(plan(flops=1e24), 1e24)["Quokka 1, printed"].notes[0]
+
+
+def test_the_papers_epochs():
+    """Table 3's cells from the command's own rows, with its note where one epoch is better."""
+    row = rows_of(plan(unique_tokens=1e9, params=4e8))["eq. 15, printed"]
+    assert round(row.e) == 430 and row.N == pytest.approx(4e8)
+    row = rows_of(plan(unique_tokens=1e8, params=6.7e10))["eq. 15, printed"]
+    assert row.e == 1 and row.notes == ("prefers a single epoch", "its local optimum at 9 epochs is worse")
+
+
+def test_what_is_given_is_kept():
+    U = 5e7
+    assert all(row.e == pytest.approx(40) for row in rows_of(plan(unique_tokens=U, epochs=40)).values())
+    for row in rows_of(plan(unique_tokens=U, flops=1e18), 1e18).values():
+        assert row.flops <= 1e18 * (1 + 1e-6)
+    for row in rows_of(plan(unique_tokens=U, params=1e8, flops=1e18), 1e18).values():
+        assert (row.N, row.flops) == (1e8, pytest.approx(1e18))
+    for row in rows_of(plan(params=1e9, tokens=1e10)).values():
+        assert (row.N, row.tokens) == (1e9, 1e10)
+    free = rows_of(plan(unique_tokens=U))["eq. 21, printed"]
+    around = laws.evaluate(laws.EQ21, laws.published()["eq21"], free.N * np.array([0.97, 1, 1.03])[:, None], U, free.e * np.array([0.97, 1, 1.03]))
+    assert np.unravel_index(around.argmin(), (3, 3)) == (1, 1)
+
+
+def test_ours_is_planned_with_intervals_and_warnings():
+    inside = rows_of(plan(unique_tokens=5e7, params=4e8))["ours"]
+    assert inside.loss_range[0] < inside.loss < inside.loss_range[1] and not inside.notes
+    beyond = rows_of(plan(unique_tokens=1e10, params=4e8))["ours"]
+    assert any("extrapolates: unique tokens 71.9 × its largest" in note for note in beyond.notes)
+
+
+def test_crossover():
+    """Against a law that is worse by a constant at first and better later, the crossing is where the two are equal."""
+    masked = laws.Fit(laws.PARAMETRIC, dict(E=1.0, A=400.0, a=0.3, B=1000.0, b=0.3), 0.0)
+    ar = laws.Fit(laws.PARAMETRIC, dict(E=1.5, A=200.0, a=0.3, B=500.0, b=0.3), 0.0)
+    C = scaling.crossover(1e8, masked, ar)
+    reached = [laws.best(f.law, f.coefficients, 1e8, flops=C).loss for f in (masked, ar)]
+    assert abs(reached[0] - reached[1]) < 1e-3
+    assert scaling.crossover(1e8, masked, masked._replace(coefficients=dict(masked.coefficients, E=2.0))) == 0
+    assert scaling.crossover(1e8, masked, masked._replace(coefficients=dict(masked.coefficients, E=0.5))) is None
+
+
+def test_the_printed_plan(run):
+    code, out, err = run("plan", "--gpus=8", "--days=3", "--mfu=0.5", "--price=2")
+    assert (code, err) == (0, "")
+    lines = [line for line in out.splitlines() if line.startswith("  Quokka")]
+    flops = 8 * 3 * 86400 * 989e12 * 0.5
+    assert len(lines) == 4 and all(f"{flops:.3g}" in line and "3.0 days" in line and "1,152" in line for line in lines)
+    code, out, err = run("plan", "--unique_tokens=100M", "--flops=1e20")
+    assert code == 0 and "masked diffusion" in out and "autoregressive" in out and "Muennighoff" in out
+    assert re.search(r"by eq\. 15: from [\d.]+e\+1[78] FLOPs on; yes, at 1e\+20", out)
+
+
+@pytest.mark.parametrize("given", [("--flops=1e21",), ("--unique_tokens=1B", "--flops=3e21"), ("--params=10B", "--objective=ar"), ("--unique_tokens=20M", "--law=ours")])
+def test_the_written_file_trains_the_plan(run, tmp_path, given):
+    path = tmp_path / "mine.py"
+    code, out, _ = run("plan", *given, f"--write={path}")
+    assert code == 0 and f"wrote {path}" in out
+    cfg = configurator.load(train.Config, [str(path)])
+    assert cfg.objective == ("ar" if "--objective=ar" in given else "masked") and cfg.shape() and cfg.tokens > 0
+    assert (cfg.unique_tokens > 0) == any("unique" in g for g in given)
+    assert cfg.batch_size % (8 * cfg.micro_batch) == 0 and cfg.warmup + cfg.decay <= cfg.tokens / cfg.batch_size / cfg.block_len
+    code, _, err = run("plan", *given, f"--write={path}")
+    assert code == 2 and err == f"{Path(sys.argv[0]).name}: {path} exists; choose another name\n"
+
+
+@pytest.mark.parametrize("argv, says", [
+    ([], "plan for what?"), (["--days=3"], "days needs gpus"), (["--epochs=3"], "plan for what?"), (["--flops=1e20", "--epochs=3"], "epochs needs unique_tokens"),
+    (["--flops=1e20", "--params=1B", "--tokens=1B"], "leave one of them out"), (["--unique_tokens=1B", "--tokens=2B"], "leave tokens out"),
+    (["--flop=1e20"], "did you mean 'flops'"), (["--params=10X"], "expected a number"), (["--flops=1e20", "--fits=nowhere.json"], "fits=nowhere.json"),
+    (["--unique_tokens=1T", "--flops=1e10"], "are not enough"), (["--flops=1e20", "--law=mine", "--write=x.py"], "choose from Quokka 1, printed"),
+    (["--flops=1e20", "--write=no/where/x.py"], "must be a .py file in a folder that exists"),
+])  # fmt: skip
+def test_bad_plans(run, argv, says):
+    code, out, err = run("plan", *argv)
+    assert code == 2 and says in err and "Traceback" not in err and not Path("x.py").exists()
+
+
+def test_sizes_may_have_units():
+    cfg = configurator.load(scaling.Plan, ["--unique_tokens=1.5B", "--params=250M", "--gpus=1"])
+    assert (cfg.unique_tokens, cfg.params) == (1.5e9, 2.5e8)
+    assert configurator.load(train.Config, ["--unique_tokens=10M", "--steps=2K"]).unique_tokens == 10_000_000
+
+
+def test_human_and_nearest():
+    assert [scaling.human(x) for x in (950, 1500, 2.5e6, 999.9e6, 1e9, 6.4e13, 2e15)] == ["950", "1.5K", "2.5M", "1000M", "1B", "64T", "2e+15"]
+    assert scaling.nearest(1.0e9)[0] == "971M" and scaling.nearest(1e12)[0].endswith("M")
+
+
+# --------------------------------------------------------------------------------------------------------- fit
+
+
+@pytest.fixture(scope="module")
+def grid():
+    """An IsoFLOP grid of two objectives whose optima are known: AR's N = 0.05·C^0.5, masked a third of it."""
+    rows = []
+    for objective, k in (("ar", 0.05), ("masked", 0.05 / 3)):
+        for C in (1e18, 1e19, 1e20):
+            for ratio in (0.25, 0.5, 1, 2, 4):
+                N = k * C**0.5 * ratio
+                rows.append(dict(objective=objective, params=N, tokens=C / 6 / N, val_loss=3 - 0.2 * math.log10(C / 1e18) + 0.3 * math.log10(ratio) ** 2))
+    return rows
+
+
+def test_fit_of_a_csv(run, grid, tmp_path):
+    path = write(tmp_path / "points.csv", grid)
+    code, out, err = run("fit", f"--data={path}", f"--out={tmp_path / 'fit'}", "--laws=approach1", "--bootstrap=20", "--figures=False")
+    assert (code, err) == (0, "") and (tmp_path / "fit/fits.md").read_text().strip() in out
+    for objective, k in (("ar", 0.05), ("masked", 0.05 / 3)):
+        entry = json.loads((tmp_path / f"fit/fits_{objective}.json").read_text())["approach1"]
+        assert entry["coefficients"]["a"] == pytest.approx(0.5, abs=1e-6) and entry["coefficients"]["k_N"] == pytest.approx(k, rel=1e-4)
+        assert len(entry["draws"]) == 20 and entry["range"]["flops"] == pytest.approx([1e18, 1e20])
+    ratios = re.findall(r"^\| 1e\+\d+ \| ([\d.]+) \|", out, re.M)
+    assert ratios == ["3.00", "3.00"]  # masked wants three times the tokens
+
+
+def test_fit_of_curves_and_held_out(run, tmp_path):
+    c, rows = laws.published()["eq21"], []
+    for N in (2e7, 1e8, 5e8):
+        for U in (1e7, 3e7, 1e8):
+            rows += [dict(params=N, unique_tokens=U, epochs=e, val_loss=laws.evaluate(laws.EQ21, c, N, U, e).item()) for e in np.logspace(0.1, 2.5, 20)]
+    fitted, held_out = [r for r in rows if (r["params"], r["unique_tokens"]) != (1e8, 3e7)], [r for r in rows if (r["params"], r["unique_tokens"]) == (1e8, 3e7)]
+    code, out, err = run("fit", f"--data={write(tmp_path / 'a.csv', fitted)}", f"--held_out={write(tmp_path / 'b.csv', held_out)}", f"--out={tmp_path / 'fit'}",
+                         "--laws=eq21", "--bootstrap=3", "--figures=False", "--jobs=1")
+    assert (code, err) == (0, "") and "160 points of 8 curves" in out
+    row = next(line for line in out.splitlines() if line.startswith("| eq21 | 7"))
+    seen, left_out, unseen = ([float(x) for x in cell.split("/")] for cell in row.strip(" |").split(" | ")[3:])
+    assert max(seen) < 1e-3 and max(left_out) < 5e-3 and max(unseen) < 2e-3
+    fits, _ = scaling.known_laws(str(tmp_path / "fit/fits.json"))
+    assert fits["eq21"][0].coefficients["b"] == pytest.approx(c["b"], rel=0.01) and len(fits["eq21"][0].draws) == 3
+
+
+def test_the_recorded_fits_hold_what_is_claimed():
+    """results/quokka: our law's error on curves left out is at least 25 % below the best of the paper's, and no fit is stale."""
+    entries = json.loads((QUOKKA / "epochs/fits.json").read_text())
+    errors = {name: entry["left_out"]["points"] for name, entry in entries.items()}
+    assert errors["ours"] < 0.75 * min(errors[name] for name in ("eq15", "eq21", "eq23"))
+    assert entries["ours"]["left_out"]["curves"] < 0.75 * min(entries[name]["left_out"]["curves"] for name in ("eq15", "eq21", "eq23"))
+    runs = scaling.read_csv(QUOKKA / "epoch_curves.csv")
+    assert len(runs.N) == 11_280 and len(np.unique(runs.curve)) == 36
+    report = (QUOKKA / "epochs/fits.md").read_text()
+    for name, (fitted, _) in scaling.known_laws(str(QUOKKA / "epochs/fits.json"))[0].items():
+        points, curves = scaling.judge(fitted, runs)
+        assert f"{points:.4f} / {curves:.4f} | {entries[name]['left_out']['points']:.4f}" in report
+    isoflop = json.loads((QUOKKA / "isoflop/fits.json").read_text())["parametric"]
+    assert isoflop["objective"] <= 8.2e-4
+    exponents = [laws.allocation(dict(zip(isoflop["coefficients"], draw)))["a"] for draw in isoflop["draws"]]
+    low, high = np.quantile(exponents, (0.025, 0.975))
+    assert len(exponents) >= 300 and low < 0.499 < high  # the paper's exponent
+
+
+@pytest.mark.slow
+def test_the_recorded_left_out_errors_can_be_repeated():
+    """Every curve left out and fitted from the grid of starts anew, not from the optimum of all curves."""
+    runs = scaling.read_csv(QUOKKA / "epoch_curves.csv")
+    few, errors = laws.thin(runs, 40), []
+    for k in np.unique(runs.curve)[::4]:
+        seen = runs.select(runs.curve == k)
+        errors.append(scaling.judge(laws.fit(laws.OURS, few.select(few.curve != k)), seen)[0])
+    assert np.mean(errors) < 0.75 * 0.042
+
+
+@pytest.mark.parametrize("text, says", [
+    ("params,loss\n1e6,3\n", "has no column tokens (or unique_tokens and epochs)"), ("N,L\n1,2\n", "has no column params"),
+    ("params,tokens,loss\n1e6,1e7,3\n1e6,x,3\n", ":3: could not convert"), ("params,tokens,loss\n1e6,1e7,-3\n", ":2: must be positive"),
+    ("params,tokens,loss\n1e6,1e7\n", ":2: "), ("params,tokens,loss\n", "holds no runs"), ("", "holds no runs"),
+    ("params,tokens,loss\n1e6,1e7,3\n2e6,1e7,3\n", "fewer than three sizes"),
+])  # fmt: skip
+def test_bad_csv(run, tmp_path, text, says):
+    (tmp_path / "x.csv").write_text(text)
+    code, _, err = run("fit", f"--data={tmp_path / 'x.csv'}", f"--out={tmp_path / 'fit'}", "--figures=False")
+    assert code == 2 and says in err and len(err.splitlines()) == 1 and not (tmp_path / "fit").exists()
+
+
+def test_other_bad_input(run, tmp_path):
+    assert "No such file" in run("fit", f"--data={tmp_path / 'none.csv'}")[2]
+    assert "'eq99' is not one of" in run("fit", "--laws=eq99")[2]
+    assert "holds no finished runs" in run("fit", f"--data={tmp_path}", f"--out={tmp_path / 'o'}")[2]
+    assert "no runs of objective" in run("fit", f"--data={write(tmp_path / 'p.csv', [dict(objective='ar', params=1, tokens=1, loss=1)])}", "--objective=masked")[2]
+    few = write(tmp_path / "few.csv", [dict(params=N, tokens=1e9, loss=3) for N in (1e6, 2e6, 4e6)])
+    assert "5 coefficients, there are only 3 runs" in run("fit", f"--data={few}", f"--out={tmp_path / 'o'}", "--laws=parametric", "--figures=False")[2]
+
+
+# ---------------------------------------------------------------------------------------------------- event files
+
+
+def test_logs_of_the_reference_backend(run, tmp_path):
+    """Event files as Megatron writes them, by tensorboard's own writer: arguments as texts, losses by iteration."""
+    pytest.importorskip("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    shape = dict(hidden_size=128, num_layers=3, ffn_hidden_size=320, num_attention_heads=4, kv_channels=32, padded_vocab_size=50304, swiglu=True,
+                 untie_embeddings_and_output_weights=False, global_batch_size=256, seq_length=2048)  # fmt: skip
+    for name in ("a", "b/c"):
+        with SummaryWriter(str(tmp_path / "logs" / name)) as writer:
+            for key, value in (shape | dict(num_layers=3 if name == "a" else 6)).items():
+                writer.add_text(key, str(value), global_step=0)
+            for step in range(1, 3001):
+                writer.add_scalar("lm loss", 3 + 1 / step, step)
+                if step % 1000 == 0 and name == "a":
+                    writer.add_scalar("lm loss validation", 4 + 1 / step, step)
+    import events
+
+    rows = list(csv.DictReader(open(events.write_csv(tmp_path / "logs", tmp_path / "points.csv"))))
+    blocks = 4 * 128 * 128 + 3 * 128 * 320
+    assert [int(row["params"]) for row in rows] == [50304 * 128 + 3 * blocks, 50304 * 128 + 6 * blocks]
+    assert [int(row["tokens"]) for row in rows] == [3000 * 256 * 2048] * 2
+    assert [float(row["loss"]) for row in rows] == pytest.approx([4 + 1 / 3000, 3 + 1 / 3000], abs=1e-4)
+
+    write(tmp_path / "logs/runs.csv", [dict(run="a", unique_tokens=10_000_000)])
+    rows = list(csv.DictReader(open(events.write_csv(tmp_path / "logs", tmp_path / "points.csv"))))
+    assert [float(row["epochs"]) for row in rows if row["run"] == "a"] == pytest.approx([k * 1000 * 256 * 2048 / 1e7 for k in (1, 2, 3)], rel=1e-5)
+    assert scaling.read_any(tmp_path / "logs", tmp_path / "out") == tmp_path / "out/points.csv"
+
+    with SummaryWriter(str(tmp_path / "bare/x")) as writer:
+        writer.add_scalar("lm loss", 3.0, 1)
+    assert "does not log the argument 'hidden_size'" in run("fit", f"--data={tmp_path / 'bare'}", f"--out={tmp_path / 'o'}")[2]
+    with SummaryWriter(str(tmp_path / "other/x")) as writer:
+        writer.add_scalar("accuracy", 3.0, 1)
+    assert "has no 'lm loss' or 'lm loss validation'; it has accuracy" in run("fit", f"--data={tmp_path / 'other'}", f"--out={tmp_path / 'o'}")[2]
+
+
+# ------------------------------------------------------------------------------------------------------- the rest
+
+
+def test_tables_are_printed(run):
+    code, out, _ = run("tables")
+    assert code == 0 and "| 400M | 9.46e+19 | 39.3B |" in out and "| 400M | 70 | 175 | 430 |" in out and "| 1B | 222M | 569 | 7.59e+20 |" in out
+    assert "takes no settings" in run("tables", "--x=1")[2]
+
+
+def test_the_command_itself():
+    def command(*argv):
+        done = subprocess.run([sys.executable, "scaling.py", *argv], cwd=ROOT, capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    assert command("plan", "--flops=1e21")[0] == 0
+    assert command("--help")[1] == scaling.__doc__.strip() + "\n"
+    assert command("plane") == (2, "", "scaling.py: 'plane' is no command; choose from plan, fit, sweep, plot, study, tables\n")
