@@ -95,7 +95,7 @@ class TokenizerFile:
         try:
             import tokenizers
         except ImportError:
-            raise ValueError("a tokenizer.json needs the tokenizers package: pip install 'nanoquokka[data]'") from None
+            raise ValueError("a tokenizer.json needs the tokenizers package: pip install '.[data]'") from None
         self.path = Path(path)
         raw = self.path.read_bytes()
         try:
@@ -309,6 +309,9 @@ def load_corpus(folder, tokenizer_name="", val_share=0.0):
     if not files["train"]:
         raise FileNotFoundError(f"no corpus in '{folder}'; prepare one with: python data.py "
                                 + (folder.name if folder.name in ("docs", "shakespeare") else f"FILE --name={folder.name}"))
+    alphabet = files["train"][0].with_name("meta.pkl")
+    if alphabet.is_file():  # never unpickled: that would run what is in it
+        raise ValueError(f"{alphabet}: nanoGPT's characters, with an alphabet of their own, which no tokenizer here has; prepare the text itself with data.py")
     if not tokenizer_name:
         raise ValueError(f"{folder}: token files do not say which tokenizer made them; add --tokenizer=gpt2 (or another)")
     tokens = tokenizer(tokenizer_name)
@@ -406,8 +409,11 @@ MEGATRON = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: n
 
 
 def foreign_files(folder):
-    """The .bin files at `folder` (a folder, one file, or a Megatron prefix) by split, as their names tell; test files in neither."""
+    """The .bin files at `folder` (a folder, one file, or a Megatron prefix, also of two pairs) by split, as their names tell; test files in neither."""
     files, single = {"train": [], "val": []}, folder if folder.suffix == ".bin" else folder.parent / f"{folder.name}.bin"
+    two = {split: [folder.parent / f"{folder.name}_{split}.bin"] for split in files}
+    if not folder.is_dir() and not single.is_file() and all(path.is_file() for path, in two.values()):
+        return two
     found = sorted(folder.glob("*.bin")) if folder.is_dir() else [single] if single.is_file() else []
     for path in found:
         words = set(path.stem.lower().replace("-", "_").replace(".", "_").split("_"))
@@ -580,10 +586,11 @@ class Blocks:
         stream = stream if isinstance(stream, Stream) else Stream([stream])
         available = (len(stream) - 1) // length
         if available < 1:
-            raise ValueError(f"the {what} split has {max(0, len(stream) - 1)} tokens, fewer than one block of {length}")
+            raise ValueError(f"the {what} split has {max(0, len(stream) - 1):,} tokens, fewer than one block of {length:,}; lower --block_len, or prepare more text"
+                             + " or a larger share for validation" * what.startswith("validation"))
         if unique_tokens and not length <= unique_tokens <= available * length:
-            raise ValueError(f"unique_tokens={unique_tokens} must lie between one block ({length}) "
-                             f"and the corpus ({available * length} tokens in whole blocks)")
+            raise ValueError(f"unique_tokens={unique_tokens:,} must lie between one block ({length:,}) "
+                             f"and the {what} split ({available * length:,} tokens in whole blocks)")
         self.stream, self.length, self.what, self.n_vocab, self.seed = stream, length, what, n_vocab, seed
         self.available, self.n = available, (unique_tokens or available * length) // length
 

@@ -20,7 +20,7 @@ def read(folder):
     try:
         from tensorboard.backend.event_processing.event_accumulator import SCALARS, TENSORS, EventAccumulator
     except ImportError:
-        raise ValueError("reading TensorBoard logs needs: pip install 'nanoquokka[logs]'") from None
+        raise ValueError("reading TensorBoard logs needs: pip install '.[logs]'") from None
     log = EventAccumulator(str(folder), size_guidance={SCALARS: 0, TENSORS: 0})  # 0: all, not a sample
     log.Reload()
     arguments = {}

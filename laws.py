@@ -134,7 +134,7 @@ def terms(N, D, first=(0.3, 1.0), second=(0.5, 2.0), a=(0.25, 0.45), b=(0.25, 0.
 
 
 PARAMETRIC = Law("parametric", parametric, lambda N, D, U: dict(E=(1.0, 2.5), **terms(N, D)), polish=False)
-HALF_LIFE = Law("half_life", half_life, lambda N, D, U: dict(E=(1.0, 2.0), **terms(N, D), R_D=(5.0, 15.0), R_N=(5.0,)))
+HALF_LIFE = Law("half_life", half_life, lambda N, D, U: dict(E=(1.0, 2.0), **terms(N, D), R_D=(5.0, 15.0), R_N=(5.0,)), polish=False)
 EQ15 = Law("eq15", eq15, lambda N, D, U: dict(
     E=(0.1, 1.0), **terms(N, U, (0.3,), (5.0,), b=(0.13, 0.25)), c=(5 * N**0.55 / U**0.39, 20 * N**0.55 / U**0.39), m=(0.39,), k=(0.55,),
     p=(1.5, 1.0), g=(0.4, 0.6)), delta=0.01)
@@ -232,7 +232,7 @@ class Problem:
         return best
 
 
-def fit(law, runs, start=None):
+def fit(law, runs, start=None, jobs=None):
     """The coefficients that minimise Σ Huber(log L̂ − log L) over `runs`.
 
     From every point of the law's grid of starts a short descent, from the best four a long one. `start`: coefficients to start
@@ -241,22 +241,32 @@ def fit(law, runs, start=None):
     problem = Problem(law, runs)
     if len(runs.N) < len(problem.names):
         raise ValueError(f"{law.name} has {len(problem.names)} coefficients, there are only {len(runs.N)} runs")
+
+    def descend(thetas, steps, polish):
+        small = len(thetas) * len(runs.N) < 20_000  # not worth the start of processes
+        return sorted(in_parallel(solve, [(law.name, runs, None, problem.constants, t, steps, polish) for t in thetas], 1 if small else jobs), key=lambda pair: pair[0])
+
     if start:
         thetas = [problem.theta(start)]
     else:
-        thetas = [problem.theta(dict(zip(problem.names, values))) for values in itertools.product(*problem.grid.values())]
-        thetas = [theta for _, theta in sorted((problem.descend(t, 40, 0) for t in thetas), key=lambda pair: pair[0])[:4]]
-    objective, theta = min((problem.descend(t, 400, 100) for t in thetas), key=lambda pair: pair[0])
+        grid = [problem.theta(dict(zip(problem.names, values))) for values in itertools.product(*problem.grid.values())]
+        thetas = [theta for _, theta in descend(grid, 40, 0)[:4]]
+    objective, theta = descend(thetas, 400, 100)[0]
     return Fit(law, problem.coefficients(theta), objective)
 
 
-def refit(task):
-    """The coefficients for reweighted runs, from known ones on; `task` is (law's name, coefficients, runs, weights, steps)."""
-    name, coefficients, runs, weights, steps = task
-    law = LAWS[name]
+def solve(task):
+    """Objective and θ from one start; `task` is (law's name, runs, weights, constants, θ, steps, polish), so that it can travel to another process."""
+    name, runs, weights, constants, theta, steps, polish = task
     torch.set_num_threads(1)  # small arrays: threads would wait for each other
-    problem = Problem(law, runs, weights, {k: coefficients[k] for k in law.constants(1, 1, 1)})
-    return problem.coefficients(problem.descend(problem.theta(coefficients), steps, steps // 5)[1])
+    return Problem(LAWS[name], runs, weights, constants).descend(theta, steps, polish)
+
+
+def refit(fitted, runs, weights, steps, polish, jobs):
+    """The coefficients for each of several weightings of the runs, from those of `fitted` on."""
+    problem = Problem(fitted.law, runs, constants={k: fitted.coefficients[k] for k in fitted.law.constants(1, 1, 1)})
+    tasks = [(fitted.law.name, runs, w, problem.constants, problem.theta(fitted.coefficients), steps, polish) for w in weights]
+    return [problem.coefficients(theta) for _, theta in in_parallel(solve, tasks, jobs)]
 
 
 @functools.cache
@@ -277,7 +287,7 @@ def bootstrap(fitted, runs, n, seed=0, jobs=None):
     curves, of = np.unique(runs.curve, return_inverse=True)
     rng = np.random.default_rng(seed)
     weights = [np.bincount(rng.integers(len(curves), size=len(curves)), minlength=len(curves))[of].astype(float) for _ in range(n)]
-    return fitted._replace(draws=in_parallel(refit, [(fitted.law.name, fitted.coefficients, runs, w, 150) for w in weights], jobs))
+    return fitted._replace(draws=refit(fitted, runs, weights, 150, 0, jobs))
 
 
 def interval(fitted, quantity, level=0.95):
@@ -293,7 +303,7 @@ def leave_out(fitted, runs, every=None, jobs=None):
     """
     every = every or runs
     curves = np.unique(runs.curve)
-    found = in_parallel(refit, [(fitted.law.name, fitted.coefficients, runs, (runs.curve != k).astype(float), 500) for k in curves], jobs)
+    found = refit(fitted, runs, [(runs.curve != k).astype(float) for k in curves], 500, 100, jobs)
     errors = {}
     for k, c in zip(curves, found):
         seen = every.select(every.curve == k)

@@ -1,6 +1,6 @@
 """Prepare a corpus: any text to token files.
 
-    python data.py docs                                  # pydoc's topics and the standard library's docstrings
+    python data.py docs                                  # pydoc's topics and the standard library's docstrings; a folder of yours: ./docs
     python data.py shakespeare                           # downloads 1.1 MB
     python data.py my.jsonl.gz --field=text --tokenizer=gpt2
     python data.py 'crawl/*.parquet' folder/ --name=web --tokenizer=gpt2 --val=0.01
@@ -16,12 +16,12 @@ ends with one. The folder appears when it is complete; interrupted, the same com
 
 import collections
 import contextlib
+import glob
 import hashlib
 import http.client
 import json
 import multiprocessing.connection
 import os
-import re
 import shutil
 import signal
 import sqlite3
@@ -40,7 +40,7 @@ import numpy as np
 import configurator
 import data
 from configurator import setting
-from sources import BAD, COMPRESSED, SIZE, Place, cut_up, file_source, find_sources, separator_bytes, split_of, stamp, tasks
+from sources import BAD, COMPRESSED, SIZE, Place, cut_up, file_source, find_sources, replaced, separator_bytes, split_of, stamp, tasks
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
@@ -54,7 +54,7 @@ class Config:
     field: str = setting("text", "the text's field in .jsonl and .parquet files and datasets")
     format: Literal["auto", "txt", "jsonl", "parquet"] = setting("auto", "of all sources (auto: by their names; standard input is txt); names every file of a folder a source")
     separator: str = setting("", r"what stands between documents in .txt files, \n for a line's end (empty: a file is one document)")
-    val: float = setting(0.1, "share of the text kept for validation: documents, chosen by their hash; of a single document its end", above=0, high=0.999)
+    val: float = setting(0.1, "share of the text kept for validation, which no corpus goes without: documents, chosen by their hash; of a single document its end", above=0, high=0.999)
     dedup: bool = setting(True, "leave out documents that came before, letter for letter")
     bad_bytes: Literal["stop", "skip", "replace"] = setting("stop", "what to do with text that is not UTF-8: skip the document, or replace the bytes by U+FFFD")
     bad_records: Literal["stop", "skip"] = setting("stop", "what to do with records that are no JSON or have no text")
@@ -64,6 +64,9 @@ class Config:
     hf_split: str = setting("train", "split of a Hugging Face dataset")
     restart: bool = setting(False, "throw away what an interrupted preparation left")
     val_share: float = setting(0.0, "inspect and export: share of others' token files that is for validation, where none of them is", low=0, high=0.5)
+
+    def problems(self):
+        return [f"--name={self.name}: a folder's name holds no '/'; --out says where it is"] if "/" in self.name else []
 
 
 # ----------------------------------------------------------------------------------- workers: from text to tokens
@@ -80,8 +83,8 @@ class Document(NamedTuple):
 
 class Result(NamedTuple):
     documents: list
-    bad: int = 0  # records and documents left out
-    empty: int = 0
+    left_out: dict  # why: how many documents and records
+    replaced: int = 0  # places where bytes became U+FFFD
 
 
 class Tokenize:
@@ -97,15 +100,16 @@ class Tokenize:
             p = task.content
             ids = self.encode([p.text])[0]
             raw = (np.append(ids, self.eos) if p.ends else ids).tobytes()
-            return Result([Document(p.digest, len(p.text.encode("utf-8")), raw, p.starts, p.ends, p.split)])
+            return Result([Document(p.digest, len(p.text.encode("utf-8")), raw, p.starts, p.ends, p.split)], {}, p.replaced)
         if task.kind == "skipped":
-            return Result([], bad=1)
+            return Result([], dict(undecodable=1))
+        self.left_out, self.replaced = collections.Counter(), 0
         found = list(getattr(self, task.kind)(task))
         texts = [text for text in found if text]
         raw = [np.append(ids, self.eos).tobytes() for ids in self.encode(texts)]
         encoded = [text.encode("utf-8") for text in texts]
         return Result([Document(hashlib.sha256(e).digest(), len(e), r) for e, r in zip(encoded, raw)],
-                      bad=found.count(None), empty=found.count(""))
+                      dict(self.left_out, empty=found.count("")), self.replaced)
 
     def encode(self, texts):
         """Ids of each text, in the files' type. Long ones go through the tokenizer in pieces, whose tokens are those of the whole."""
@@ -124,16 +128,12 @@ class Tokenize:
                 yield self.record(line, f"{task.where}:{number}")
 
     def record(self, line, where):
-        field, errors = self.cfg.field, "strict" if self.cfg.bad_bytes != "replace" else "replace"
-        try:
-            line = line.decode("utf-8", errors)
-        except UnicodeDecodeError as problem:
-            if self.cfg.bad_bytes == "skip":
-                return None
-            raise ValueError(f"{where}: not UTF-8 at byte {problem.start} of the line; see --bad_bytes") from None
+        field, line = self.cfg.field, self.decoded(line, where, of=" of the line")
+        if line is None:
+            return None
         try:
             record = json.loads(line)
-            problem = (f"no field '{field}'; name the text's field with --field" if not isinstance(record, dict) or field not in record
+            problem = (f"no field '{field}'; there are {names_in(record)}; name the text's with --field" if not isinstance(record, dict) or field not in record
                        else unreadable(record[field], f"field '{field}'"))
             text = record[field] if not problem else None
         except (ValueError, RecursionError) as error:  # also integers too long for Python, and deep nesting
@@ -142,6 +142,7 @@ class Tokenize:
 
     def refused(self, where, problem):
         if self.cfg.bad_records == "skip":
+            self.left_out["malformed"] += 1
             return None
         raise ValueError(f"{where}: {problem}; --bad_records=skip leaves such records out")
 
@@ -149,7 +150,7 @@ class Tokenize:
         for number, text in enumerate(task.content, task.first):
             where = f"{task.where}, record {number}"
             if isinstance(text, bytes):
-                yield self.decoded(text, where, 0)
+                yield self.decoded(text, where)
                 continue
             problem = unreadable(text, "its text")
             yield self.refused(where, problem) if problem else text
@@ -162,15 +163,26 @@ class Tokenize:
 
     def files(self, task):
         for path, raw in task.content:
-            yield self.decoded(raw, path, 0)
+            yield self.decoded(raw, path)
 
-    def decoded(self, raw, where, byte):
+    def decoded(self, raw, where, byte=0, of=""):
         try:
-            return raw.decode("utf-8", "replace" if self.cfg.bad_bytes == "replace" else "strict")
+            return raw.decode("utf-8")
         except UnicodeDecodeError as problem:
-            if self.cfg.bad_bytes == "skip":
-                return None
-            raise ValueError(f"{where}: not UTF-8 at byte {byte + problem.start}; see --bad_bytes") from None
+            if self.cfg.bad_bytes == "stop":
+                raise ValueError(f"{where}: not UTF-8 at byte {byte + problem.start}{of}; see --bad_bytes") from None
+        if self.cfg.bad_bytes == "skip":
+            self.left_out["undecodable"] += 1
+            return None
+        text, places = replaced(raw)
+        self.replaced += places
+        return text
+
+
+def names_in(record):
+    """The names of a record's fields, the first ten; of what is no record, none."""
+    names = list(record)[:11] if isinstance(record, dict) else []
+    return ", ".join([name if name.isprintable() else repr(name) for name in names[:10]] + ["…"] * (len(names) > 10)) or "none"
 
 
 def unreadable(text, what):
@@ -362,7 +374,7 @@ def prepare(sources, folder, cfg, progress=lambda done, documents, tokens: None,
         if state:
             check_same(ledger.read("plan"), plan, building)
         else:
-            state = dict(place=Place(), left_out=dict(duplicates=0, empty=0, bad=0), dropping=False,
+            state = dict(place=Place(), left_out=dict(duplicates=0, empty=0, undecodable=0, malformed=0), replaced=0, dropping=False,
                          counts={split: dict(tokens=0, bytes=0, documents=0) for split in ("train", "val")}, files=dict(train=[], val=[]))
             ledger.commit(plan=plan)
         keep = False
@@ -423,6 +435,7 @@ def tokenize(sources, inside, cfg, tokens, state, ledger, progress, commit_every
     workers = cfg.workers or (os.cpu_count() if sizes[-1] > 16 * SIZE or any(source.kind == "hf" for source in sources) else 1)
     arguments = (cfg.tokenizer or "bytes", cfg.eos, cfg)
     last, left_out = time.monotonic(), state["left_out"]
+    whole = False  # whether the state is that of the files and the ledger
 
     def commit():
         for split_files in files.values():
@@ -432,7 +445,9 @@ def tokenize(sources, inside, cfg, tokens, state, ledger, progress, commit_every
     try:
         commit()
         with contextlib.closing(results(tasks(sources, place, cfg, tokens.cuts), arguments, workers if workers > 1 else 0)) as arriving:
-            for result, after, behind in arriving:  # interrupted in here: what came after the last commit is done again
+            whole = True
+            for result, after, behind in arriving:
+                whole = False
                 for d in result.documents:
                     if d.starts:
                         state["dropping"] = cfg.dedup and d.digest != b"" and not ledger.is_new(d.digest)
@@ -445,15 +460,23 @@ def tokenize(sources, inside, cfg, tokens, state, ledger, progress, commit_every
                     counts["tokens"] += len(d.tokens) // dtype.itemsize
                     counts["bytes"] += d.n_bytes
                     counts["documents"] += d.ends
-                left_out["bad"] += result.bad
-                left_out["empty"] += result.empty
+                for why, n in result.left_out.items():
+                    left_out[why] += n
+                state["replaced"] += result.replaced
                 state["place"] = after
                 progress(sizes[after.source] + behind, *(sum(c[k] for c in state["counts"].values()) for k in ("documents", "tokens")))
                 if time.monotonic() - last >= commit_every:
                     commit()
                     last = time.monotonic()
+                whole = True
+        whole = False
         for split_files in files.values():
             split_files.close()
+    except (KeyboardInterrupt, BrokenProcessPool):
+        if whole:  # else what came after the last commit is done again
+            with contextlib.suppress(OSError, sqlite3.Error):
+                commit()
+        raise
     finally:
         for split_files in files.values():
             split_files.abandon()
@@ -468,7 +491,7 @@ def finish(sources, inside, tokens, state):
             raise ValueError(f"{', '.join(names[:3])}: no text for the {split} split" + (f" (left out: {reasons})" if reasons else "")
                              + "; use more text or another --val")
     meta = dict(format=2, sources=names[:100], tokenizer=tokens.name, n_vocab=tokens.n_vocab, eos_id=tokens.eos_id, mask_id=tokens.mask_id,
-                dtype=token_type(tokens).name, left_out=state["left_out"])
+                dtype=token_type(tokens).name, left_out=state["left_out"], replaced=state["replaced"])
     for split, counts in state["counts"].items():
         written = state["files"][split]
         if len(written) == 1 and (inside / written[0][0]).exists():
@@ -501,7 +524,12 @@ def main():
         if names[:1] == ["inspect"]:
             if len(names) != 2:
                 raise ValueError("inspect what? python data.py inspect FOLDER")
-            return data.inspect(names[1], cfg.tokenizer, cfg.val_share)
+            try:
+                data.inspect(names[1], cfg.tokenizer, cfg.val_share)
+                return sys.stdout.flush()
+            except BrokenPipeError:  # as of `| head`
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again at its end, and says so
+                sys.exit(128 + signal.SIGPIPE)
         if names[:1] == ["export"]:
             if len(names) != 3:
                 raise ValueError("export what to where? python data.py export FOLDER PREFIX")
@@ -523,6 +551,8 @@ def main():
         print(f"{folder}/{s['files'][0]['name']}{more}: {s['documents']:,} documents, {s['tokens']:,} tokens, {s['bytes']:,} bytes")
     if any(meta["left_out"].values()):
         print("left out: " + ", ".join(f"{n:,} {what}" for what, n in meta["left_out"].items() if n))
+    if meta["replaced"]:
+        print(f"replaced: bytes that are no UTF-8, in {meta['replaced']:,} place{'s' * (meta['replaced'] > 1)}")
 
 
 def stop(*_):
@@ -534,7 +564,9 @@ def default_name(names):
     name = names[0].removeprefix("hf:")
     if name == "-":
         return "stdin"
-    if re.search(r"[*?\[]", name):
+    if glob.has_magic(name):
+        if not Path(name).exists() and not glob.glob(name, recursive=True):
+            raise FileNotFoundError(f"{name}: no file matches")
         raise ValueError(f"{name}: give the corpus a name with --name=")
     path = Path(name)
     path = path.resolve() if path.is_dir() else path

@@ -62,6 +62,8 @@ def template(cfg, tokens, block_len, causal):
         ids = []
         for part in re.split(r"(\[MASK(?::\d+)?\])", cfg.text):
             hole = re.fullmatch(r"\[MASK(?::(\d+))?\]", part)
+            if wrong := re.search(r"\[MASK:([^\]]*)\]", "" if hole else part):
+                raise ValueError(f"{wrong[0]}: '{wrong[1]}' is not a number; write [MASK] or [MASK:12]")
             ids += [tokens.mask_id] * int(hole[1] or 1) if hole else tokens.encode(part).tolist()
     else:
         text = Path(cfg.prompt_file).read_text(encoding="utf-8") if cfg.prompt_file else cfg.prompt

@@ -17,6 +17,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # fits are many small problems: BLAS's threads would wait for each other
 
 import csv  # noqa: E402
+import importlib.util  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
 import sys  # noqa: E402
@@ -466,7 +467,7 @@ def fit_all(cfg, runs, objective, held_out):
     table = ["| law | coefficients | Σ Huber | residual, points / curves | left out, points / curves |" + (" held out, points / curves |" if held_out else ""),
              "| --- | --- | --- | --- | --- |" + (" --- |" if held_out else "")]
     for name in (n for n in names if n != "approach1"):
-        best = laws.fit(LAWS[name], fitted_on)
+        best = laws.fit(LAWS[name], fitted_on, jobs=jobs)
         if cfg.bootstrap:
             best = laws.bootstrap(best, fitted_on, cfg.bootstrap, cfg.seed, jobs)
         fits[name] = best
@@ -606,6 +607,8 @@ def main():
     if command in ("-h", "--help"):
         print(__doc__.strip())
     elif command in COMMANDS:
+        if command != "study" and importlib.util.find_spec("scipy") is None:  # a sweep ends with a fit
+            configurator.fail("scaling laws need scipy: pip install '.[scaling]'")
         try:
             COMMANDS[command](argv)
         except BrokenPipeError:  # of plan or tables into head

@@ -7,7 +7,6 @@ A task is about 1 MiB. Which tasks there are and what is in them depends on the 
 import ast
 import bz2
 import contextlib
-import dataclasses
 import glob
 import gzip
 import hashlib
@@ -43,7 +42,7 @@ def find_sources(names, cfg):
     found = []
     for name in names:
         path = Path(name)
-        if name == "docs" and not path.exists():
+        if name == "docs":  # a folder of that name is ./docs
             found.append(Source("docs", "docs", 0, 0))
         elif name.startswith("hf:") or path.is_dir() and any((path / mark).is_file() for mark in ("dataset_info.json", "dataset_dict.json")):
             path = Path(name.removeprefix("hf:"))
@@ -59,7 +58,7 @@ def find_sources(names, cfg):
         elif matches := sorted(p for p in glob.glob(name, recursive=True) if Path(p).is_file()):
             found += [file_source(Path(p), cfg) for p in matches]
         else:
-            raise FileNotFoundError(f"{name}: no such file")
+            raise FileNotFoundError(f"{name}: no file matches" if glob.has_magic(name) else f"{name}: no such file")
     return list(dict.fromkeys(found))
 
 
@@ -92,7 +91,7 @@ def reading(source, start=0):
                 try:
                     import zstandard
                 except ImportError:
-                    raise ValueError(f"{path}: .zst needs the zstandard package: pip install 'nanoquokka[data]'") from None
+                    raise ValueError(f"{path}: .zst needs the zstandard package: pip install '.[data]'") from None
                 damaged = (zstandard.ZstdError, EOFError)
                 file = io.BufferedReader(Zstandard(raw, zstandard.ZstdDecompressor(max_window_size=1 << 31)), SIZE)
             else:
@@ -164,6 +163,7 @@ class Part(NamedTuple):
     digest: bytes
     starts: bool
     ends: bool
+    replaced: int = 0  # places
 
 
 def tasks(sources, place, cfg, cuts=True):
@@ -270,9 +270,8 @@ def cut_up(text):
 
 
 def text_pieces(source, start, stop, bad_bytes, cuts=True):
-    """Yield (text, byte behind it) for bytes [start, stop) of a file (None: to its end); raises ValueError where they are no UTF-8.
-
-    With bad_bytes=replace they become U+FFFD; skip is the caller's.
+    """Yield (text, byte behind it, places replaced) for bytes [start, stop) of a file (None: to its end); raises ValueError where
+    they are no UTF-8. With bad_bytes=replace they become U+FFFD; skip is the caller's, if it can.
     """
     with reading(source, start) as (file, _):
         byte, held = start, b""
@@ -284,16 +283,24 @@ def text_pieces(source, start, stop, bad_bytes, cuts=True):
             text = held[:whole].decode("utf-8", "surrogateescape")  # keeps what is wrong, byte for byte
             if (bad := BAD.search(text)) and bad_bytes != "replace":
                 place = byte + len(text[: bad.start()].encode("utf-8"))
-                raise ValueError(f"{source.path}: not UTF-8 at byte {place}; see --bad_bytes")
+                raise ValueError(f"{source.path}: not UTF-8 at byte {place}; " + (
+                    "a single text cannot be skipped: --bad_bytes=replace, or cut it into documents with --separator=" if bad_bytes == "skip" else "see --bad_bytes"))
             cut = len(text) if not read else last_cut(text) if cuts else 0
             if cut:
                 raw = text[:cut].encode("utf-8", "surrogateescape")
                 byte, held = byte + len(raw), held[len(raw) :]
-                yield raw.decode("utf-8", "replace") if bad else text[:cut], byte
+                text, n = replaced(raw) if bad else (text[:cut], 0)
+                yield text, byte, n
             elif len(held) > LONGEST:
                 raise ValueError(f"{source.path}: no place to cut the text within {LONGEST >> 20} MiB from byte {byte} on; --separator= makes documents of it")
             if not read:
                 return
+
+
+def replaced(raw):
+    """Bytes as text, U+FFFD for what is no UTF-8, and in how many places; the same for the pieces of a text as for the whole."""
+    text = raw.decode("utf-8", "replace")
+    return text, text.count("\ufffd") - raw.count("\ufffd".encode())
 
 
 def partial(raw):
@@ -310,7 +317,7 @@ def whole_text(source, place, cfg, cuts):
     """A large .txt file as one document: read twice, as its split is decided by its hash."""
     digest, last = hashlib.sha256(), 0
     try:
-        for text, last in text_pieces(source, 0, None, cfg.bad_bytes):  # noqa: B007
+        for text, last, _ in text_pieces(source, 0, None, cfg.bad_bytes):  # noqa: B007
             digest.update(text.encode("utf-8"))
     except ValueError:
         if cfg.bad_bytes != "skip":
@@ -334,8 +341,6 @@ def alone_text(source, place, cfg, cuts):
     with reading(source, cut) as (file, _):  # never inside a character
         tail = file.read(4)
         cut += next((i for i, byte in enumerate(tail) if byte & 0xC0 != 0x80), len(tail))
-    if cfg.bad_bytes == "skip":
-        cfg = dataclasses.replace(cfg, bad_bytes="stop")  # there would be nothing left
     yield from parts_of(source, place, [("train", 0, cut), ("val", cut, size)], b"", cfg, cuts)
 
 
@@ -345,8 +350,8 @@ def parts_of(source, place, ranges, digest, cfg, cuts):
             continue
         byte, starts = max(place.byte, start), place.byte <= start
         pieces = text_pieces(source, byte, stop, cfg.bad_bytes, cuts)
-        for text, byte in pieces:
-            part = Part(split, text, digest, starts, byte == stop)
+        for text, byte, n in pieces:
+            part = Part(split, text, digest, starts, byte == stop, n)
             yield Task("part", source.path, part), Place(place.source, byte), source.size * byte // ranges[-1][2]  # it may be compressed
             starts = False
 
@@ -356,7 +361,7 @@ def parquet_tasks(source, place, cfg):
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise ValueError(f"{source.path}: .parquet needs the pyarrow package: pip install 'nanoquokka[data]'") from None
+        raise ValueError(f"{source.path}: .parquet needs the pyarrow package: pip install '.[data]'") from None
     try:
         with pyarrow.parquet.ParquetFile(source.path, buffer_size=1 << 20, pre_buffer=False) as file:  # else it reads the whole column first
             if cfg.field not in file.schema_arrow.names:
@@ -389,16 +394,19 @@ def hf_tasks(source, place, cfg):
     try:
         import datasets
     except ImportError:
-        raise ValueError(f"{source.path}: Hugging Face datasets need a package: pip install 'nanoquokka[hf]'") from None
+        raise ValueError(f"{source.path}: Hugging Face datasets need a package: pip install '.[hf]'") from None
     path = Path(source.path)
     try:
         if any((path / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
             table = datasets.load_from_disk(source.path)
-            table = table[cfg.hf_split] if isinstance(table, datasets.DatasetDict) else table
         else:
             table = datasets.load_dataset(source.path, cfg.hf_config or None, split=cfg.hf_split)
     except Exception as problem:  # a hub, a network and a package of many kinds of exceptions
         raise ValueError(f"hf:{source.path}: {type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}") from None
+    if isinstance(table, datasets.DatasetDict):
+        if cfg.hf_split not in table:
+            raise ValueError(f"hf:{source.path}: no split '{cfg.hf_split}'; there are {', '.join(table)}; name one with --hf_split")
+        table = table[cfg.hf_split]
     if cfg.field not in table.column_names:
         raise ValueError(f"hf:{source.path}: no column '{cfg.field}'; there are {', '.join(table.column_names)}; name the text's with --field")
     table = table.select_columns([cfg.field])

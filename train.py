@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
 import configurator
 import data
@@ -91,6 +92,7 @@ class Config:
     eval_every: int = setting(250, "steps between validations (0: only first and last)", low=0)
     eval_rows: int = setting(256, "validation blocks (0: all)", low=0)
     save_every: int = setting(1000, "steps between checkpoints (0: only the last)", low=0)
+    save_at: str = setting("", "further steps to save at, with commas; these checkpoints stay whatever keep says")
     keep: int = setting(2, "newest checkpoints to keep", low=1)
     compare: str = setting("", "another run, to be shown beside this one at the end")
     wandb: str = setting("", "Weights & Biases project (empty: off)")
@@ -121,7 +123,7 @@ class Config:
         if self.objective == "ar":
             for name in ("schedule", "time", "time_sigma"):
                 if getattr(self, name) != getattr(defaults, name):
-                    say(f"{name}={getattr(self, name)} has no meaning for objective=ar; leave it at {getattr(defaults, name)}")
+                    say(f"{name}={getattr(self, name)} has no meaning for objective=ar; add --{name}={getattr(defaults, name)}")
         if self.time_correction and (self.time != "moving_gaussian" or self.loss != "elbo"):
             say("time_correction needs time=moving_gaussian and loss=elbo")
         if self.reset_positions and not self.document_attention:
@@ -154,6 +156,10 @@ class Config:
                     say(f"{name}={getattr(self, name)} contradicts model={self.model}; give one of the two")
         if self.min_lr > self.lr or -1 < self.min_lr < 0:
             say(f"min_lr={self.min_lr} must be -1 or lie between 0 and lr={self.lr}")
+        try:
+            self.kept_steps()
+        except ValueError as problem:
+            say(str(problem))
         if self.lr_schedule == "wsd" and self.min_lr == 0:
             say("lr_schedule=wsd decays exponentially and never reaches min_lr=0; give a positive one")
         if self.fp8 and (self.micro_batch or self.batch_size // world) * self.block_len % 16:
@@ -172,6 +178,13 @@ class Config:
         if self.device != "cpu" and 0 < torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
             say(f"{os.environ['LOCAL_WORLD_SIZE']} ranks on this machine, but {torch.cuda.device_count()} GPUs; start one rank per GPU")
         return wrong
+
+    def kept_steps(self):
+        """save_at as a set of steps; raises ValueError."""
+        given = [text.strip() for text in self.save_at.split(",")] if self.save_at else []
+        if wrong := [text for text in given if not (text.isascii() and text.isdecimal() and int(text))]:
+            raise ValueError(f"save_at={self.save_at}: '{wrong[0]}' is no step; write whole numbers from 1 on, with commas between")
+        return {int(text) for text in given}
 
     def shape(self):
         """The network's shape as keyword arguments; raises ValueError if there is none."""
@@ -236,7 +249,7 @@ def open_inputs(cfg, warn):
     bytes_per_token = float(corpora[0].token_bytes[val_blocks.read(spread(eval_rows, val_blocks.available))[:, 1:]].mean())
     corpus_record |= {f"{split}_sha256": " ".join(corpus.meta[split]["sha256"] for corpus in corpora) for split in ("train", "val")}
     folder = record = None
-    if run.exists() and any(run.iterdir()) and cfg.resume == "no":
+    if run.exists() and any(run.iterdir()) and cfg.resume == "no" and not cfg.estimate:
         raise FileExistsError(f"{run} is not empty; continue it with --resume=auto or choose another --run_dir")
     if cfg.resume == "yes" or (cfg.resume == "auto" and checkpoints(run)):
         folder, record = load_newest(run, warn)
@@ -381,8 +394,8 @@ def evaluate(objective, process, blocks, n_rows, micro, rank, world, device, aut
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
-def save_checkpoint(run, step, network, optimizer, record, keep):
-    """Write run/step_<step>/ so that it exists only when complete, then drop all but the newest `keep`.
+def save_checkpoint(run, step, network, optimizer, record, keep, kept_steps=()):
+    """Write run/step_<step>/ so that it exists only when complete, then drop all but the newest `keep` and those of `kept_steps`.
 
     A checkpoint of a later step is a damaged one that the run fell back from: it goes too.
     """
@@ -405,7 +418,7 @@ def save_checkpoint(run, step, network, optimizer, record, keep):
     flush_to_disk(run)
     written = checkpoints(run)
     place = written.index(final)
-    for old in written[:place] + written[place + keep :]:
+    for old in written[:place] + [p for p in written[place:] if int(p.name[5:]) not in kept_steps][keep:]:
         shutil.rmtree(old)
 
 
@@ -529,7 +542,7 @@ def main():
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
-    tokens_per_step = cfg.batch_size * cfg.block_len
+    tokens_per_step, kept_steps = cfg.batch_size * cfg.block_len, cfg.kept_steps()
     meta = corpora[0].meta
     micro = cfg.micro_batch or cfg.batch_size // world
     accumulation = cfg.batch_size // (micro * world)
@@ -542,8 +555,11 @@ def main():
                                    schedule=cfg.schedule if cfg.objective == "uniform" else "linear")
 
     on_gpu = device.type == "cuda" or cfg.device == "cuda"  # the latter for an estimate on a machine without
-    bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and (on_gpu if cfg.estimate else engine.has_bf16(device)))
+    bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and (on_gpu and device.type == "cpu" or engine.has_bf16(device)))
     dtype = torch.bfloat16 if bf16 else torch.float32
+
+    if cfg.fp8 and not on_gpu:
+        say("warning: fp8 is emulated on a CPU and slower than bfloat16; a GPU of compute capability 8.9 has it", file=sys.stderr)
 
     def autocast():
         return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
@@ -628,7 +644,7 @@ def main():
             n_samples = samples + (step - first_step) * cfg.batch_size
             save_checkpoint(run, step, network, optimizer, dict(
                 settings=asdict(cfg), model=asdict(model_config), corpus=corpus_record, samples=n_samples,
-                steps=steps, pending=pending), cfg.keep)
+                steps=steps, pending=pending), cfg.keep, kept_steps)
 
     # Losses and norms stay on the device until a line is due; then they travel while training goes on.
     recent = torch.zeros(cfg.log_every, n_parts + 1, device=device)
@@ -637,6 +653,9 @@ def main():
     def send(first, last, line):
         """Let the records of steps first+1 … last travel to the host; `line`: what is known of the line that is due, if one is."""
         values = recent[: last - first]
+        if line:  # one more row holds the norm of all weights: it travels like the gradient's
+            weights = nn.utils.get_total_norm(list(network.parameters()))
+            values = torch.cat((values, nn.functional.pad(weights[None, None], (n_parts, 0))))
         if world > 1:
             values[:, -1] /= world  # the norm is the same on every rank, the parts add up
             dist.all_reduce(values)
@@ -647,7 +666,10 @@ def main():
         """Log what has arrived (with `wait`: all that was sent); stop the run if a loss or norm is not finite."""
         while arriving and arriving[0][2].here(wait):
             first, last, arrived, line = arriving.popleft()
-            for step, row in enumerate(arrived.values.tolist(), first + 1):
+            rows = arrived.values.tolist()
+            if line:
+                line = dict(line, param_norm=rows.pop()[-1])
+            for step, row in enumerate(rows, first + 1):
                 if not all(map(math.isfinite, row)):
                     good = checkpoints(run)
                     configurator.fail(f"step {step}: the loss or its gradient is not finite ({row}); stopped. "
@@ -656,7 +678,7 @@ def main():
             if line:
                 show(last, engine.seconds(line["start"], arrived.moment), **line)
 
-    def show(step, duration, start, lr, tokens):
+    def show(step, duration, start, lr, tokens, param_norm):
         """One line of progress, from the means of what is pending."""
         *parts, norm = np.mean(pending, axis=0).tolist()
         pending.clear()
@@ -668,7 +690,7 @@ def main():
             share = float(rows.count.mean()) / cfg.block_len if cfg.objective == "masked" else 1.0
             mfu = dict(mfu=speed * network.flops_per_token(share) / (peak * world))
         paper = dict(noisy=2 * parts[0], clean=2 * parts[1]) if n_parts == 2 else {}
-        log(step, loss=sum(parts), **paper, grad_norm=norm, lr=lr, tokens_per_s=speed, **mfu)
+        log(step, loss=sum(parts), **paper, grad_norm=norm, param_norm=param_norm, lr=lr, tokens_per_s=speed, **mfu)
         left = (steps - step) * tokens_per_step / float(np.median(speeds))
         say(f"step {step:>6}/{steps}  loss {sum(parts):.4f}  norm {norm:.2f}  lr {lr:.2e}  {speed / 1e3:.1f}K tok/s"
             + (f"  mfu {mfu['mfu']:.1%}" if mfu else "") + f"  eta {int(left // 60)}:{int(left % 60):02d}", flush=True)
@@ -705,7 +727,7 @@ def main():
             stopping = flag.item() > 0
         logging, evaluating, saving = (step == steps or every and step % every == 0
                                        for every in (cfg.log_every, cfg.eval_every, cfg.save_every))
-        saving = saving or stopping
+        saving = saving or stopping or step in kept_steps
         if logging or evaluating or saving:
             send(flushed, step, dict(start=start, lr=lr, tokens=clock_tokens) if logging else None)
             flushed = step

@@ -38,7 +38,8 @@ def load(settings, argv=None, about=""):
     """Build `settings` (a dataclass type) from override files and flags; exit on --help or bad input.
 
     If the dataclass has a method `problems()`, the lines it returns (incompatible settings) are
-    reported together with unknown names, wrong types and values out of range.
+    reported together with unknown names, wrong types and values out of range. Not if an override file
+    could not be read: what it would have set may well go together.
     """
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
@@ -46,7 +47,7 @@ def load(settings, argv=None, about=""):
             print(usage(settings, about))
         raise SystemExit(0)
     fields, types_ = {f.name: f for f in dataclasses.fields(settings)}, typing.get_type_hints(settings)
-    values, problems = {}, []
+    values, problems, unread = {}, [], False
 
     def assign(name, value, where):
         if name not in fields:
@@ -56,7 +57,7 @@ def load(settings, argv=None, about=""):
         try:
             values[name] = within(fields[name], convert(value, types_[name]))
         except (ValueError, OverflowError) as problem:
-            problems.append(f"{where}: {name}={value!r}: {problem}")
+            problems.append(f"{where}: {problem}" if where.startswith("--") else f"{where}: {name}={value!r}: {problem}")
 
     for arg in argv:
         if arg.startswith("--"):
@@ -68,16 +69,18 @@ def load(settings, argv=None, about=""):
                 assign(name, value if equals else "True", arg)  # a bare --flag switches a bool on
         elif not os.path.isfile(arg):  # Path.is_file raises on names that are too long
             problems.append(f"{arg}: no such override file (flags are written --key=value)")
+            unread = True
         else:
             try:
                 overrides = read_file(arg)
             except Exception as problem:  # the user's own Python: whatever it raises is what is wrong with it
                 problems.append(f"{arg}: {type(problem).__name__}: {problem}")
+                unread = True
                 continue
             for name, value in overrides.items():
                 assign(name, value, arg)
     result = settings(**values)
-    if hasattr(result, "problems"):
+    if hasattr(result, "problems") and not unread:
         problems += result.problems()
     if problems:
         fail(*problems)

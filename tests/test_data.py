@@ -557,6 +557,30 @@ def test_megatron_by_prefix(tmp_path, given):
     assert whole(read.train) == [EOS, 1, 2, EOS, 3, 4, 5, EOS] and whole(read.val)[-2:] == [6, EOS]
 
 
+@pytest.mark.parametrize("prefix", ["web", "a.b", "val", "test_web"])
+def test_a_prefix_of_two_pairs(tmp_path, prefix):
+    """As `export` writes them: each is of the split that its ending says, whatever the prefix is called."""
+    for split, token in (("train", 1), ("val", 2), ("other", 3)):
+        megatron(tmp_path / f"{prefix}_{split}", [[[token, EOS]]])
+    read = data.load_corpus(tmp_path / prefix, "bytes")
+    assert whole(read.train) == [EOS, 1, EOS] and whole(read.val) == [EOS, 2, EOS]
+    (tmp_path / f"{prefix}_val.bin").unlink()
+    with pytest.raises(FileNotFoundError, match="no corpus in"):
+        data.load_corpus(tmp_path / prefix, "bytes")
+
+
+@pytest.mark.parametrize("given", ["", "train.bin"])
+@pytest.mark.parametrize("tokenizer", ["", "bytes"])
+def test_characters_with_an_alphabet_of_their_own(tmp_path, given, tokenizer):
+    """nanoGPT's meta.pkl says which characters the tokens are. Reading a pickle would run what is in it."""
+    for name in ("train", "val"):
+        raw16(tmp_path / f"{name}.bin", ABC)
+    (tmp_path / "meta.pkl").write_bytes(b"no pickle")
+    with pytest.raises(ValueError, match="meta.pkl: .*alphabet of their own.*prepare the text itself with data.py") as caught:
+        data.load_corpus(tmp_path / given, tokenizer)
+    one_line(caught)
+
+
 def test_the_working_folder_holds_the_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     raw16(tmp_path / "train.bin", [1, 2, 3])
@@ -917,8 +941,10 @@ def test_export_from_the_command_line(sharded, tmp_path):
         for end in (".bin", ".idx"):
             assert (tmp_path / f"{split}{end}").read_bytes() == Path(f"{prefix}_{split}{end}").read_bytes()
         assert f"{prefix}_{split}.bin and .idx: {len(stream):,} tokens" in done.stdout
-    again = data.load_corpus(prefix.parent, "bytes")
-    assert (whole(again.train), whole(again.val)) == (whole(read.train), whole(read.val))
+    for path in (prefix.parent, prefix):
+        again = data.load_corpus(path, "bytes")
+        assert (whole(again.train), whole(again.val)) == (whole(read.train), whole(read.val))
+    assert "Megatron token files" in run_inspect(prefix, "--tokenizer=bytes")
 
 
 @pytest.fixture
@@ -1165,6 +1191,10 @@ def test_blocks_refuse():
         data.Blocks(tokens, 9)
     with pytest.raises(ValueError, match="fewer than one block"):
         data.Blocks(tokens[:0], 1)
+    with pytest.raises(ValueError, match="the validation split has 8 tokens, fewer than one block of 9; lower --block_len, or prepare more text or a larger share for validation"):
+        data.Blocks(tokens, 9, what="validation")
+    with pytest.raises(ValueError, match=r"unique_tokens=2,000 must lie between one block \(1,024\) and the training split \(1,024 tokens"):
+        data.Blocks(np.zeros(2000, np.uint16), 1024, 0, 2000)
     for unique in (3, 9):
         with pytest.raises(ValueError, match=f"unique_tokens={unique} must lie between one block"):
             data.Blocks(tokens, 4, 0, unique)
@@ -1576,9 +1606,9 @@ def test_training_refuses(run_main, small, sharded, bpe, tmp_path, capsys):  # n
     assert "was prepared with tokenizer 'bytes', not 'tokenizer.json" in problem(f"--corpus={small}", f"--tokenizer={bpe}")
     assert "add --tokenizer=gpt2" in problem(f"--corpus={tmp_path / 'tokens.bin'}")
     assert "--val_share=0.01" in problem(f"--corpus={tmp_path / 'tokens.bin'}", "--tokenizer=bytes")
-    assert "unique_tokens=999999 must lie between one block (32) and the corpus" in problem(f"--corpus={small}:1:999999,{sharded}:1")
-    assert re.search(r"the training split has \d+ tokens, fewer than one block of 4096", problem(f"--corpus={small}", "--block_len=4096"))
-    assert re.search(rf"the training \({small}\) split has \d+ tokens", problem(f"--corpus={sharded},{small}", "--block_len=1024"))
+    assert f"unique_tokens=999,999 must lie between one block (32) and the training ({small}) split" in problem(f"--corpus={small}:1:999999,{sharded}:1")
+    assert re.search(r"the training split has [\d,]+ tokens, fewer than one block of 4,096; lower --block_len, or prepare more text$", problem(f"--corpus={small}", "--block_len=4096"))
+    assert re.search(rf"the training \({small}\) split has [\d,]+ tokens", problem(f"--corpus={sharded},{small}", "--block_len=1024"))
     assert "no corpus in 'absent'" in problem(f"--corpus={small},absent")
 
 
@@ -1673,6 +1703,14 @@ def test_inspect_with_a_tokenizer_file(bpe, tmp_path):
     (tmp_path / "bpe" / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match="no tokenizer.json of digest"):
         data.inspect(tmp_path / "bpe")
+
+
+def test_inspect_into_a_pipe_that_is_closed(small):
+    """As of `| head`: it ends and says nothing."""
+    process = subprocess.Popen([sys.executable, "data.py", "inspect", small], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    with process.stderr:
+        assert process.stderr.read() == b"" and process.wait() == 141  # as a shell says it of those that SIGPIPE ends
 
 
 @pytest.mark.parametrize("size", [1, 7, 64])

@@ -160,8 +160,8 @@ def refused(run, capsys):
 def text_pieces(scratch, text, size, start=0, stop=None):
     with task_size(size):
         found = list(sources.text_pieces(sources.Source("txt", str(write_txt(scratch / "text.txt", text))), start, stop, "stop"))
-    assert [byte for _, byte in found] == np.cumsum([start] + [len(t.encode()) for t, _ in found]).tolist()[1:]
-    return [text for text, _ in found]
+    assert [byte for _, byte, _ in found] == np.cumsum([start] + [len(t.encode()) for t, *_ in found]).tolist()[1:]
+    return [text for text, *_ in found]
 
 
 @quick
@@ -392,7 +392,7 @@ def test_every_format_gives_the_same_documents(tmp_path, offline, write, ending)
     if write is as_pattern:  # the first pattern's files come first
         expected = by_split([t for i, t in enumerate(TEXTS) if i % 10 < 5] + TEXTS, 0.3)
     assert texts_in(tmp_path / "out") == expected
-    assert meta["left_out"] == dict(duplicates=1, empty=1, bad=0)
+    assert meta["left_out"] == dict(duplicates=1, empty=1, undecodable=0, malformed=0) and meta["replaced"] == 0
 
 
 @pytest.mark.parametrize("argv, raw", [
@@ -413,6 +413,14 @@ def test_standard_input_beside_files(run, tmp_path):
     code, _, err = run("-", "x.jsonl", "--format=jsonl", "--val=0.3", "--name=both", stdin=jsonl(TEXTS[5:]))
     assert code == 0, err
     assert texts_in("corpora/both") == by_split(TEXTS, 0.3)
+
+
+def test_docs_beside_a_folder_of_that_name(tmp_path, monkeypatch):
+    """As in the repository itself; the folder is ./docs."""
+    monkeypatch.chdir(tmp_path)
+    write_folder(Path("docs"), stories(2))
+    kinds = [[s.kind for s in sources.find_sources([name], prepare.Config())] for name in ("docs", "./docs", "docs/")]
+    assert kinds == [["docs"], ["txt", "txt"], ["txt", "txt"]]
 
 
 def test_hidden_files_and_folders_are_left_out(tmp_path):
@@ -737,6 +745,59 @@ def test_interrupted_preparation_goes_on_where_it_stopped(tmp_path):
         assert len(made) == 8
         prepare.prepare(found, tmp_path / "out", cfg)
     assert made == sorted(set(made)) and len(made) > 15
+
+
+def test_an_interruption_costs_only_what_is_under_way(fast_path):
+    """What is tokenized is committed before it leaves; wherever that is not whole, it is done again."""
+    cfg, out = prepare.Config(val=0.3, shard_tokens=700), fast_path / "out"
+    found = sources.find_sources([str(write_jsonl(fast_path / "x.jsonl", stories(60)))], cfg)
+    with task_size(100):
+        prepare.prepare(found, fast_path / "whole", cfg)
+    for owner, name in ((prepare.Tokenize, "__call__"), (prepare.Files, "write"), (prepare.Ledger, "is_new"), (data, "flush"), (prepare.Ledger, "commit")):
+        real, made, done = getattr(owner, name), [], []
+
+        def stop(*arguments, real=real, made=made, **notes):
+            made.append(getattr(arguments[-1], "first", None))
+            if len(made) in (5, 14):
+                raise KeyboardInterrupt
+            return real(*arguments, **notes)
+
+        with task_size(100), mock.patch.object(owner, name, stop):
+            while not out.exists():
+                with contextlib.suppress(KeyboardInterrupt):
+                    prepare.prepare(found, out, cfg, commit_every=1e9 if owner is not data and name != "commit" else 0)
+                done.append(len(made))
+        assert len(done) > 1 and contents(out) == contents(fast_path / "whole"), name
+        if name == "__call__":
+            assert made[4] == made[5] and made[13] == made[14] and len(made) == len(set(made)) + 2
+        shutil.rmtree(out)
+
+
+def test_a_disk_that_is_full_at_an_interruption_costs_nothing(tmp_path):
+    """That is the last commit's to say, and the one before still counts."""
+    cfg = prepare.Config(val=0.3)
+    found = sources.find_sources([str(write_jsonl(tmp_path / "x.jsonl", stories(60)))], cfg)
+    tokenize, commit, made = prepare.Tokenize.__call__, prepare.Ledger.commit, []
+
+    def until_the_ninth(self, task):
+        made.append(task.first)
+        if len(made) == 9:
+            raise KeyboardInterrupt
+        return tokenize(self, task)
+
+    def until_then(self, **notes):
+        if len(made) == 9:
+            raise OSError("No space left on device")
+        commit(self, **notes)
+
+    with task_size(100):
+        with mock.patch.object(prepare.Tokenize, "__call__", until_the_ninth), mock.patch.object(prepare.Ledger, "commit", until_then), \
+                pytest.raises(KeyboardInterrupt):
+            prepare.prepare(found, tmp_path / "out", cfg, commit_every=0)
+        with mock.patch.object(prepare.Tokenize, "__call__", lambda self, task: made.append(task.first) or tokenize(self, task)):
+            prepare.prepare(found, tmp_path / "out", cfg)
+    assert made[8] == made[9] and len(made) == len(set(made)) + 1
+    assert texts_in(tmp_path / "out") == by_split(stories(60), 0.3)
 
 
 @pytest.mark.parametrize("write, ending, at", [(as_jsonl, ".jsonl", ":40:"), (as_jsonl, ".jsonl.xz", ":40:"), (as_parquet, "none", ", record 40:"),
@@ -1088,8 +1149,9 @@ def test_non_utf8_names_the_offset(scratch, before, wrong, after, size):
         list(sources.text_pieces(sources.Source("txt", str(path)), 0, None, "stop"))
     assert str(caught.value) == f"{path}: not UTF-8 at byte {len(before.encode())}; see --bad_bytes"
     with task_size(size):
-        replaced = "".join(text for text, _ in sources.text_pieces(sources.Source("txt", str(path)), 0, None, "replace"))
-    assert replaced == path.read_bytes().decode("utf-8", "replace")
+        texts, _, places = zip(*sources.text_pieces(sources.Source("txt", str(path)), 0, None, "replace"))
+    assert "".join(texts) == path.read_bytes().decode("utf-8", "replace")
+    assert sum(places) == "".join(texts).count("\ufffd")
 
 
 @pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
@@ -1143,18 +1205,39 @@ def test_bad_bytes_are_skipped_or_replaced(run, tmp_path, layout, size):
     raw, argv = bad_input(tmp_path, layout)
     with task_size(size):
         code, printed, err = run(*argv, "--val=0.3", "--bad_bytes=skip", "--name=skip")
-        assert code == 0 and printed.endswith("left out: 2 bad\n"), err
+        assert code == 0 and printed.endswith("left out: 2 undecodable\n") and "replaced" not in printed, err
         assert texts_in("corpora/skip") == by_split([text for i, text in enumerate(stories(20)) if i not in (3, 5)], 0.3)
         code, printed, err = run(*argv, "--val=0.3", "--bad_bytes=replace", "--name=replace")
-    assert code == 0 and "left out" not in printed, err
+    assert code == 0 and "left out" not in printed and printed.endswith("replaced: bytes that are no UTF-8, in 2 places\n"), err
+    assert json.loads(Path("corpora/replace/meta.json").read_text())["replaced"] == 2
     assert texts_in("corpora/replace") == by_split([text.decode("utf-8", "replace") for text in raw], 0.3)
+
+
+@pytest.mark.parametrize("layout", ["alone", "folder"])
+def test_replaced_bytes_of_a_large_text_are_counted(fast_path, layout):
+    """Once each, in pieces of any size and after an interruption; what was U+FFFD before is not among them."""
+    text = "\n".join(stories(30)).encode()
+    source = fast_path / "in"
+    source.mkdir()
+    (source / "x.txt").write_bytes(text + b"\n\xef\xbf\xbd and \xff\xff, \xe4\xb8\n" + text + b"\x80")
+    for i, other in enumerate(BOTH):
+        write_txt(source / f"{i}.txt", other)
+    source = source / "x.txt" if layout == "alone" else source
+    for size in (20, 200, 1 << 20):
+        out = fast_path / str(size)
+        with task_size(size):
+            if size < 1000:
+                with stopped_after_commit(6), pytest.raises(KeyboardInterrupt):
+                    prepared(out, source, val=0.5, bad_bytes="replace")
+            assert prepared(out, source, val=0.5, bad_bytes="replace")["replaced"] == 4
+        assert contents(out) == contents(fast_path / "20")
 
 
 @pytest.mark.parametrize("layout, flags, lost", [("folder", "--bad_bytes=skip", 2), ("jsonl", "--bad_records=skip", 0)])
 def test_skipping_one_kind_does_not_skip_the_other(run, refused, tmp_path, layout, flags, lost):
     _, argv = bad_input(tmp_path, layout)
     if lost:
-        assert json.loads(Path("corpora/ok/meta.json").read_text() if run(*argv, flags, "--name=ok")[0] == 0 else "{}")["left_out"]["bad"] == lost
+        assert json.loads(Path("corpora/ok/meta.json").read_text() if run(*argv, flags, "--name=ok")[0] == 0 else "{}")["left_out"]["undecodable"] == lost
     else:
         refused(*argv, flags, message="x.jsonl:4: not UTF-8")
     write_jsonl(tmp_path / "y.jsonl", stories(9)).open("a").write("{\n")
@@ -1163,12 +1246,16 @@ def test_skipping_one_kind_does_not_skip_the_other(run, refused, tmp_path, layou
 
 def test_skip_leaves_nothing_of_a_single_text(refused, tmp_path):
     (tmp_path / "x.txt").write_bytes(b"abc\xff" * 9)
-    refused("x.txt", "--bad_bytes=skip", message="x.txt: not UTF-8 at byte 3")
+    refused("x.txt", "--bad_bytes=skip", message="x.txt: not UTF-8 at byte 3; a single text cannot be skipped: --bad_bytes=replace, or cut it into documents with --separator=")
+    refused("x.txt", message="x.txt: not UTF-8 at byte 3; see --bad_bytes")
 
 
 BAD_RECORDS = [
     (b'{"text": ', "not JSON"),
-    (b'{"txt": "a"}', "no field 'text'; name the text's field with --field"),
+    (b'{"txt": "a", "id": 1}', "no field 'text'; there are txt, id; name the text's with --field"),
+    (b"{}", "no field 'text'; there are none; name the text's with --field"),
+    (rb'{"a\nb": 1, "\ud800": 2}', r"no field 'text'; there are 'a\nb', '\ud800'; name"),
+    (json.dumps(dict.fromkeys(map(str, range(99)))).encode(), "no field 'text'; there are 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, …; name"),
     (b'["text"]', "no field 'text'"),
     (b'"text"', "no field 'text'"),
     (b"7", "no field 'text'"),
@@ -1182,7 +1269,7 @@ BAD_RECORDS = [
     (b'{"text": "a"} {"text": "b"}', "not JSON"),
     (b'{"text": "a\tb"}\0', "not JSON"),
 ]
-BAD_IDS = ["cut", "field", "list", "string", "number", "null", "type", "none", "surrogate", "surrogates", "integer", "deep", "two", "control"]
+BAD_IDS = ["cut", "field", "fields", "odd", "many", "list", "string", "number", "null", "type", "none", "surrogate", "surrogates", "integer", "deep", "two", "control"]
 
 
 @pytest.mark.parametrize("line, message", BAD_RECORDS, ids=BAD_IDS)
@@ -1191,7 +1278,7 @@ def test_bad_records_name_file_and_line_or_are_counted(run, refused, tmp_path, l
     with task_size(20):
         refused("x.jsonl", message="x.jsonl:4: " + message)
         code, printed, err = run("x.jsonl", "--val=0.3", "--bad_records=skip")
-    assert code == 0 and printed.endswith("left out: 1 bad\n"), err
+    assert code == 0 and printed.endswith("left out: 1 malformed\n"), err
     assert texts_in("corpora/x") == by_split(["one", "two", *stories(20)], 0.3)
 
 
@@ -1208,7 +1295,7 @@ def test_parquet_records_that_are_no_text(run, refused, tmp_path):
     write_parquet(tmp_path / "x.parquet", [*stories(20), None])
     refused("x.parquet", message="x.parquet, record 21: its text is not text; --bad_records=skip leaves such records out")
     code, printed, _ = run("x.parquet", "--bad_records=skip", "--val=0.3")
-    assert code == 0 and printed.endswith("left out: 1 bad\n") and texts_in("corpora/x") == by_split(stories(20), 0.3)
+    assert code == 0 and printed.endswith("left out: 1 malformed\n") and texts_in("corpora/x") == by_split(stories(20), 0.3)
 
 
 def test_parquet_files_that_are_none(refused, tmp_path):
@@ -1222,7 +1309,7 @@ def test_parquet_files_that_are_none(refused, tmp_path):
 def test_datasets_that_are_none(refused, tmp_path, offline):
     as_dataset(tmp_path, "of a dict", stories(9))
     refused("saved", "--field=body", message="hf:saved: no column 'body'; there are id, text; name the text's with --field")
-    refused("saved", "--hf_split=dev", message="hf:saved: ")
+    refused("saved", "--hf_split=dev", message="hf:saved: no split 'dev'; there are test, train; name one with --hf_split")
     refused("hf:nobody/nothing", message="hf:nobody/nothing: ")
 
 
@@ -1285,19 +1372,23 @@ def test_documents_beyond_the_longest(refused, tmp_path, monkeypatch, kind):
 
 @pytest.mark.parametrize("argv, message", [
     (["absent.txt"], "absent.txt: no such file"),
-    (["absent/*.txt", "--name=x"], "absent/*.txt: no such file"),
+    (["absent/*.txt", "--name=x"], "absent/*.txt: no file matches"),
+    (["absent/*.txt"], "absent/*.txt: no file matches"),
+    (["here.txt", "absent/*.txt"], "absent/*.txt: no file matches"),
     (["here.txt", "absent.txt"], "absent.txt: no such file"),
     (["picture.png"], "picture.png: expected docs, shakespeare, hf:NAME, -, or a .txt, .jsonl, .ndjson, .parquet file"),
     (["pictures"], "pictures: no .txt, .jsonl, .ndjson, .parquet files in it"),
     (["h*.txt"], "h*.txt: give the corpus a name with --name="),
-    (["here.txt", "--val=0"], "--val=0: val='0': must be above 0"),
-    (["here.txt", "--val=1.5"], "--val=1.5: val='1.5': must be at most 0.999"),
+    (["here.txt", "--val=0"], "--val=0: must be above 0"),
+    (["here.txt", "--val=1.5"], "--val=1.5: must be at most 0.999"),
     (["here.txt", "--format=csv"], "choose from auto, txt, jsonl, parquet"),
     (["here.txt", "--tokenizer=gtp2"], "unknown tokenizer 'gtp2'; choose bytes, one of gpt2"),
     (["here.txt", "--tokenizer=absent.json"], "absent.json: no such tokenizer file"),
     (["here.txt", "--tokenizer=here.json"], "here.json: no tokenizer.json"),
     (["here.txt", "--eos=</s>"], "eos=</s>: only a tokenizer.json leaves that open"),
     (["here.txt", "--name=taken"], "taken exists; remove it or choose another --name"),
+    (["here.txt", "--name=../esc"], "--name=../esc: a folder's name holds no '/'; --out says where it is"),
+    (["here.txt", "--name=/tmp/esc"], "--name=/tmp/esc: a folder's name holds no '/'"),
     (["here.txt", "--seperator=a"], "--seperator=a: unknown setting 'seperator'; did you mean 'separator'?"),
     (["inspect"], "inspect what? python data.py inspect FOLDER"),
     (["export", "here"], "export what to where?"),

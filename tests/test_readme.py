@@ -74,6 +74,19 @@ def test_every_override_file_is_documented_and_valid(path):
     assert cfg.run_dir == f"runs/{path.stem}"
 
 
+def test_what_can_be_installed():
+    """The extras that are named are those of pyproject.toml, and of the clone: the project is in no index."""
+    project, files = (ROOT / "pyproject.toml").read_text(), [*ROOT.glob("*.py"), ROOT / "README.md"]
+    texts = "\n".join(path.read_text() for path in files)
+    assert "nanoquokka[" not in texts
+    named = set(re.findall(r"'\.\[(\w+)\]'", texts))
+    assert named >= {"data", "hf", "logs"} and all(re.search(rf"^{name} = \[", project, re.M) for name in named)
+    modules = re.search(r"^py-modules = \[(.*?)\]", project, re.M | re.S)[1]
+    assert sorted(re.findall(r'"(\w+)"', modules)) == sorted(path.stem for path in ROOT.glob("*.py"))
+    assert "build/" in (ROOT / ".gitignore").read_text().splitlines()
+    assert "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt" in README
+
+
 def test_nobody_imports_what_the_readme_says_they_do_not():
     import ast
 

@@ -66,6 +66,8 @@ def test_given_tokens_stay_and_no_mask_is_left(run_main):  # noqa: F811
     (["--prompt=" + "x" * 32], "the prompt has 32 tokens, and the model's context is 32"),
     (["--prompt=abc", "--length=30"], "more than the model's context of 32"),
     (["--text=abc"], "the text has no [MASK]"),
+    (["--text=a[MASK:x]b[MASK]"], "[MASK:x]: 'x' is not a number; write [MASK] or [MASK:12]"),
+    (["--text=a[MASK:-1]"], "[MASK:-1]: '-1' is not a number"),
     (["--prompt=a", "--text=b[MASK]"], "give one of prompt, prompt_file and text"),
     (["--prompt_file=nowhere.txt"], "nowhere.txt"),
     (["--top_p=0"], "must be above 0"),

@@ -309,4 +309,7 @@ def test_the_command_itself():
 
     assert command("plan", "--flops=1e21")[0] == 0
     assert command("--help")[1] == scaling.__doc__.strip() + "\n"
+    hidden = "import sys; sys.modules['scipy'] = None; import importlib.util as u; u.find_spec = lambda name: None; sys.argv[1:] = ['tables']; import scaling; scaling.main()"
+    done = subprocess.run([sys.executable, "-c", hidden], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.endswith("scaling laws need scipy: pip install '.[scaling]'\n")
     assert command("plane") == (2, "", "scaling.py: 'plane' is no command; choose from plan, fit, sweep, plot, study, tables\n")

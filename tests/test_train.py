@@ -350,6 +350,25 @@ def test_estimate_prints_and_writes_nothing(run_main, capsys):
     assert flops == pytest.approx(8 * 32 * network.flops_per_token(33 / 64), rel=0.02)
 
 
+@pytest.mark.parametrize("has", [True, False])
+def test_estimate_on_a_cpu_has_the_type_of_training(run_main, capsys, monkeypatch, has):
+    monkeypatch.setattr(engine, "has_bf16", lambda device: has)
+    run_main("--estimate", "--steps=10", "--dtype=auto")
+    assert ("bfloat16" in capsys.readouterr().out) == has
+
+
+def test_estimate_of_a_run_that_exists(run_main, capsys):
+    run = run_main("--steps=5")
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    run_main("--estimate", "--steps=5")
+    assert "peak memory" in capsys.readouterr().out and {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
+
+
+def test_fp8_on_a_cpu_is_said_to_be_emulated(run_main, capsys):
+    run_main("--steps=2", "--fp8", "--dtype=auto")
+    assert capsys.readouterr().err == "warning: fp8 is emulated on a CPU and slower than bfloat16; a GPU of compute capability 8.9 has it\n"
+
+
 @pytest.mark.parametrize("how, more", (
     ("blocks", ("--short_rows=0.5",)), *(pytest.param(how, more, marks=pytest.mark.slow) for how, more in (
         ("blocks", ("--recompute=elementwise",)), ("blocks", ("--fp8=True", "--dtype=auto")), ("whole", ("--fp8=True", "--dtype=auto"))))), ids=str)
@@ -389,8 +408,9 @@ def refused(run_main, capsys, *flags, run="run"):
     (["--steps=1", "--n_kv_head=3"], "must be a multiple of n_kv_head=3"),
     (["--steps=1", "--model=124M"], "contradicts model=124M"),
     (["--steps=1", "--micro_batch=3"], "batch_size=8 must be a multiple of 1 ranks × micro_batch=3"),
-    (["--steps=1", "--block_len=100000"], "fewer than one block of 100000"),
-    (["--steps=1", "--unique_tokens=10"], "unique_tokens=10 must lie between one block"),
+    (["--steps=1", "--block_len=100000"], "fewer than one block of 100,000; lower --block_len, or prepare more text"),
+    (["--steps=1", "--unique_tokens=10"], "unique_tokens=10 must lie between one block (32) and the training split"),
+    (["--steps=1", "--objective=ar", "--schedule=poly2"], "schedule=poly2 has no meaning for objective=ar; add --schedule=linear"),
     (["--steps=1", "--corpus=nowhere"], "no corpus in 'nowhere'"),
     (["--steps=1", "--resume=yes"], "no usable checkpoint"),
     (["--steps=1", "--compare=nowhere"], "no such run"),
@@ -469,7 +489,7 @@ def test_all_problems_are_reported_at_once_without_a_traceback(corpus, tmp_path)
     process = start(corpus, tmp_path / "run", "--stepz=1", "--lr=fast", "--n_layer=0")
     output = process.communicate(timeout=100)[0]
     assert process.returncode == 2 and "Traceback" not in output
-    assert all(word in output for word in ("stepz", "did you mean 'steps'", "lr='fast'", "must be at least 1"))
+    assert all(word in output for word in ("stepz", "did you mean 'steps'", "--lr=fast: expected a number", "must be at least 1"))
     assert all(line.startswith("train.py: ") for line in output.strip().splitlines())
 
 

@@ -1,0 +1,28 @@
+# What every run of results/sweep_cpu starts from: byte-level models of Python source on a CPU (sweep.py sets size, length and objective).
+# Hardware: two CPU cores; a run takes seconds to minutes. What to expect: results/sweep_cpu/README.md.
+#
+# The quickstart's findings, but with a tied embedding, so that the number of parameters is the paper's N, and as many
+# key heads as heads. Heads are 16 wide at every width. The learning rate is that of width 128.
+
+corpus = "corpora/python"
+schedule = "poly2"
+n_layer = 2
+d_model = 128
+head_dim = 16
+n_head = 8
+block_len = 64
+batch_size = 16
+rope_base = 100.0
+init_std = 0.06
+scaled_init = False
+local_init = True
+lr = 2e-3
+warmup = 50
+beta1 = 0.8
+weight_decay = 0.05
+log_every = 50
+eval_every = 0
+eval_rows = 2048
+save_every = 0
+keep = 1
+compile = "no"  # for runs of this length, compiling costs more than it saves; and branches are exact
