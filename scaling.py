@@ -114,9 +114,11 @@ def known_laws(paths):
                 if name == "approach1":
                     approach1 = entry
                 else:
+                    if entry["coefficients"].keys() != {*LAWS[name].starts(1, 1, 1), *LAWS[name].constants(1, 1, 1)}:
+                        raise ValueError(f"{name} has other coefficients than in laws.py")
                     draws = [dict(zip(entry["coefficients"], draw)) for draw in entry["draws"]]
                     fits[name] = Fit(LAWS[name], entry["coefficients"], entry["objective"], draws), entry["range"]
-        except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as problem:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
             raise ValueError(f"fits={path}: {problem}; make it with python scaling.py fit") from None
     return fits, approach1
 
@@ -420,11 +422,11 @@ def read_any(path, out):
 
         out.mkdir(parents=True, exist_ok=True)
         return events.write_csv(path, out / "points.csv")
-    import sweep
-
     for name in ("curves.csv", "points.csv"):  # what a finished sweep left; else read its runs
         if (path / name).is_file():
             return path / name
+    import sweep
+
     rows = sweep.read_runs(path)
     if not rows:
         raise ValueError(f"{path} holds no finished runs, points.csv or TensorBoard logs")

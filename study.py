@@ -233,7 +233,7 @@ def table(study, cfg, runs, how):
                  *(pair(ours, theirs, name, ".1f") for name in ("params_norm", "hellaswag", "mmlu_val"))]) + " |")
             if "val_loss_noisy" in ours:
                 notes = ["", f"The validation loss of {series} is the paper's, ½(noisy + clean): {pair(ours, theirs, 'val_loss_noisy')} and "
-                         f"{pair(ours, theirs, 'val_loss_clean')}. That is no bound; our bound is {ours['bound']:.3f}."]
+                         f"{pair(ours, theirs, 'val_loss_clean')}. That is no bound; our bound is {ours['bound']:.3f}, {ours['bound'] - ours_first.get('bound', np.nan):+.3f} to the first run's."]
     return "\n".join(lines + notes) + "\n"
 
 

@@ -470,7 +470,7 @@ def test_separators_are_found_from_left_to_right(scratch, texts, separator, size
     expected = text.split(separator)
     expected = expected[:-1] if not expected[-1] else expected
     assert documents == [t for t in expected if t]
-    assert sum(result.empty for result, _, _ in found) == expected.count("")
+    assert sum(result.left_out.get("empty", 0) for result, _, _ in found) == expected.count("")
 
 
 # ---------------------------------------------------------------------------------- splits, duplicates and files
@@ -503,11 +503,11 @@ def test_duplicates(tmp_path):
     names = [write_jsonl(tmp_path / "x.jsonl", stories(20) + stories(5)), write_folder(tmp_path / "texts", stories(12)),
              write_parquet(tmp_path / "x.parquet", stories(22))]
     meta = prepared(tmp_path / "once", *names, val=0.3)
-    assert texts_in(tmp_path / "once") == by_split(stories(22), 0.3) and meta["left_out"] == dict(duplicates=37, empty=0, bad=0)
+    assert texts_in(tmp_path / "once") == by_split(stories(22), 0.3) and meta["left_out"] == dict(duplicates=37, empty=0, undecodable=0, malformed=0)
     meta = prepared(tmp_path / "all", *names, val=0.3, dedup=False)
     every = stories(20) + stories(5) + stories(12) + stories(22)
     assert texts_in(tmp_path / "all") == {which: [t for t in every if split(t, 0.3) == which] for which in ("train", "val")}
-    assert meta["left_out"] == dict(duplicates=0, empty=0, bad=0)
+    assert meta["left_out"] == dict(duplicates=0, empty=0, undecodable=0, malformed=0)
 
 
 @pytest.mark.parametrize("limit", [1, 100, 1000])

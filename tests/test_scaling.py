@@ -149,6 +149,15 @@ def test_bad_plans(run, argv, says):
     assert code == 2 and says in err and "Traceback" not in err and not Path("x.py").exists()
 
 
+def test_fits_of_another_version_are_refused(run, tmp_path):
+    entry = dict(coefficients=dict(E=1.0, A=2.0), objective=0.0, draws=[], range={})
+    (tmp_path / "old.json").write_text(json.dumps(dict(ours=entry)))
+    code, _, err = run("plan", "--flops=1e20", f"--fits={tmp_path / 'old.json'}")
+    assert code == 2 and "ours has other coefficients than in laws.py; make it with python scaling.py fit" in err
+    (tmp_path / "old.json").write_text("{")
+    assert run("plan", "--flops=1e20", f"--fits={tmp_path / 'old.json'}")[0] == 2
+
+
 def test_sizes_may_have_units():
     cfg = configurator.load(scaling.Plan, ["--unique_tokens=1.5B", "--params=250M", "--gpus=1"])
     assert (cfg.unique_tokens, cfg.params) == (1.5e9, 2.5e8)

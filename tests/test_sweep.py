@@ -269,6 +269,11 @@ def test_a_branch_whose_checkpoint_is_gone_goes_all_the_way(config, stand_in):
     assert started(stand_in())[-1] == (short.name, 0)
 
 
+def test_branches_come_before_the_next_trunk(config, stand_in):
+    sweep.run(config(objectives="masked,ar"))
+    assert [name.split("_")[0] for name, _ in started(stand_in())] == ["masked"] * 3 + ["ar"] * 3
+
+
 def test_without_sharing_each_starts_from_nothing(config, stand_in):
     cfg = config(share=False)
     sweep.run(cfg)
