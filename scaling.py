@@ -4,7 +4,7 @@
     python scaling.py plan --unique_tokens=1B            … with so much text: how large, for how many epochs
     python scaling.py plan --gpus=8 --days=3             … on these GPUs
     python scaling.py fit --data=runs/sweep              laws of your own runs, with intervals
-    python scaling.py sweep configurator/sweep_cpu.py    train a grid of runs, then fit and draw it
+    python scaling.py sweep --base=my.py --flops=1e18,3e18 …   train a grid of runs, then fit and draw it
     python scaling.py plot --out=figures                 the paper's figures, from its numbers or yours
     python scaling.py study kernel --scale=tiny          an ablation of the paper, beside its values
     python scaling.py tables                             the paper's Tables 2 to 5, from its laws
@@ -14,7 +14,8 @@ Each command has its own --help. Masked diffusion's losses are bounds in nats pe
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # fits are many small problems: BLAS's threads would wait for each other
+# Before numpy is imported: L-BFGS works on tiny vectors, for which OpenBLAS's threads only wait for each other (8 times slower).
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import csv  # noqa: E402
 import importlib.util  # noqa: E402
@@ -580,13 +581,12 @@ def tables_main(argv):
 
 
 def sweep_main(argv):
-    """Train a grid, then fit what came out."""
+    """Train a grid, then fit and draw what came out."""
     import sweep
 
-    cfg = configurator.load(sweep.Config, argv, sweep.__doc__)
-    points = sweep.run(cfg)
+    points = sweep.main(argv)
     if points:
-        fit_main([f"--data={Path(points).parent}", f"--out={Path(points).parent / 'fit'}"])
+        fit_main([f"--data={points.parent}", f"--out={points.parent / 'fit'}"])
 
 
 def plot_main(argv):

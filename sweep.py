@@ -227,7 +227,9 @@ def branch(run, step, folder):
 def remaining(runs, cfg):
     """The FLOPs still to do; shared prefixes count once."""
     def begin(run):
-        return max(run.done, source(run, runs)[0], run.fork * (run is not longest(run, runs))) if cfg.share else run.done
+        trunk = longest(run, runs)
+        coming = run is not trunk and not trunk.finished  # the checkpoint that this one will branch off
+        return max(run.done, source(run, runs)[0], run.fork * coming) if cfg.share else run.done
 
     return sum(run.flops * (1 - begin(run) / run.steps) for run in runs if not run.finished)
 
@@ -418,14 +420,14 @@ def run(cfg):
     return points
 
 
-def main():
-    cfg = configurator.load(Config, about=__doc__)
+def main(argv=None):
+    """Returns the path of points.csv, or None where nothing was to be trained here."""
+    cfg = configurator.load(Config, argv, about=__doc__)
     if cfg.dry_run:
-        show(layout(cfg), cfg)
-    elif cfg.launch != "run":
-        launch(layout(cfg), cfg)
-    else:
-        run(cfg)
+        return show(layout(cfg), cfg)
+    if cfg.launch != "run":
+        return launch(layout(cfg), cfg)
+    return run(cfg)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import prepared
 
 import configurator
 import laws
@@ -303,6 +304,24 @@ def test_logs_of_the_reference_backend(run, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------- the rest
+
+
+@pytest.mark.slow
+def test_a_sweep_from_its_runs_to_its_law(tmp_path):
+    """`scaling.py sweep` trains a small IsoFLOP grid, fits it and draws it; a second time there is nothing to train."""
+    (tmp_path / "words.txt").write_text("".join(f"{i} squared is {i * i}, and its double is {2 * i}.\n" for i in range(9000)))
+    prepared(tmp_path / "words", tmp_path / "words.txt")
+    (tmp_path / "base.py").write_text(f"corpus = {str(tmp_path / 'words')!r}\nn_layer, n_head, d_model, block_len, batch_size, warmup = 1, 2, 32, 32, 8, 2\n"
+                                      "lr, compile, device, eval_rows, eval_every, save_every = 4e-3, 'no', 'cpu', 64, 0, 0\n")  # fmt: skip
+    argv = [sys.executable, "scaling.py", "sweep", f"--base={tmp_path / 'base.py'}", "--models=1x16,1x32,1x48", "--flops=1e9,3e9", f"--out={tmp_path / 'out'}"]
+    for _ in range(2):
+        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+        if "opens downwards" not in done.stderr:  # so little training may leave no valley; then the fit says so
+            assert done.returncode == 0, done.stderr
+            assert (tmp_path / "out/fit/fits_masked.json").is_file() and (tmp_path / "out/fit/valleys_ar.png").is_file()
+        assert len(list(csv.DictReader(open(tmp_path / "out/points.csv")))) == 12
+        stamps = {p: p.stat().st_mtime for p in (tmp_path / "out/runs").glob("*/metrics.jsonl")}
+    assert len(stamps) == 12 and "12 of 12 runs are finished" in done.stdout
 
 
 def test_tables_are_printed(run):

@@ -265,6 +265,7 @@ def test_a_branch_whose_checkpoint_is_gone_goes_all_the_way(config, stand_in):
     shutil.rmtree(short.folder)
     for folder in (middle.folder, long.folder):
         shutil.rmtree(folder / f"step_{short.fork:08d}", ignore_errors=True)
+    assert sweep.remaining([short, middle, long], cfg) == short.flops
     sweep.run(cfg)
     assert started(stand_in())[-1] == (short.name, 0)
 
