@@ -26,6 +26,7 @@ import numpy as np
 import configurator
 import train
 from configurator import setting
+from laws import smooth
 from model import load_newest
 
 ROOT = Path(__file__).resolve().parent
@@ -152,13 +153,6 @@ def train_all(runs, finished, cfg):
 def curve(metrics, key):
     """The tokens and the values of one key, as two arrays."""
     return np.array([(m["tokens"], m[key]) for m in metrics if key in m], float).reshape(-1, 2).T
-
-
-def smooth(y, window=301):
-    """A Gaussian mean (3σ to either side) over the paper's window, or a tenth of a short curve."""
-    half = min(window, len(y) // 10) // 2
-    weights = np.exp(-0.5 * (3 * np.arange(-half, half + 1) / max(half, 1)) ** 2)
-    return np.convolve(y, weights, "same") / np.convolve(np.ones(len(y)), weights, "same") if half else y
 
 
 def final_values(metrics):
