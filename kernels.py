@@ -81,17 +81,27 @@ def head_logits(hidden, head, n_vocab):
 def uniform_bound(probs, z, x, beta):
     """Σ_j [ r_j log(r_j/ρ_j) − r_j + ρ_j ] for predictions `probs` (C, V); see SPEC §6.
 
-    With u_j = (1−α)(1 + β·x̂_j) the factor (1−α) cancels from every ratio, and what remains is written
-    so that the terms of order V that cancel are never formed: exact to rounding from α → 0 to α → 1.
+    With u_j = (1−α)(1 + β·x̂_j) the factor (1−α) cancels from every ratio. The bound is left over from terms of order V and β that
+    cancel; they are never formed. Below β = 1 it is written in y − log(1 + y), for it is O(β²) there: right to rounding from α → 0 to α → 1.
     """
-    n_vocab = probs.shape[-1]
-    log_u_sum = torch.log1p(beta[:, None] * probs).sum(-1)  # Σ_j log ũ_j
-    bz = beta * probs.gather(1, z[:, None])[:, 0]  # β·x̂_z
-    bx = beta * probs.gather(1, x[:, None])[:, 0]
-    log_z, log_x, log_beta = torch.log1p(bz), torch.log1p(bx), torch.log1p(beta)
-    kept = (-(n_vocab - 1) * log_beta - log_u_sum + n_vocab * log_z + (n_vocab + beta) * (beta - bz) / (1 + bz)) / (1 + beta)
-    moved = (1 + beta) * log_beta - log_u_sum - beta * log_x + (n_vocab + beta) * (log_z - bz / (1 + bz))
+    n_vocab, small = probs.shape[-1], beta < 1
+    b = beta[:, None] * probs
+    total = torch.where(small[:, None], excess(b), torch.log1p(b)).sum(-1)  # Σ_j log ũ_j, or β minus that
+    bz, bx = (b.gather(1, token[:, None])[:, 0] for token in (z, x))  # β·x̂_z, β·x̂_x
+    log_z, log_x, log_beta, more_z, more_beta = torch.log1p(bz), torch.log1p(bx), torch.log1p(beta), excess(bz), excess(beta)
+    kept = torch.where(small, (beta - bz) * (beta - n_vocab * bz) / (1 + bz) + (n_vocab - 1) * more_beta + total - n_vocab * more_z,
+                       -(n_vocab - 1) * log_beta - total + n_vocab * log_z + (n_vocab + beta) * (beta - bz) / (1 + bz)) / (1 + beta)
+    moved = torch.where(small, beta * (beta - log_x) - (1 + beta) * more_beta + total + (n_vocab + beta) * (bz * bz / (1 + bz) - more_z),
+                        (1 + beta) * log_beta - total - beta * log_x + (n_vocab + beta) * (log_z - bz / (1 + bz)))
     return torch.where(z == x, kept, moved)
+
+
+def excess(y):
+    """y − log(1 + y) for y ≥ 0, to fp32's rounding: below 0.4 by the series of 2·atanh(y/(2 + y)), which begins with y itself."""
+    s = y / (2 + y)
+    q = s * s
+    series = s * (y - 2 * q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11))))))
+    return torch.where(y < 0.4, series, y - torch.log1p(y))
 
 
 # Rows whose logits exist at one time: enough for the matrix products to be efficient, 2.4 GB in bf16 at GPT-2's vocabulary.
@@ -132,19 +142,24 @@ if triton is not None:
                 tl.store(logits + column, gradient.to(logits.dtype.element_ty), mask=column < width)
 
     @triton.jit
-    def log1p(y):
-        """log(1 + y) for y ≥ 0, to rounding: below 0.4 by 2·atanh(y/(2 + y))'s series (the plain logarithm is coarse near 1)."""
+    def more_than_log1p(y):
+        """`excess` of one value or a block."""
         s = y / (2.0 + y)
         q = s * s
-        series = 2.0 * s * (1.0 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11))))))
-        return tl.where(y < 0.4, series, tl.log(1.0 + y))
+        series = s * (y - 2.0 * q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11))))))
+        return tl.where(y < 0.4, series, y - tl.log(1.0 + y))
+
+    @triton.jit
+    def log1p(y):
+        """log(1 + y) for y ≥ 0, to rounding (the plain logarithm is coarse near 1)."""
+        return tl.where(y < 0.4, y - more_than_log1p(y), tl.log(1.0 + y))
 
     @triton.jit
     def uniform_bound_rows(logits, targets, weights, noisy, betas, nats, width: tl.constexpr, n_vocab: tl.constexpr,
                            POSTERIOR: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
         """`uniform_bound` of one row; then its gradient over the logits.
 
-        The bound depends on the probabilities p through S = Σ log(1+βp_j), p_z and p_x. With g_j its derivative
+        The bound depends on the probabilities p through S = Σ log(1+βp_j) (or β − S), p_z and p_x. With g_j its derivative
         by p_j, that by logit j is p_j·(g_j − Σ_k p_k g_k). A constant may be left out of g: of S's share
         β/(1+βp_j), β itself where β is small, so that the difference loses no digits.
         """
@@ -162,20 +177,22 @@ if triton is not None:
             new = tl.maximum(top, tl.max(y, 0))
             total = total * tl.exp(top - new) + tl.sum(tl.exp(y - new), 0)
             top = new
-        lse = top + tl.log(total)
+        norm = 1.0 / total  # log(total) added to a large top would round away digits that p needs
         S, T = 0.0, 0.0  # T = Σ_k p_k times S's share of g_k
         for start in range(0, n_vocab, BLOCK):
             column = start + lane
             y = text_logits(logits, column, width, n_vocab)
-            p = tl.exp(tl.where(column == z, y - shift, y) - lse)
-            S += tl.sum(log1p(beta * p), 0)
+            p = tl.exp(tl.where(column == z, y - shift, y) - top) * norm
+            S += tl.sum(tl.where(beta < 1.0, more_than_log1p(beta * p), log1p(beta * p)), 0)
             T += tl.sum(p * beta * tl.where(beta < 1.0, -beta * p, 1.0) / (1.0 + beta * p), 0)
-        pz = tl.exp(tl.load(logits + z).to(tl.float32) - shift - lse)
-        px = tl.exp(tl.load(logits + x).to(tl.float32) - tl.where(x == z, shift, 0.0) - lse)
+        pz = tl.exp(tl.load(logits + z).to(tl.float32) - shift - top) * norm
+        px = tl.exp(tl.load(logits + x).to(tl.float32) - tl.where(x == z, shift, 0.0) - top) * norm
         bz, bx = beta * pz, beta * px
-        log_z, V = log1p(bz), n_vocab * 1.0
-        kept = (-(V - 1.0) * log_beta - S + V * log_z + (V + beta) * (beta - bz) / (1.0 + bz)) / (1.0 + beta)
-        moved = (1.0 + beta) * log_beta - S - beta * log1p(bx) + (V + beta) * (log_z - bz / (1.0 + bz))
+        log_z, log_x, more_z, more_beta, V = log1p(bz), log1p(bx), more_than_log1p(bz), more_than_log1p(beta), n_vocab * 1.0
+        kept = tl.where(beta < 1.0, (beta - bz) * (beta - V * bz) / (1.0 + bz) + (V - 1.0) * more_beta + S - V * more_z,
+                        -(V - 1.0) * log_beta - S + V * log_z + (V + beta) * (beta - bz) / (1.0 + bz)) / (1.0 + beta)
+        moved = tl.where(beta < 1.0, beta * (beta - log_x) - (1.0 + beta) * more_beta + S + (V + beta) * (bz * bz / (1.0 + bz) - more_z),
+                         (1.0 + beta) * log_beta - S - beta * log_x + (V + beta) * (log_z - bz / (1.0 + bz)))
         stays = z == x
         tl.store(nats + row, tl.where(stays, kept, moved))
         if BACKWARD:
@@ -189,7 +206,7 @@ if triton is not None:
             for start in range(0, width, BLOCK):
                 column = start + lane
                 y = text_logits(logits, column, width, n_vocab)
-                p = tl.exp(tl.where(column == z, y - shift, y) - lse)
+                p = tl.exp(tl.where(column == z, y - shift, y) - top) * norm
                 by_p = beta * tl.where(beta < 1.0, -beta * p, 1.0) / (1.0 + beta * p)
                 g = by_S * by_p + tl.where(column == z, by_z, 0.0) + tl.where(column == x, by_x, 0.0)
                 tl.store(logits + column, (weight * p * (g - mean)).to(logits.dtype.element_ty), mask=column < width)

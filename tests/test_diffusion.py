@@ -171,7 +171,7 @@ def test_uniform_bound_equals_its_definition_in_fp64():
         got = kernels.uniform_bound(probs, z, x, beta)
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-15)
         single = kernels.uniform_bound(probs.float(), z, x, beta.float()).double()
-        torch.testing.assert_close(single, expected, rtol=2e-3, atol=2e-5)
+        torch.testing.assert_close(single, expected, rtol=1e-5, atol=1e-15)
 
 
 def test_uniform_bound_is_finite_at_the_ends_of_time():
