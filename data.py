@@ -743,7 +743,7 @@ def inspect(folder, tokenizer_name="", val_share=0.0, seed=None, show=print):
                 bar = "█" * int(np.ceil(40 * buckets[power] / buckets.max()))
                 show(f"  ≤ {2**power:>13,} tokens  {buckets[power]:>12,}  {bar}")
         if least < 0 or largest >= meta["n_vocab"]:
-            raise ValueError(f"{folder}: the {split} split holds token {least or largest}, beyond the vocabulary of {meta['n_vocab']}")
+            raise ValueError(f"{folder}: the {split} split holds token {least if least < 0 else largest}, beyond the vocabulary of {meta['n_vocab']}")
         start = int(random.integers(0, max(1, len(stream) - 64)))
         show(f"  sample from token {start:,}: {tokens.decode(stream.read(start, start + 64).tolist())!r}")
     if not own:

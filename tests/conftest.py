@@ -2,6 +2,8 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -19,3 +21,12 @@ def prepared(folder, *names, **settings):
 
     cfg = prepare.Config(**settings)
     return prepare.prepare(sources.find_sources([str(name) for name in names], cfg), folder, cfg)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A small corpus of regular sentences, in bytes."""
+    folder = tmp_path_factory.mktemp("corpora")
+    (folder / "words.txt").write_text("".join(f"{i} squared is {i * i}, and its double is {2 * i}.\n" for i in range(1500)))
+    prepared(folder / "words", folder / "words.txt")
+    return folder / "words"

@@ -1741,11 +1741,12 @@ def test_inspect_finds_a_flipped_byte(small, tmp_path, command, monkeypatch, whi
     assert code == 2 and re.fullmatch(rf"data.py: {folder}: the {which[:-4]} split holds token 65535, beyond the vocabulary of 257\n", err)
 
 
-def test_inspect_finds_a_negative_token(tmp_path, command):
-    megatron(tmp_path / "web_train", [[[1, 2, -300, EOS]], *[[[3, 4, EOS]]] * 99], 4)
+@pytest.mark.parametrize("token", [-300, 300])
+def test_inspect_names_the_token_beyond_the_vocabulary(tmp_path, command, token):
+    megatron(tmp_path / "web_train", [[[1, 2, token, EOS]], *[[[3, 4, EOS]]] * 99], 4)
     megatron(tmp_path / "web_val", [[[1, EOS]]], 4)
     code, _, err = command("inspect", tmp_path, "--tokenizer=bytes")
-    assert (code, err) == (2, f"data.py: {tmp_path}: the train split holds token -300, beyond the vocabulary of 257\n")
+    assert (code, err) == (2, f"data.py: {tmp_path}: the train split holds token {token}, beyond the vocabulary of 257\n")
 
 
 @pytest.mark.parametrize("argv, message", [

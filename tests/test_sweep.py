@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, prepared
+from conftest import ROOT
 from safetensors.torch import load_file
 
 import configurator
@@ -60,14 +60,6 @@ with open(run / "metrics.jsonl", "a", buffering=1) as metrics:
         if stop:
             break
 """
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpora")
-    (folder / "words.txt").write_text("".join(f"{i} squared is {i * i}, and its double is {2 * i}.\n" for i in range(1500)))
-    prepared(folder / "words", folder / "words.txt")
-    return folder / "words"
 
 
 @pytest.fixture

@@ -26,14 +26,6 @@ TINY = ["--n_layer=2", "--n_head=2", "--d_model=32", "--block_len=32", "--batch_
         "--eval_rows=16", "--log_every=5", "--eval_every=0", "--save_every=0", "--dtype=float32", "--device=cpu"]
 
 
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpora")
-    (folder / "words.txt").write_text("".join(f"{i} squared is {i * i}, and its double is {2 * i}.\n" for i in range(1500)))
-    prepared(folder / "words", folder / "words.txt")
-    return folder / "words"
-
-
 @pytest.fixture
 def run_main(monkeypatch, corpus, tmp_path):
     """Call train.main() in this process with the tiny settings; returns the run folder."""
