@@ -23,7 +23,7 @@ import torch
 from conftest import ROOT, prepared
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_train import corpus, run_main  # noqa: F401  (fixtures)
+from test_train import run_main  # noqa: F401  (fixtures)
 
 import data
 import diffusion

@@ -7,7 +7,6 @@ import sys
 
 import pytest
 from conftest import ROOT
-from test_train import corpus  # noqa: F401  (fixture)
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from test_train import corpus, run_main  # noqa: F401  (fixtures)
+from test_train import run_main  # noqa: F401  (fixtures)
 
 import data
 import sample

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from safetensors.torch import load_file
-from test_train import corpus  # noqa: F401  (fixture)
 
 import configurator
 import study
