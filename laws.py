@@ -55,7 +55,7 @@ class Fit(NamedTuple):
     law: Law
     coefficients: dict
     objective: float  # Σ Huber(log L̂ − log L), as the paper counts it
-    draws: list = []  # coefficients of bootstrap resamples
+    draws: tuple | list = ()  # coefficients of bootstrap resamples
 
 
 # ------------------------------------------------------------------------------------------------------ the laws

@@ -236,10 +236,9 @@ def human(x):
 
 
 def nearest(N):
-    """The model of the ladder whose N is nearest in ratio, as its name and its shape."""
-    sizes = [ladder_params(*row) for _, *row in LADDER]
-    place = int(np.argmin(np.abs(np.log(np.array(sizes) / N))))
-    return f"{round(sizes[place] / 1e6)}M", LADDER[place][1:]
+    """The name of the ladder's model whose N is nearest in ratio."""
+    sizes = np.array([ladder_params(*row) for _, *row in LADDER])
+    return f"{round(sizes[np.abs(np.log(sizes / N)).argmin()] / 1e6)}M"
 
 
 def duration(hours):
@@ -278,7 +277,7 @@ def print_plan(plan, rows, flops):
             band = f" [{row.loss_range[0]:.3f}, {row.loss_range[1]:.3f}]" if len(row.loss_range) else ""
             table.append(["  " + row.law, human(row.N) + span, human(row.tokens), f"{row.e:,.3g}" if row.e < 1000 else f"{row.e:,.0f}", f"{row.flops:.3g}",
                           "–" if math.isnan(row.loss) else f"{row.loss:.3f}{band}", duration(hours),
-                          *([f"{hours * (plan.gpus or 1) * plan.price:,.0f}"] if plan.price else []), nearest(row.N)[0]])
+                          *([f"{hours * (plan.gpus or 1) * plan.price:,.0f}"] if plan.price else []), nearest(row.N)])
     widths = [max(len(line[i]) for line in table if i < len(line) > 1) for i in range(len(table[0]))]
     for line in table:
         print("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip())
@@ -314,7 +313,7 @@ def pick(plan, rows):
 
 def override_file(plan, row):
     """The text of an override file that trains `row` by the paper's recipe (SPEC §10)."""
-    name, (d_model, *_) = nearest(row.N)
+    name = nearest(row.N)
     N = float(name[:-1]) * 1e6
     batch = 256 if N < 1.5e9 else 512 if N < 5e9 else 1024
     constrained = bool(plan.unique_tokens) and row.e > 1

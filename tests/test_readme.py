@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -60,6 +61,32 @@ def trained(corpus, tmp_path_factory):  # noqa: F811
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "sample.py" in c])
 def test_sampling_commands(command, trained):
     assert run(command, f"--run_dir={trained}", "--steps=4").strip()
+
+
+SCALING = [c for c in COMMANDS if "scaling.py" in c]
+
+
+@pytest.mark.parametrize("command", [c for c in SCALING if c.split()[2] in ("plan", "tables")])
+def test_planning_commands(command, tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "scaling.py", *shlex.split(command)[2:]], cwd=elsewhere(tmp_path), capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("\n") > 10, done.stderr
+    assert (tmp_path / "configurator/my_plan.py").is_file() == ("--write" in command)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in SCALING if c.split()[2] not in ("plan", "tables")])
+def test_scaling_commands(command, tmp_path):
+    """The long ones, whole: fit, sweep, plot and study, on the documentation of this Python."""
+    subprocess.run([sys.executable, ROOT / "data.py", "docs"], cwd=elsewhere(tmp_path), check=True, capture_output=True)
+    done = subprocess.run([sys.executable, ROOT / "scaling.py", *shlex.split(command)[2:]], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def elsewhere(folder):
+    """A folder of the test's with what the commands name of the clone."""
+    for name in ("results/quokka", "configurator"):
+        shutil.copytree(ROOT / name, folder / name)
+    return folder
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configurator").glob("[a-z]*.py")), ids=lambda p: p.stem)
