@@ -3,6 +3,7 @@
 import csv
 import math
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -260,7 +261,7 @@ def coverage(name, n_studies, n_draws, noise):
         for k, quantity in COVERED[name].items():
             low, high = laws.interval(fitted, quantity)
             hits[k] += low <= quantity(KNOWN[name]) <= high
-    return {k: v / n_studies for k, v in hits.items()}
+    return {k: float(v) / n_studies for k, v in hits.items()}
 
 
 @pytest.mark.slow
@@ -324,3 +325,8 @@ def test_torch_and_numpy_agree_on_precision():
     assert laws.evaluate(PARAMETRIC, KNOWN["parametric"], np.float32(1e8), 10, 1).dtype == np.float64
     assert laws.tensors(KNOWN["parametric"])["A"].dtype == torch.float64
     assert isinstance(EQ23.starts(1e8, 1e9, 1e7)["R"], tuple)
+
+
+if __name__ == "__main__":  # PYTHONPATH=. python tests/test_laws.py ours 20 40 0.01: a coverage study of its own length
+    name, studies, draws, noise = sys.argv[1:]
+    print(*sys.argv[1:], coverage(name, int(studies), int(draws), float(noise)))
