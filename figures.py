@@ -46,7 +46,7 @@ LOSS, N_AXIS, COMPUTE = "loss (nats per token)", "parameters N", "training compu
 class Config:
     out: str = setting("figures", "folder to write into")
     data: str = setting("", "a sweep's folder with points.csv or curves.csv, or such a CSV (empty: the paper's numbers, results/quokka)")
-    fits: str = setting("", "fits.json files, with commas (empty: those that `fit` made of the data, if there are any)")
+    fits: str = setting("", "folders or fits.json files that `fit` wrote, with commas (empty: those beside the data, if there are any)")
     which: str = setting("", "with commas, which of the figures above (empty: all that the data allow)")
     laws: str = setting("", "with commas, the laws to draw, such as ours or eq15_printed (empty: all)")
     format: Literal["png", "pdf"] = setting("png", "of the files")
@@ -76,10 +76,10 @@ def read(cfg):
     if cfg.data:
         path = scaling.read_any(cfg.data, Path(cfg.out))
         groups = [Group(objective, scaling.read_csv(path, objective), {}) for objective in scaling.objectives_in(path)]
-        files = split(cfg.fits) or sorted(map(str, Path(cfg.data).glob("fit/fits*.json")))
+        files = scaling.fit_files(cfg.fits) or sorted(map(str, Path(cfg.data).glob("fit/fits*.json")))
     else:
         groups = [Group("quokka", scaling.read_csv(QUOKKA / name), {}) for name in ("isoflop_points.csv", "epoch_curves.csv")]
-        files = split(cfg.fits) or [str(p) for p in (QUOKKA / "isoflop/fits.json", QUOKKA / "epochs/fits.json") if p.is_file()]
+        files = scaling.fit_files(cfg.fits) or [str(p) for p in (QUOKKA / "isoflop/fits.json", QUOKKA / "epochs/fits.json") if p.is_file()]
     own, known = laws.published(), {}
     for file in files:  # fits_ar.json holds AR's
         known.setdefault(Path(file).stem.partition("_")[2], {}).update({k: f for k, (f, _) in scaling.known_laws(file)[0].items()})
@@ -100,7 +100,7 @@ def pick(groups, repeats, with_laws=False):
     found = [g for g in groups if g.repeats == repeats and (g.laws or not with_laws)]
     if not found:
         what = "runs over several epochs" if repeats else "IsoFLOP runs (every token seen once)"
-        raise ValueError(f"the data hold no {what}" + " with a fitted law" * with_laws)
+        raise ValueError(f"the data hold no {what}" + " with a fitted law (python scaling.py fit, then --fits=its folder)" * with_laws)
     return found
 
 
@@ -291,7 +291,8 @@ def contours(groups):
 
 
 def unique(groups):
-    """The best that U unique tokens allow by each law, at any compute. A law without an optimum has no epochs and parameters to advise."""
+    """The best that U unique tokens allow by each law, at any compute. A law without an optimum has no epochs and parameters to advise; a fitted
+    one is searched within the N and e of its data, the paper's printed ones anywhere."""
     groups = pick(groups, True, True)
     sources = [(group, name, fitted, style(name)) for group in groups for name, fitted in group.laws.items()]
     if len(groups) > 1:
@@ -300,9 +301,14 @@ def unique(groups):
         sources.append((Group("ar", *groups[0][1:]), "muennighoff", Fit(HALF_LIFE, laws.MUENNIGHOFF, math.nan), dict(color=ORANGE, label="AR: half-life law, Muennighoff")))
     seen, ar, losses = np.concatenate([g.runs.U for g in groups]), None, {}
     U = np.geomspace(seen.min(), seen.max() * 1e3, 22)
+
+    def within(group, name):  # as in plan: a law that was fitted here is asked where its data are
+        fitted_here = not name.endswith("_printed") and name != "muennighoff"
+        return dict(N=(group.runs.N.min(), group.runs.N.max()), e=(1.0, max(1.0, group.runs.e.max()))) if fitted_here else {}
+
     figure, axes = panels(3, width=4.4, height=4.2)
     for group, name, fitted, options in sources:
-        found = [laws.best(fitted.law, fitted.coefficients, u, points=60) for u in U]
+        found = [laws.best(fitted.law, fitted.coefficients, u, points=60, **within(group, name)) for u in U]
         losses[name], ever = np.array([choice.loss for choice in found]), fitted.law is HALF_LIFE  # more epochs never harm, none is best
         ar = losses[name] if ever and group.objective == "ar" else ar
         inside = np.array([ever or not choice.edge for choice in found])
@@ -317,7 +323,7 @@ def unique(groups):
     for ax, label in zip(axes[0], ("lowest loss (nats per token)", "epochs of the optimum", "parameters of the optimum")):
         ax.axvspan(seen.min(), seen.max(), color=GREY, alpha=0.12, lw=0, label="unique tokens of the data")
         finish(ax, "unique tokens U", label, log_y=ax is not axes[0, 0], legend={} if ax is axes[0, 0] else None)
-    figure.suptitle("The best that U unique tokens allow, at any compute. Dotted: no optimum, the loss at 100K epochs" + "; circles: equal to AR" * (ar is not None), fontsize=10)
+    figure.suptitle("The best that U unique tokens allow, at any compute. Dotted: no optimum within 100K epochs, or (fitted laws) within their data" + "; circles: equal to AR" * (ar is not None), fontsize=10)
     yield "unique", figure
 
 

@@ -56,6 +56,7 @@ class Fit(NamedTuple):
     coefficients: dict
     objective: float  # Σ Huber(log L̂ − log L), as the paper counts it
     draws: tuple | list = ()  # coefficients of bootstrap resamples
+    units: int = 0  # how many curves or runs were resampled
 
 
 # ------------------------------------------------------------------------------------------------------ the laws
@@ -287,13 +288,29 @@ def bootstrap(fitted, runs, n, seed=0, jobs=None):
     curves, of = np.unique(runs.curve, return_inverse=True)
     rng = np.random.default_rng(seed)
     weights = [np.bincount(rng.integers(len(curves), size=len(curves)), minlength=len(curves))[of].astype(float) for _ in range(n)]
-    return fitted._replace(draws=refit(fitted, runs, weights, 150, 0, jobs))
+    return fitted._replace(draws=refit(fitted, runs, weights, 150, 0, jobs), units=len(curves))
 
 
 def interval(fitted, quantity, level=0.95):
-    """The percentile interval of quantity(coefficients) over a Fit's draws."""
+    """The expanded percentile interval of quantity(coefficients) over a Fit's draws.
+
+    A percentile interval is too narrow by √((n − 1)/n) and by the normal's tails instead of Student's, for n resampled units; so the
+    percentiles are taken further out [Hesterberg 2015, "What teachers should know about the bootstrap", §4.2].
+    """
+    from scipy.stats import norm, t
+
+    n, tail = fitted.units, (1 - level) / 2
+    if n > 1:
+        tail = norm.cdf(math.sqrt(n / (n - 1)) * t.ppf(tail, n - 1))
     values = [quantity(c) for c in fitted.draws]
-    return np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return np.nanquantile(values, [tail, 1 - tail], axis=0)
+
+
+def undetermined(fitted, runs):
+    """Names of the coefficients that the runs say nothing about: e-fold changes move no predicted log loss by 1e-6."""
+    problem = Problem(fitted.law, runs, constants={k: fitted.coefficients[k] for k in fitted.law.constants(1, 1, 1)})
+    slopes = torch.func.jacfwd(problem.residuals)(torch.tensor(problem.theta(fitted.coefficients)))
+    return [name for name, slope in zip(problem.names, slopes.abs().amax(0)) if not slope > 1e-6]
 
 
 def leave_out(fitted, runs, every=None, jobs=None):

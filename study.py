@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
 
 import configurator
+import data
 import train
 from configurator import setting
 from laws import smooth
@@ -116,6 +118,20 @@ def command(run, cfg, shown):
     python, gpus = "python" if shown else sys.executable, cfg.gpus or (8 if cfg.scale == "paper" else 1)
     launcher = [python] if gpus == 1 else [*(["torchrun"] if shown else [python, "-m", "torch.distributed.run"]), f"--nproc_per_node={gpus}"]
     return [*launcher, os.path.relpath(ROOT / "train.py"), *run.arguments, "--resume=auto"]
+
+
+def check_machine(runs, cfg):
+    """End with code 2 where the runs would: without their GPUs, or without their corpus."""
+    needed = cfg.gpus or dict(tiny=0, gpu=1, paper=8)[cfg.scale]
+    there = torch.cuda.device_count()
+    if there < needed and any(run.settings.device != "cpu" for run in runs):
+        configurator.fail(f"--scale={cfg.scale} needs {needed} GPU{'s' * (needed > 1)} per run, this machine has {there}; --launch prints the commands to run elsewhere")
+    try:
+        for corpora, tokenizer, val_share in {(run.settings.corpus, run.settings.tokenizer, run.settings.val_share) for run in runs}:
+            for path, *_ in data.parse_corpora(corpora):
+                data.load_corpus(path, tokenizer, val_share)
+    except (ValueError, OSError) as problem:
+        configurator.fail(problem)
 
 
 def execute(arguments):
@@ -257,7 +273,7 @@ def draw(study, runs, out):
             if "loss" in key and late:  # the first tenth falls too far to show the rest
                 margin = 0.05 * (max(late) - min(late)) or 1
                 ax.set_ylim(min(late) - margin, max(late) + margin)
-            ax.set(title=f"{row.title}: {title}" if len(STUDIES[study]) > 1 else title, xlabel="tokens")
+            ax.set(title=f"{row.title}: {title}" if len(STUDIES[study]) > 1 else title, xlabel="tokens", ylabel="nats per token" if "loss" in key else "")
             ax.grid(alpha=0.3)
             ax.legend()
     figure.tight_layout()
@@ -275,6 +291,8 @@ def main(argv=None):
     cfg = configurator.load(Config, [word for word in argv if word != study], about=__doc__)
     runs = {words: plan(words, cfg, flags) for row in STUDIES[study] for words in row.runs.values()}
     finished = {words: is_finished(run) for words, run in runs.items()}  # before anything starts: it may refuse
+    if not (cfg.launch or cfg.draw):
+        check_machine([run for words, run in runs.items() if not finished[words]], cfg)
     if cfg.launch or not cfg.draw:
         train_all(runs, finished, cfg)
     how = shlex.join(["python", "study.py", study, f"--scale={cfg.scale}", *(["--", *flags] if flags else [])])

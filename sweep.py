@@ -3,6 +3,7 @@
     python sweep.py --base=configurator/sweep_cpu.py --models=2x64,2x128 --flops=1e12,2e12 --dry_run     # what would run
     python sweep.py --base=configurator/sweep_cpu.py --models=2x64,2x128 --flops=1e12,2e12               # runs it; the same goes on
     python sweep.py --base=my.py --models=106M,173M --unique_tokens=1e8,3e8 --epochs=1,4,16,64 --out=runs/epochs
+    python sweep.py --base=my.py --models=106M,173M --flops=3e18,1e19 --share=False --launch=slurm       # writes a job array (torchrun: prints commands)
 
 An IsoFLOP grid is models × flops, a data-constrained one models × unique_tokens × epochs, each for every objective and
 seed. A run is an override file <out>/configs/<name>.py, a folder <out>/runs/<name>, and a log.
@@ -18,7 +19,6 @@ import csv
 import fcntl
 import functools
 import json
-import math
 import os
 import shlex
 import shutil
@@ -64,7 +64,7 @@ class Config:
     # how they run
     launch: Literal["run", "torchrun", "slurm"] = setting("run", "run: here; torchrun: print a command per run; slurm: write a job array")
     processes: int = setting(1, "of torchrun and slurm: processes per run", low=1)
-    jobs: int = setting(1, "runs side by side", low=1)
+    jobs: int = setting(1, "runs side by side (also of a SLURM array)", low=1)
     dry_run: bool = setting(False, "print the table of runs, and stop")
     flops_per_s: float = setting(5e10, "of one run (6·N tokens), for the estimate of hours: a small model on a CPU core reaches 5e10, a large one on an H100 4e14", above=0)
 
@@ -73,10 +73,10 @@ class Config:
         wrong = [f"{name} is empty" for name in ("base", "models", "objectives", "seeds") if not split(getattr(self, name))]
         for name, kind in dict(flops=float, unique_tokens=float, epochs=float, seeds=int).items():
             try:
-                numbers = [kind(part) for part in split(getattr(self, name))]
-                if not all(math.isfinite(x) and (x > 0 or kind is int) for x in numbers) or len(set(numbers)) < len(numbers):
+                given = numbers(getattr(self, name), kind)
+                if not all(x > 0 or kind is int for x in given) or len(set(given)) < len(given):
                     raise ValueError
-            except ValueError:
+            except (ValueError, OverflowError):
                 wrong.append(f"{name}={getattr(self, name)}: write {'whole' if kind is int else 'positive'} numbers, each once, with commas between")
         wrong += [f"{name}={given}: each once" for name in ("models", "objectives") if len(set(parts := split(given := getattr(self, name)))) < len(parts)]
         if bool(self.flops) == bool(self.unique_tokens) or bool(self.unique_tokens) != bool(self.epochs):
@@ -91,6 +91,11 @@ class Config:
 
 def split(text):
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def numbers(text, kind=float):
+    """'1e8,250M' as numbers; raises ValueError."""
+    return [configurator.convert(part, kind) for part in split(text)]
 
 
 class Run(NamedTuple):
@@ -136,15 +141,14 @@ def layout(cfg):
             params = count_params(ModelConfig(**shape, n_vocab=meta["n_vocab"], mask_id=meta["mask_id"], block_len=base.block_len,
                                               causal=objective == "ar", tied=base.tied, timed=objective == "uniform"))
             settings["lr"] = float(f"{base.lr * (128 / shape['d_model']) ** cfg.lr_power:.4g}")
-            lengths = [(f"{float(budget):g}", float(budget) / (6 * params), 0) for budget in split(cfg.flops)]
-            lengths += [(f"{unique}u_{float(epochs):g}e", float(epochs) * unique, unique)
-                        for unique in (int(float(text)) for text in split(cfg.unique_tokens)) for epochs in split(cfg.epochs)]
-            for seed in map(int, split(cfg.seeds)):
+            lengths = [(f"{budget:g}", budget / (6 * params), 0) for budget in numbers(cfg.flops)]
+            lengths += [(f"{unique}u_{epochs:g}e", epochs * unique, unique) for unique in map(int, numbers(cfg.unique_tokens)) for epochs in numbers(cfg.epochs)]
+            for seed in numbers(cfg.seeds, int):
                 for length, tokens, unique in lengths:
                     name, steps = f"{objective}_{model}_{length}_s{seed}".replace("+", ""), max(1, round(tokens / per_step))
                     decay = max(1, round(cfg.decay * steps)) if cfg.decay else 0
                     if settings["warmup"] + decay > steps:
-                        wrong.append(f"{name}: {steps} steps are too few for warmup={settings['warmup']} and {decay} steps of decay")
+                        wrong.append(f"{name}: {steps} steps are too few for warmup={settings['warmup']} and {decay} steps of decay; add a file with a smaller warmup to --base")
                     if unique > available:
                         wrong.append(f"{name}: the corpus has only {available:,} training tokens")
                     this = dict(settings, run_dir=str(Path(cfg.out) / "runs" / name), seed=seed, steps=steps, unique_tokens=unique)

@@ -18,7 +18,7 @@ from laws import EQ15, EQ21, EQ23, HALF_LIFE, LAWS, OURS, PARAMETRIC, Runs
 
 QUOKKA = Path(__file__).parent.parent / "results/quokka"
 OWN = laws.published()
-OURS_FITTED = scaling.known_laws(str(QUOKKA / "epochs/fits.json"))[0]["ours"][0]
+OURS_FITTED = scaling.known_laws(QUOKKA / "epochs/fits.json")[0]["ours"][0]
 # Coefficients of every law, such that all of their terms count on the grid below.
 KNOWN = {
     "parametric": dict(E=2.0, A=600.0, a=0.38, B=3000.0, b=0.37), "half_life": dict(laws.MUENNIGHOFF, R_D=6.0),
