@@ -235,7 +235,7 @@ def fit_all(cfg, runs, objective, held_out):
             quantities |= {f"{k} of the optimum": (lambda c, k=k: laws.allocation(c)[k]) for k in ("k_N", "a", "k_D", "b")}
         loose = laws.undetermined(best, fitted_on)
         lines += [f"| {name} | value | 95 % interval |", "| --- | --- | --- |",
-                  *(f"| {k} | not determined by these data | – |" if k in loose else
+                  *(f"| {k} | {'0' if shown[k] < 1e-6 and k not in best.law.signed else 'not determined by these data'} | – |" if k in loose else
                     f"| {k} | {f(best.coefficients):.4g} | {span(laws.interval(best, f) if best.draws else None)} |" for k, f in quantities.items()), ""]
     if "approach1" in kept and "parametric" in fits and cfg.bootstrap:
         two = laws.interval(fits["parametric"], lambda c: laws.allocation(c)["a"])
@@ -266,7 +266,7 @@ def known_laws(path):
                 if entry["coefficients"].keys() != {*LAWS[name].starts(1, 1, 1), *LAWS[name].constants(1, 1, 1)}:
                     raise ValueError(f"{name} has other coefficients than in laws.py")
                 draws = [dict(zip(entry["coefficients"], draw)) for draw in entry["draws"]]
-                fits[name] = Fit(LAWS[name], entry["coefficients"], entry["objective"], draws, entry["units"]), entry["range"]
+                fits[name] = Fit(LAWS[name], entry["coefficients"], entry["objective"], draws, entry.get("units", 0)), entry["range"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         problem = problem.strerror if isinstance(problem, OSError) else problem
         raise ValueError(f"{path}: {problem}; make it with python scaling.py fit") from None

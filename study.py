@@ -124,10 +124,10 @@ def check_machine(runs, cfg):
     """End with code 2 where the runs would: without their GPUs, or without their corpus."""
     needed = cfg.gpus or dict(tiny=0, gpu=1, paper=8)[cfg.scale]
     there = torch.cuda.device_count()
-    if there < needed and any(run.settings.device != "cpu" for run in runs):
+    if there < needed and any(run.settings["device"] != "cpu" for run in runs):
         configurator.fail(f"--scale={cfg.scale} needs {needed} GPU{'s' * (needed > 1)} per run, this machine has {there}; --launch prints the commands to run elsewhere")
     try:
-        for corpora, tokenizer, val_share in {(run.settings.corpus, run.settings.tokenizer, run.settings.val_share) for run in runs}:
+        for corpora, tokenizer, val_share in {tuple(run.settings[k] for k in ("corpus", "tokenizer", "val_share")) for run in runs}:
             for path, *_ in data.parse_corpora(corpora):
                 data.load_corpus(path, tokenizer, val_share)
     except (ValueError, OSError) as problem:

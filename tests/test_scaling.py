@@ -130,6 +130,13 @@ def test_repeats_worth_more_than_new_text_are_not_believed():
     assert not any("credible" in note for note in by["ours"].notes)
     assert planning.suggested(given, rows).law == "ours"
     assert planning.suggested(plan(unique_tokens=1e9, law="eq. 15"), rows).law == "eq. 15"
+    shown = dict(re.findall(r"\| (ours|eq\. \d+)(?: \(within its data\))? \| (-?[\d.]+ \| -?[\d.]+ \| -?[\d.]+ \| -?[\d.]+) \|", (ROOT / "docs/scaling-laws.md").read_text()))
+    for column, U in enumerate((1e7, 5e7, 1.39e8, 1e9)):  # the table in the docs
+        for row in rows if U == 1e9 else planning.data_plans(plan(unique_tokens=U), 0.0, again):
+            if row.law in shown:
+                gap = float(laws.predict(fresh, row.N, row.tokens)) - row.loss
+                assert float(shown[row.law].split(" | ")[column]) == pytest.approx(gap, abs=0.0051), (row.law, U)
+    assert set(shown) == {"ours", "eq. 15", "eq. 21", "eq. 23"}
     with pytest.raises(ValueError, match="is of --objective=ar"):
         planning.suggested(plan(unique_tokens=1e9, law="Muennighoff"), rows)
 

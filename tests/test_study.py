@@ -359,9 +359,9 @@ def test_what_is_wrong_is_said_in_one_line(argv, line, here):
     assert here(*argv) == (2, "", f"study.py: {line}\n")
 
 
-def test_a_run_that_fails_ends_the_study(tmp_path):
-    done = run_study("kernel", f"--runs={tmp_path}", "--", f"--corpus={tmp_path / 'absent'}", "--device=cpu")
-    assert done.returncode == 2 and str(tmp_path / "absent") in done.stderr
+def test_a_run_that_fails_ends_the_study(tmp_path, corpus):
+    done = run_study("kernel", f"--runs={tmp_path}", "--", f"--corpus={corpus}", "--device=cpu", "--unique_tokens=1B")
+    assert done.returncode == 2 and "unique_tokens" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("study.py: exit code 2 from: python train.py ") and "[2/2]" not in done.stdout
 
 
@@ -380,3 +380,15 @@ def test_help_names_every_study(capsys):
 def test_shipped_numbers_are_the_originals():
     for path in (ROOT / "../shared/paper").iterdir():
         assert (ROOT / "results" / "quokka" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_without_its_gpus_a_study_ends_at_once(tmp_path):
+    """One line before anything is started, not a traceback of torchrun's."""
+    if study.torch.cuda.device_count() >= 8:
+        pytest.skip("this machine has the GPUs")
+    done = subprocess.run([sys.executable, "study.py", "kernel", "--scale=paper", f"--runs={tmp_path / 'r'}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == f"study.py: --scale=paper needs 8 GPUs per run, this machine has {study.torch.cuda.device_count()}; --launch prints the commands to run elsewhere\n"
+    done = subprocess.run([sys.executable, "study.py", "kernel", f"--runs={tmp_path / 'r'}", "--", "--corpus=nowhere"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "nowhere" in done.stderr and len(done.stderr.splitlines()) == 1 and done.stdout == ""
+    assert not (tmp_path / "r").exists()
