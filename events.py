@@ -46,8 +46,11 @@ def write_csv(logs, path):
     """The runs below the folder `logs` as a CSV that scaling.py's read_csv takes. Raises ValueError naming the run."""
     logs, rows, known = Path(logs), [], {}
     if (logs / "runs.csv").is_file():
-        with open(logs / "runs.csv", newline="") as file:
-            known = {row["run"]: row for row in csv.DictReader(file)}
+        with open(logs / "runs.csv", newline="", encoding="utf-8-sig") as file:
+            rows_known = list(csv.DictReader(file))
+        if rows_known and "run" not in rows_known[0]:
+            raise ValueError(f"{logs / 'runs.csv'} has no column run; it has {', '.join(map(str, rows_known[0]))}")
+        known = {row["run"]: row for row in rows_known}
     for folder in sorted({file.parent for file in logs.rglob("events.out.tfevents*")}):
         name = folder.relative_to(logs).as_posix()
         arguments, scalars = read(folder)
@@ -57,13 +60,15 @@ def write_csv(logs, path):
         try:
             N = float(given.get("params") or parameters(arguments))
             tokens_per_step = float(given.get("tokens_per_step") or int(arguments["global_batch_size"]) * int(arguments["seq_length"]))
+            unique = float(given.get("unique_tokens") or 0)
+        except ValueError as problem:
+            raise ValueError(f"{logs / 'runs.csv'}: run {name}: {problem}") from None
         except KeyError as missing:
             raise ValueError(f"{folder} does not log the argument {missing}; give params and tokens_per_step in {logs / 'runs.csv'}") from None
         if VALIDATION in scalars:
             steps, losses = scalars[VALIDATION]
         else:
             steps, losses = scalars[LOSS][0], smooth(scalars[LOSS][1])
-        unique = float(given.get("unique_tokens") or 0)
         points = zip(steps, losses) if unique else [(steps[-1], losses[-1])]
         rows += [dict(run=name, params=f"{N:.0f}", tokens=f"{step * tokens_per_step:.0f}", unique_tokens=f"{unique:.0f}" if unique else "",
                       epochs=f"{step * tokens_per_step / unique:.6g}" if unique else "", loss=f"{loss:.6g}") for step, loss in points if step > 0]

@@ -11,7 +11,7 @@ epochs      validation loss against epochs, a panel per amount of unique tokens,
 contours    a law's loss over parameters and epochs, its optimum, the best epochs of every size (a file per law)
 unique      the best loss, and the epochs and parameters that reach it, against unique tokens, by every law
 residuals   by how much every law misses, against epochs and parameters
-crossover   masked diffusion beside AR on the same unique tokens, and where it gets ahead
+crossover   masked diffusion beside AR on the same unique tokens, and where it gets ahead: at every size, and over all sizes
 """
 
 import functools
@@ -356,18 +356,34 @@ def residuals(groups):
 
 
 def crossover(groups):
-    """Against epochs and against compute: each size (thin), the best so far over sizes (thick), and where the masked one falls below the
-    lowest loss that AR ever has."""
+    """Two figures: a panel per size and amount of unique tokens, where masked diffusion may fall below the lowest loss that AR ever has at this
+    size; and against epochs and compute each size (thin) and the best so far over sizes (thick), where each may choose its size."""
     by = {g.objective: g.runs for g in groups if g.repeats}
     budgets = np.intersect1d(by["masked"].U, by["ar"].U) if {"masked", "ar"} <= by.keys() else ()
     if not len(budgets):
         raise ValueError("the data hold no runs over several epochs of masked and ar on the same unique tokens")
+    sizes = [N for N in np.unique(by["ar"].N) if np.isclose(by["masked"].N, N, rtol=0.03).any()]  # a masked one has the mask's embedding, too
+    if sizes:
+        figure, axes = panels(len(sizes) * len(budgets), columns=len(budgets), width=3.6, height=2.6, sharex="col")
+        for ax, (N, U) in zip(axes.flat, ((N, U) for N in sizes for U in budgets)):
+            here = {o: by[o].select((by[o].U == U) & np.isclose(by[o].N, N, rtol=0.03)) for o in ("ar", "masked")}
+            if not all(len(runs.e) for runs in here.values()):
+                ax.set_axis_off()
+                continue
+            mark_crossover(ax, {o: (runs.e[order := np.argsort(runs.e)], runs.loss[order]) for o, runs in here.items()}, "e")
+            low, high = min(runs.loss.min() for runs in here.values()), min(height(here["ar"]), here["ar"].loss.min() + 1.5)
+            ax.set(title=f"{human(N)} parameters, {human(U)} unique tokens", ylim=(low - 0.05 * (high - low), high + 0.45 * (high - low)))
+            ax.title.set_fontsize(9)
+            finish(ax, "epochs e" if N == sizes[-1] else "", legend=dict(loc="upper left", fontsize=7))
+        figure.supylabel(f"validation {LOSS}", fontsize=10)
+        figure.suptitle("At a fixed size. Masked diffusion's loss is an upper bound", fontsize=10)
+        yield "crossover_sizes", figure
     figure, axes = panels(2 * len(budgets), columns=len(budgets), width=4.2, sharey="col")
     for ax, U, against in zip(axes.flat, [*budgets] * 2, ["e"] * len(budgets) + ["flops"] * len(budgets)):
         here = {objective: by[objective].select(by[objective].U == U) for objective in ("ar", "masked")}
-        lowest = here["ar"].loss.min()
+        reached = {}
         for objective, runs in here.items():
-            title, colour = NAMES[objective]
+            colour = NAMES[objective][1]
             for curve in curves(runs):
                 ax.plot(getattr(curve, against), curve.loss, color=colour, lw=0.8, alpha=0.5)
             order = np.lexsort((runs.loss, getattr(runs, against)))
@@ -375,14 +391,9 @@ def crossover(groups):
             better = np.diff(best, prepend=np.inf) < 0
             better[-1] = True  # how long it was trained
             x, best = x[better], best[better]
-            ax.plot(x, best, color=colour, lw=2.4, label=f"{title}, best so far", gid=objective)
-        ax.axhline(lowest, color=ORANGE, lw=1, ls=":", label=f"AR's lowest, {lowest:.3f}")
-        if (ahead := best < lowest).any():  # of the masked ones, which came last
-            at = float(x[ahead.argmax()])
-            label = f"masked is ahead from {human(at) + ' epochs' if against == 'e' else scientific(at) + ' FLOPs'} on"
-            ax.plot(at, lowest, "*", ms=13, color=YELLOW, mec="black", mew=0.7, zorder=5, gid="crossover", label=label)
-        else:
-            ax.plot([], [], " ", label=f"masked stays {best[-1] - lowest:.3f} above")
+            reached[objective] = x, best
+        mark_crossover(ax, reached, against, ", best so far")
+        lowest, best = here["ar"].loss.min(), reached["masked"][1]
         low, high = min(best[-1], lowest), max(map(height, here.values()))
         ax.set(title=f"{human(U)} unique tokens" * (against == "e"), ylim=(low - 0.04 * (high - low), high + 0.3 * (high - low)))
         finish(ax, *(("epochs e", "", human) if against == "e" else (COMPUTE, "", scientific)), legend=dict(loc="upper right"))
@@ -391,10 +402,20 @@ def crossover(groups):
     yield "crossover", figure
 
 
-def crossover_curves(curves_csv, path):
-    """Draw `crossover` from a CSV with the columns unique_tokens, params, objective, epochs and val_loss. Raises ValueError."""
-    [(_, figure)] = crossover([Group(objective, scaling.read_csv(curves_csv, objective), {}) for objective in ("masked", "ar")])
-    return save(figure, Path(path))
+def mark_crossover(ax, lines, against, what=""):
+    """Both lines {objective: (x, loss)}, and a star where masked diffusion falls below the lowest loss of AR's."""
+    for objective, (x, loss) in lines.items():
+        title, colour = NAMES[objective]
+        ax.plot(x, loss, color=colour, lw=2.4 if what else 1.8, label=title + what, gid=objective)
+    (_, ar), (x, masked) = lines["ar"], lines["masked"]
+    lowest = ar.min()
+    ax.axhline(lowest, color=ORANGE, lw=1, ls=":", label=f"AR's lowest, {lowest:.3f}")
+    if (ahead := masked < lowest).any():
+        at = float(x[ahead.argmax()])
+        label = f"masked is ahead from {human(at) + ' epochs' if against == 'e' else scientific(at) + ' FLOPs'} on, by {lowest - masked.min():.3f} at most"
+        ax.plot(at, lowest, "*", ms=13, color=YELLOW, mec="black", mew=0.7, zorder=5, gid="crossover", label=label)
+    else:
+        ax.plot([], [], " ", label=f"masked stays {masked.min() - lowest:.3f} above")
 
 
 # --------------------------------------------------------------------------------------------------------- main

@@ -359,7 +359,9 @@ class Valleys(NamedTuple):
     parabola: np.ndarray  # (budgets, 3): numpy.polyfit's, in log10 N
 
     def power_laws(self):
-        """N = k_N·C^a and D = k_D·C^b through the minima; D = C/(6N), so b = 1 − a."""
+        """N = k_N·C^a and D = k_D·C^b through the minima; D = C/(6N), so b = 1 − a. Raises ValueError for a single budget."""
+        if len(self.flops) < 2:
+            raise ValueError("one budget of compute gives no power law; an IsoFLOP fit needs two or more")
         a, k = np.polyfit(np.log(self.flops), np.log(self.N), 1)
         return dict(k_N=math.exp(k), a=a, k_D=math.exp(-k) / 6, b=1 - a)
 
@@ -391,19 +393,23 @@ def valleys(runs, loss=None):
 
 
 def bootstrap_valleys(runs, n, seed=0):
-    """n draws of the power laws: each budget's residuals are drawn anew around its parabola, widened for the three fitted coefficients."""
+    """n draws of the power laws: residuals of all budgets, drawn anew around the parabolas; none if each budget has three sizes only.
+
+    A parabola takes three degrees of freedom, so that residuals are widened by √(runs/df); and since σ is itself only known from df of
+    them, each draw has a σ of its own, by its χ² distribution: the intervals are Student's, not the normal's.
+    """
     rng, fitted, budget = np.random.default_rng(seed), valleys(runs), budget_of(runs)
     smooth = np.array([np.polyval(fitted.parabola[k], x) for k, x in zip(budget, np.log10(runs.N))])
-    sizes = np.bincount(budget)
-    residuals = (runs.loss - smooth) * np.sqrt(sizes / np.maximum(sizes - 3, 1))[budget]
-    draws = []
-    while len(draws) < n:
-        noise = np.zeros(len(budget))
-        for k in range(len(sizes)):
-            noise[budget == k] = rng.choice(residuals[budget == k], sizes[k])
+    df = len(budget) - 3 * len(fitted.flops)
+    if df < 1:
+        return []
+    residuals, draws = (runs.loss - smooth) * math.sqrt(len(budget) / df), []
+    for _ in range(20 * n):  # a draw may have no valley
+        if len(draws) == n:
+            break
         try:
-            draws.append(valleys(runs, smooth + noise).power_laws())
-        except ValueError:  # no valley in this draw
+            draws.append(valleys(runs, smooth + rng.choice(residuals, len(budget)) * math.sqrt(df / rng.chisquare(df))).power_laws())
+        except ValueError:
             continue
     return draws
 

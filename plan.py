@@ -31,7 +31,7 @@ from scaling import QUOKKA, fit_files, human, known_laws, reach_of, read_csv
 MEMORY = {"H100": 80e9, "H200": 141e9, "A100": 80e9}  # bytes
 STATE = 16  # bytes per parameter in fp32: weights, gradients and AdamW's two moments
 # What their authors' runs reached, by their abstracts; 0 where those do not say.
-CHINCHILLA_REACH = dict(N=(7e7, 1.6e10), D=(5e9, 5e11))
+CHINCHILLA_REACH = dict(N=(7e7, 1.6e10), D=(5e9, 5e11), flops=(0, 5.8e23))
 MUENNIGHOFF_REACH = dict(N=(0, 9e9), D=(0, 9e11))
 
 
@@ -39,11 +39,11 @@ MUENNIGHOFF_REACH = dict(N=(0, 9e9), D=(0, 9e11))
 class Plan:
     """What there is. Give what you know; the rest follows."""
 
-    flops: float = setting(0.0, "training compute, 6·N·D", low=0)
-    params: float = setting(0.0, "parameters N (embeddings included)", low=0)
-    tokens: float = setting(0.0, "training tokens D, repeats included", low=0)
-    unique_tokens: float = setting(0.0, "tokens of text that there are: with repeats as the laws advise", low=0)
-    epochs: float = setting(0.0, "passes over them", low=0)
+    flops: float = setting(0.0, "training compute, 6·N·D", low=0, high=1e40)
+    params: float = setting(0.0, "parameters N (embeddings included)", low=0, high=1e20)
+    tokens: float = setting(0.0, "training tokens D, repeats included", low=0, high=1e20)
+    unique_tokens: float = setting(0.0, "tokens of text that there are: with repeats as the laws advise", low=0, high=1e20)
+    epochs: float = setting(0.0, "passes over them", low=0, high=1e12)
     gpus: int = setting(8, "GPUs, for --days, and for the time that the plan takes", low=1)
     days: float = setting(0.0, "on these GPUs: compute = GPUs · days · peak · MFU", low=0)
     gpu: Literal["H100", "H200", "A100"] = setting("H100", "kind of GPU, for its peak in bf16 and its memory")
@@ -87,6 +87,7 @@ class Row(NamedTuple):
     N_range: tuple = ()  # 95 % intervals, where there are draws
     loss_range: tuple = ()
     notes: tuple = ()
+    D_range: tuple = ()  # where N was given and D follows
 
     @property
     def tokens(self):
@@ -135,6 +136,8 @@ def sources_of(fits):
             if f.law is PARAMETRIC:
                 once.append(Source(named(law), objective, reach, f, laws.allocation(f.coefficients), list(map(laws.allocation, f.draws))))
             else:
+                if f.law is OURS:  # one batch size: no step at the size from which on the paper's curves had another
+                    f = f._replace(coefficients=f.coefficients | dict(w=0.0), draws=[draw | dict(w=0.0) for draw in f.draws])
                 reach = {k: reach[k] for k in "NU"} | dict(e=(1.0, max(1.0, reach["e"][1])))  # at one epoch all of them are laws of new tokens
                 again.append(Source(named(law), objective, reach, f, searched={k: reach[k] for k in "Ne"}))
     # The first credible one is suggested: your own fits, then ours, whose error on curves left out is the smallest.
@@ -154,7 +157,7 @@ def outside(reach, **values):
     for what, value in values.items():
         low, high = reach.get(what, (0, math.inf))
         if not low / 1.2 <= value <= high * 1.2:
-            name = dict(N="parameters", D="tokens", U="unique tokens", e="epochs")[what]
+            name = dict(N="parameters", D="tokens", U="unique tokens", e="epochs", flops="compute")[what]
             beyond.append(f"{name} {value / high:.3g} × its largest" if value > high else f"{name} {low / value:.3g} × below its smallest")
     return ("extrapolates: " + ", ".join(beyond),) if beyond else ()
 
@@ -180,14 +183,15 @@ def compute_plans(plan, flops, once):
             float(laws.predict(fitted, N, D)) if fitted else math.nan,
             tuple(np.quantile([choose(draw)[0] for draw in draws], (0.025, 0.975))) if free else (),
             tuple(laws.interval(fitted, lambda c, f=fitted, N=N, D=D: float(laws.evaluate(f.law, c, N, D)))) if fitted and fitted.draws else (),
-            outside(reach, N=N, D=D)))
+            outside(reach, N=N, D=D, flops=6 * N * D), tuple(np.quantile([choose(draw)[1] for draw in draws], (0.025, 0.975))) if draws and not plan.tokens and plan.params and not flops else ()))
     return rows
 
 
-def data_plans(plan, flops, again, fresh=None):
+def data_plans(plan, flops, again, fresh=None, least=1.0):
     """Data-constrained rows: U unique tokens, as many epochs as each law advises (or as asked for).
 
     `fresh`: the parametric Fit that a masked row's loss is held against: repeated tokens cannot be worth more than new ones.
+    `least`: epochs from which on the best are searched; below 1 where there is text enough.
     """
     U, rows = plan.unique_tokens, []
     epochs = plan.epochs or plan.tokens / U
@@ -198,12 +202,12 @@ def data_plans(plan, flops, again, fresh=None):
             if flops and (plan.params or epochs):
                 N, e = (plan.params, flops / (6 * plan.params * U)) if plan.params else (flops / (6 * U * epochs), epochs)
                 return laws.Choice(N, e, float(laws.evaluate(law, c, N, U, e)), False)
-            return laws.best(law, c, U, N=plan.params or searched["N"], e=epochs or searched["e"], flops=flops or math.inf, points=120)
+            return laws.best(law, c, U, N=plan.params or searched["N"], e=epochs or (least, searched["e"][1]), flops=flops or math.inf, points=120)
 
         found, notes = choose(fitted.coefficients), ()
         if found.edge:
             notes += ("the loss still falls at the border of " + ("its data" if fitted.draws else "the search"),)
-        elif found.e < 1.001 and not epochs:
+        elif found.e < 1.001 and not epochs and least == 1:
             notes += ("prefers a single epoch",)
         if law is EQ15 and plan.params and not epochs and not flops:
             local = laws.eq15_best_epochs(fitted.coefficients, found.N, U)
@@ -293,9 +297,9 @@ def print_plan(plan, rows, flops):
         table += [[title]] * bool(of)
         for row in of:
             hours = row.flops / speed / 3600
-            span = f" [{human(row.N_range[0])}, {human(row.N_range[1])}]" if len(row.N_range) and row.N_range[0] < row.N_range[1] * 0.999 else ""
+            span, tokens = (f" [{human(r[0])}, {human(r[1])}]" if len(r) and r[0] < r[1] * 0.999 else "" for r in (row.N_range, row.D_range))
             band = f" [{row.loss_range[0]:.3f}, {row.loss_range[1]:.3f}]" if len(row.loss_range) else ""
-            table.append(["  " + row.law, human(row.N) + span, human(row.tokens), count(row.e), f"{row.flops:.3g}",
+            table.append(["  " + row.law, human(row.N) + span, human(row.tokens) + tokens, count(row.e), f"{row.flops:.3g}",
                           "not said" if math.isnan(row.loss) else f"{row.loss:.3f}{band}", duration(hours),
                           *([f"{hours * plan.gpus * plan.price:,.0f}"] if plan.price else []), nearest(row.N)])
     widths = [max(len(line[i]) for line in table if i < len(line) > 1) for i in range(len(table[0]))]
@@ -325,7 +329,8 @@ def override_file(plan, row):
     """The text of an override file that trains `row` by the paper's recipe (SPEC §10), and its own warnings."""
     name = nearest(row.N)
     N = float(name[:-1]) * 1e6
-    batch = 256 if N < 1.5e9 else 512 if N < 5e9 else 1024
+    batch, micro = 256 if N < 1.5e9 else 512 if N < 5e9 else 1024, 8 if N < 3e9 else 4
+    batch = math.ceil(batch / (plan.gpus * micro)) * plan.gpus * micro  # whole micro-batches on every GPU
     repeated = bool(plan.unique_tokens) and row.e > 1
     steps = math.ceil(row.tokens / (batch * 2048))
     hours = 6 * N * row.tokens / (plan.gpus * PEAK[plan.gpu] * plan.mfu) / 3600
@@ -334,7 +339,7 @@ def override_file(plan, row):
         warnings.append(f"the plan wants {human(row.N)} parameters; {name}, the ladder's nearest, takes {N / row.N:.2g} × its FLOPs")
     warnings += filter(None, [too_large(plan, N)])
     kind, passes = "Masked diffusion" if row.objective == "masked" else "Autoregressive", f", {count(row.e)} epochs of {human(row.U)}" if row.e > 1 else ""
-    expect = f"by this law a loss of {row.loss:.2f} nats per token" if not math.isnan(row.loss) else "what only training will tell: this law says nothing of the loss"
+    expect = f"by this law a loss of {row.loss:.2f} nats per token, at {human(row.N)} parameters" if not math.isnan(row.loss) else "what only training will tell: this law says nothing of the loss"
     own = " of " in row.law
     text = f"""# {kind}: {name} parameters, {human(row.tokens)} tokens{passes}.
 # Planned by scaling.py from {row.law} for N = {human(row.N)}; {name} is the ladder's nearest model.
@@ -350,7 +355,7 @@ short_rows = {0.01 if row.objective == 'masked' else 0.0}
 tokens = {row.tokens:.6g}
 {f'unique_tokens = {int(row.U)}' if repeated else '# every token is new'}
 batch_size = {batch}
-micro_batch = {8 if N < 3e9 else 4}
+micro_batch = {micro}
 lr = {2e-4 if N < 8e9 else 1.25e-4}
 lr_schedule = "{'wsd' if repeated else 'cosine'}"
 decay = {min(1000, max(1, steps // 10))}{'  # the last steps, as many as in the paper; a longer decay often ends lower' if repeated else ''}
@@ -370,7 +375,7 @@ def main(argv=None):
                 rows = [row for row in compute_plans(plan, flops, once) if row.tokens <= plan.unique_tokens]
             seen_once = len(rows)
             fresh = next((source.fitted for source in once if source.name == "approach 2 refitted"), None)
-            rows += data_plans(plan, flops, again, fresh)
+            rows += data_plans(plan, flops, again, fresh, least=1e-6 if rows else 1.0)
         else:
             rows = compute_plans(plan, flops, once)
         chosen = suggested(plan, rows)

@@ -20,6 +20,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import csv  # noqa: E402
 import importlib.util  # noqa: E402
 import json  # noqa: E402
+import math  # noqa: E402
 import sys  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -32,6 +33,10 @@ from configurator import setting  # noqa: E402
 from laws import EQ15, LAWS, Fit, Runs  # noqa: E402
 
 QUOKKA = Path(__file__).resolve().parent / "results/quokka"
+
+
+def split(text):
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def human(x):
@@ -77,7 +82,7 @@ class FitConfig:
 
     def problems(self):
         known = ("approach1", *LAWS)
-        wrong = [f"laws: '{name}' is not one of {', '.join(known)}" for name in filter(None, self.laws.split(",")) if name not in known]
+        wrong = [f"laws: '{name}' is not one of {', '.join(known)}" for name in split(self.laws) if name not in known]
         return wrong + [f"bootstrap={self.bootstrap}: an interval needs 20 resamples or more (0: none)"] * (0 < self.bootstrap < 20)
 
     @property
@@ -87,14 +92,15 @@ class FitConfig:
         return "Quokka" if path.parent == QUOKKA else path.parent.name if path.stem in ("points", "curves") else path.stem
 
 
-def read_csv(path, objective=""):
+def read_csv(path, objective=None):
     """Runs of a CSV with the columns params, loss (or val_loss), and tokens or unique_tokens and epochs. Raises ValueError with the line.
 
-    A row with unique_tokens 0 or empty saw every token once. Rows of one (params, unique_tokens, objective, curve) with several epochs are
+    `objective` selects rows (None: all; "": those that name none). A row with unique_tokens 0 or empty saw every token once; without
+    epochs it has tokens/unique_tokens of them. Rows of one (params, unique_tokens, objective, curve) with several epochs are
     a curve; an `objective` column selects.
     """
     try:
-        with open(path, newline="") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:  # with or without a byte order mark
             rows = list(csv.DictReader(file))
     except OSError as problem:
         raise ValueError(f"{path}: {problem.strerror}") from None
@@ -122,11 +128,15 @@ def read_csv(path, objective=""):
 
     values, curve, curves = [], [], {}
     for line, row in enumerate(rows, 2):
-        if objective and row.get("objective", objective) != objective:
+        if objective is not None and (row.get("objective", objective) or "") != objective:
             continue
+        if None in row:
+            raise ValueError(f"{path}:{line}: more cells than the header has")
         try:
             unique = number(row, "unique_tokens", 0.0)
-            U, e = (unique, number(row, "epochs", 1.0)) if unique > 0 else (number(row, "tokens"), 1.0)
+            U, e = (number(row, "tokens"), 1.0) if unique == 0 else (unique, number(row, "epochs", number(row, "tokens", unique) / unique))
+            if unique > 0 and row.get("tokens") and abs(math.log(number(row, "tokens") / (U * e))) > 0.01:
+                raise ValueError(f"tokens={row['tokens']}: not unique_tokens · epochs = {U * e:.6g}")
             values.append((number(row, "params"), U, e, number(row, loss)))
         except ValueError as problem:
             raise ValueError(f"{path}:{line}: {problem}") from None
@@ -140,7 +150,7 @@ def read_csv(path, objective=""):
 def objectives_in(path):
     """The objectives of a CSV's runs, [""] where it names none (or cannot be read: read_csv says why)."""
     try:
-        with open(path, newline="") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             return sorted({row.get("objective") or "" for row in csv.DictReader(file)}) or [""]
     except (OSError, UnicodeDecodeError, csv.Error):
         return [""]
@@ -189,7 +199,7 @@ def judge(fitted, runs):
 
 def fit_all(cfg, runs, objective, held_out):
     """Every law on these runs: ({name: what fits.json keeps}, {name: Fit}, lines of the report)."""
-    names = cfg.laws.split(",") if cfg.laws else suiting(runs, objective)
+    names = split(cfg.laws) or suiting(runs, objective)
     fitted_on = laws.thin(runs, cfg.points) if len(runs.N) > len(np.unique(runs.curve)) else runs
     jobs, kept, fits, lines = cfg.jobs or None, dict(about=dict(objective=objective or cfg.objective, data=cfg.name)), {}, []
     lines.append(f"{len(runs.N):,} points of {len(np.unique(runs.curve))} {'curves' if fitted_on is not runs else 'runs'}"
@@ -204,13 +214,25 @@ def fit_all(cfg, runs, objective, held_out):
         else:
             kept["approach1"] = dict(coefficients=power, draws=draws, range=reach_of(runs))
             spans = {k: np.quantile([d[k] for d in draws], (0.025, 0.975)) for k in power} if draws else {}
+            found, budget = laws.valleys(runs), laws.budget_of(runs)
+            beyond = [f"{C:.3g}" for k, (C, N) in enumerate(zip(found.flops, found.N)) if not runs.N[budget == k].min() <= N <= runs.N[budget == k].max()]
+            if beyond:
+                lines += [f"The minimum lies outside the sizes that were trained at {', '.join(beyond)} FLOPs: an extrapolation. Add sizes on its side.\n"]
+            if cfg.bootstrap and not draws:
+                lines += ["Three sizes per budget determine their parabola and nothing more: no intervals for approach 1. Add sizes.\n"]
             lines += ["| IsoFLOP (approach 1) | value | 95 % interval |", "| --- | --- | --- |",
                       *(f"| {k} | {v:.4g} | {span(spans.get(k))} |" for k, v in power.items()), ""]
     table = ["| law | coefficients | Σ Huber | residual, points / curves | left out, points / curves |" + (" held out, points / curves |" if held_out else ""),
              "| --- | --- | --- | --- | --- |" + (" --- |" if held_out else "")]
     for name in (n for n in names if n != "approach1"):
         progress(f"{objective + ' ' * bool(objective)}{name}: fit, {cfg.bootstrap} resamples" + ", every curve left out" * cfg.leave_out)
-        best = laws.fit(LAWS[name], fitted_on, jobs=jobs)
+        try:
+            best = laws.fit(LAWS[name], fitted_on, jobs=jobs)
+        except ValueError as problem:  # fewer runs than coefficients
+            if not cfg.laws and (fits or "approach1" in kept):
+                lines += [f"No {name}: {problem}.\n"]
+                continue
+            raise
         if cfg.bootstrap:
             best = laws.bootstrap(best, fitted_on, cfg.bootstrap, cfg.seed, jobs)
         fits[name] = best
@@ -237,7 +259,7 @@ def fit_all(cfg, runs, objective, held_out):
         lines += [f"| {name} | value | 95 % interval |", "| --- | --- | --- |",
                   *(f"| {k} | {'0' if shown[k] < 1e-6 and k not in best.law.signed else 'not determined by these data'} | – |" if k in loose else
                     f"| {k} | {f(best.coefficients):.4g} | {span(laws.interval(best, f) if best.draws else None)} |" for k, f in quantities.items()), ""]
-    if "approach1" in kept and "parametric" in fits and cfg.bootstrap:
+    if "approach1" in kept and "parametric" in fits and kept["approach1"]["draws"]:
         two = laws.interval(fits["parametric"], lambda c: laws.allocation(c)["a"])
         if spans["a"][1] < two[0] or two[1] < spans["a"][0]:
             lines += ["The two approaches disagree on the exponent of N: their intervals do not meet. Look at the valleys and the residuals before using either.\n"]
@@ -262,6 +284,8 @@ def known_laws(path):
                 about = entry
             elif name == "approach1":
                 approach1 = entry
+                if not all({"k_N", "a", "k_D", "b"} <= power.keys() for power in (entry["coefficients"], *entry["draws"])) or not entry["range"]:
+                    raise ValueError("approach1 has other coefficients than in laws.py")
             else:
                 if entry["coefficients"].keys() != {*LAWS[name].starts(1, 1, 1), *LAWS[name].constants(1, 1, 1)}:
                     raise ValueError(f"{name} has other coefficients than in laws.py")
@@ -276,7 +300,7 @@ def known_laws(path):
 def fit_files(paths):
     """The fits.json files (fits_ar.json, …) of a comma list of files and folders. Raises ValueError."""
     found = []
-    for path in filter(None, (part.strip() for part in paths.split(","))):
+    for path in split(paths):
         inside = sorted(map(str, Path(path).glob("fits*.json"))) if Path(path).is_dir() else [path]
         if not inside:
             raise ValueError(f"{path} holds no fits.json; make it with python scaling.py fit")
@@ -303,25 +327,29 @@ def fit_main(argv):
     cfg = configurator.load(FitConfig, argv, FIT_HELP)
     out = Path(cfg.out)
     try:
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"out={out} is not a folder")
         source = read_any(cfg.data, out)
         held_out = read_csv(cfg.held_out) if cfg.held_out else None
         groups = {objective: read_csv(source, objective) for objective in ([cfg.objective] if cfg.objective else objectives_in(source))}
         kept, reports = {}, []
+        fitted = {}
         for objective, runs in groups.items():
-            kept[objective], fits, lines = fit_all(cfg, runs, objective, held_out)
+            kept[objective], fitted[objective], lines = fit_all(cfg, runs, objective, held_out)
             reports += [f"## {objective}\n"] * bool(objective) + lines
-            out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)  # only now: nothing is overwritten by half of a result
+        for objective, runs in groups.items():
             (out / f"fits{'_' * bool(objective)}{objective}.json").write_text(json.dumps(kept[objective], indent=1) + "\n")
             if cfg.figures:
                 import figures
 
-                figures.of_fit(runs, fits, out, objective)
+                figures.of_fit(runs, fitted[objective], out, objective)
         if {"masked", "ar"} <= kept.keys() and all("approach1" in kept[k] for k in ("masked", "ar")):
             reports += ["## Masked against AR at equal compute\n", *data_ratio(kept), ""]
-    except ValueError as problem:
+        (out / "fits.md").write_text("\n".join(reports) + "\n")
+    except (ValueError, OSError) as problem:
         configurator.fail(str(problem))
     progress("")
-    (out / "fits.md").write_text("\n".join(reports) + "\n")
     print("\n".join(reports) + f"\nwrote {out}/; python scaling.py plan --fits={out} … plans by these laws")
 
 

@@ -31,12 +31,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 
 import configurator
 import data
 import train
 from configurator import setting
+from laws import smooth
 from model import ModelConfig, Transformer, checkpoints, ladder
 
 TRAIN = Path(train.__file__).resolve()
@@ -51,7 +53,7 @@ class Config:
     base: str = setting("configurator/quickstart.py", "override files that every run starts from, with commas between")
     out: str = setting("runs/sweep", "folder of the sweep")
     # the grid: lists with commas
-    models: str = setting("2x64,2x128", "sizes: names of the ladder such as 106M, or LAYERSxWIDTH with heads as wide as the base's")
+    models: str = setting("1x64,2x64,2x128", "sizes, three or more for a fit: names of the ladder such as 106M, or LAYERSxWIDTH with heads as wide as the base's")
     objectives: str = setting("masked,ar", "of masked, ar and uniform")
     flops: str = setting("", "IsoFLOP grid: budgets 6·N·D")
     unique_tokens: str = setting("", "data-constrained grid: unique tokens (with epochs)")
@@ -338,12 +340,12 @@ def read_runs(folder):
         s, config = record["settings"], ModelConfig(**record["model"])
         tokens, params, unique = record["samples"] * s["block_len"], count_params(config), s["unique_tokens"]
         whole = unique or corpus_size(s["corpus"], s["tokenizer"], s["val_share"])
-        late = [m["loss"] for m in metrics if "loss" in m and m["step"] > 0.95 * record["steps"]]  # the training loss is a mean over these
+        losses = smooth(np.array([m["loss"] for m in metrics if "loss" in m]))  # the training loss is the end of this
         last = [m for m in metrics if "val_loss" in m][-1]
         rows.append(dict(
             name=name, objective=s["objective"], n_layer=config.n_layer, d_model=config.d_model, params=params, tokens=tokens,
             flops=6 * params * tokens, unique_tokens=unique or (whole if tokens > whole else 0), epochs=tokens / whole if whole else "",
-            seed=s["seed"], val_loss=last["val_loss"], val_bpb=last["val_bpb"], train_loss=sum(late) / len(late) if late else "",
+            seed=s["seed"], val_loss=last["val_loss"], val_bpb=last["val_bpb"], train_loss=float(losses[-1]) if len(losses) else "",
             batch=s["batch_size"] * s["block_len"], lr=s["lr"]))
     return sorted(rows, key=lambda row: [row[k] for k in ("objective", "unique_tokens", "params", "tokens", "seed")])
 

@@ -112,7 +112,7 @@ def test_a_sweep_on_few_tokens_as_pdf(repeated, tmp_path):
     fits = ",".join(map(str, repeated.glob("fit/*.json")))
     done = command(f"--data={repeated / 'curves.csv'}", f"--fits={fits}", f"--out={tmp_path}", "--format=pdf", "--which=crossover,epochs", "--laws=eq15")
     assert done.returncode == 0 and not done.stderr
-    assert {p.name for p in tmp_path.iterdir()} == {"crossover.pdf", "epochs_ar.pdf", "epochs_eq15_masked.pdf"}
+    assert {p.name for p in tmp_path.iterdir()} == {"crossover.pdf", "crossover_sizes.pdf", "epochs_ar.pdf", "epochs_eq15_masked.pdf"}
     assert all(p.read_bytes().startswith(b"%PDF") and b"/Type /Font" in p.read_bytes() for p in tmp_path.iterdir())  # text, not an image
 
 
@@ -297,7 +297,7 @@ def test_residuals(paper):
     assert figure["residuals_epochs"][-2].get_xlabel() == "epochs e" and figure["residuals_isoflop"][-2].get_xlabel() == "training tokens D"
 
 
-def test_crossover_is_where_masked_falls_below_all_of_ar(repeated, tmp_path):
+def test_crossover_is_where_masked_falls_below_all_of_ar(repeated):
     groups = own(repeated)
     by = {group.objective: group.runs for group in groups}
     panels = drawn("crossover", groups)["crossover"]
@@ -312,8 +312,12 @@ def test_crossover_is_where_masked_falls_below_all_of_ar(repeated, tmp_path):
     assert best[-1] == few["ar"].loss.min() and e[-1] == pytest.approx(200)  # the best of all so far, to the end
     assert best[0] == min(few["ar"].loss[few["ar"].e == 1])
     assert len(lines(panels[0])) == 2 * 3 + 1  # each size, and AR's lowest
-    path = figures.crossover_curves(repeated / "curves.csv", tmp_path / "new" / "crossover.png")
-    assert path.is_file()
+    sizes = drawn("crossover", groups)["crossover_sizes"]
+    assert len(sizes) == 6 and [bool(lines(ax, "crossover")) for ax in sizes] == [True, False] * 3
+    for ax, N in zip(sizes[::2], (5e4, 2e5, 8e5)):
+        masked, ar = (few[o].select(few[o].N == N) for o in ("masked", "ar"))
+        [[at], [level]] = lines(ax, "crossover")[0]
+        assert level == ar.loss.min() and at == pytest.approx(masked.e[masked.loss < level].min())
 
 
 def test_crossover_needs_unique_tokens_in_common(repeated):

@@ -233,6 +233,19 @@ def test_valleys_find_exact_parabolas():
         laws.valleys(runs._replace(loss=-runs.loss))
 
 
+def test_intervals_of_approach_1_cover():
+    """200 studies of 5 budgets with 4 sizes each, noise 0.2 %: nominal 95 %. With three sizes the residuals say nothing of the noise."""
+    C, hits = np.repeat([1e18, 3e18, 1e19, 3e19, 1e20], 4), 0
+    N = 0.03 * C**0.5 * np.tile([0.3, 0.7, 1.6, 4.0], 5)
+    loss = 3 + 0.3 * np.log10(N / (0.03 * C**0.5)) ** 2
+    for seed in range(200):
+        runs = Runs(N, C / 6 / N, np.ones(20), loss * np.exp(np.random.default_rng(seed).normal(0, 0.002, 20)), np.arange(20))
+        low, high = np.quantile([d["a"] for d in laws.bootstrap_valleys(runs, 100, seed)], (0.025, 0.975))
+        hits += low <= 0.5 <= high
+    assert 0.9 <= hits / 200 <= 0.995
+    assert laws.bootstrap_valleys(runs.select(np.arange(20) % 4 < 3), 10) == []
+
+
 def test_budgets_are_told_apart_by_their_flops(isoflop):
     rows = read("isoflop_points.csv")
     flops = np.array([float(row["flops"]) for row in rows])
@@ -269,7 +282,7 @@ def coverage(name, n_studies, n_draws, noise):
 def test_intervals_cover(name):
     """Nominal 95 %; results/laws_coverage.md has the counts of a longer study."""
     for quantity, share in coverage(name, 40, 60, 0.004 if name == "parametric" else 0.01).items():
-        assert share >= 0.85, quantity
+        assert share >= 0.83, quantity  # 0.92 less 2.3 standard errors of 40 studies
 
 
 # ---------------------------------------------------------------------------------------------------- best choices

@@ -177,6 +177,31 @@ def test_models_too_large_for_their_gpu(run, tmp_path):
     assert code == 0 and re.search(r"warning: the plan wants 1.11M parameters; 7M, the ladder's nearest, takes 6.\d* × its FLOPs", out)
 
 
+def test_text_enough_for_less_than_an_epoch(run):
+    """Where compute binds, the laws of repeats may leave text unread."""
+    code, out, _ = run("plan", "--unique_tokens=1T", "--flops=1e20")
+    row = next(line for line in out.splitlines() if line.startswith("  ours "))
+    assert code == 0 and float(re.search(r"[MB]\]? +([\d.]+)[MBT] +([\d.e-]+) ", row)[2]) < 0.5 and "suggested for masked: approach 1 " in out
+
+
+@pytest.mark.parametrize("argv", [("--params=1e300",), ("--tokens=1e300",), ("--flops=1e300",), ("--unique_tokens=1e300",)])
+def test_absurd_budgets(run, argv):
+    code, out, err = run("plan", *argv)
+    assert (code, out) == (2, "") and "must be at most" in err
+
+
+def test_a_batch_fits_any_number_of_gpus(run, tmp_path):
+    code, *_ = run("plan", "--gpus=3", "--days=3", f"--write={tmp_path / 'x.py'}")
+    cfg = configurator.load(train.Config, [str(tmp_path / "x.py")])
+    assert code == 0 and cfg.batch_size % (3 * cfg.micro_batch) == 0 and 256 <= cfg.batch_size < 320
+
+
+def test_ours_is_planned_without_the_step_between_batch_sizes():
+    once, again = planning.sources_of(plan(flops=1).fits)
+    [ours] = [source.fitted for source in again if source.name == "ours"]
+    assert abs(laws.predict(ours, 2.4999e9, 1e8, 3.0) - laws.predict(ours, 2.5001e9, 1e8, 3.0)) < 1e-3
+
+
 def test_durations():
     assert [planning.duration(h) for h in (1 / 360, 0.5, 20, 100, 1e4, 1e9)] == ["10.0 s", "30.0 min", "20.0 h", "4.2 days", "416.7 days", "1.1e+05 years"]
 
@@ -342,12 +367,47 @@ def test_the_recorded_left_out_errors_can_be_repeated():
     ("params,tokens,loss\n1e6,1e7,3\n1e6,x,3\n", ":3: tokens=x: expected a number"), ("params,tokens,loss\n1e6,1e7,-3\n", ":2: loss=-3: must be positive"),
     ("params,tokens,loss\n1e6,1e7\n", ":2: loss=: expected a number"), ("params,tokens,loss\n", "holds no runs"), ("", "holds no runs"),
     ("params,tokens,loss\n1e6,1e7,3\n2e6,1e7,3\n", "5 coefficients, there are only 2 runs"), ("params;tokens;loss\n1;2;3\n", "separate columns by commas"),
-    ("params,tokens,loss\n1e6,nan,3\n", ":2: tokens=nan: "),
+    ("params,tokens,loss\n1e6,nan,3\n", ":2: tokens=nan: "), ("params,tokens,loss\n1e6,1e7,3,4\n", ":2: more cells than the header has"),
+    ("params,tokens,unique_tokens,epochs,loss\n1e6,1e8,1e7,3,2\n", ":2: tokens=1e8: not unique_tokens · epochs = 3e+07"),
 ])  # fmt: skip
 def test_bad_csv(run, tmp_path, text, says):
     (tmp_path / "x.csv").write_text(text)
     code, _, err = run("fit", f"--data={tmp_path / 'x.csv'}", f"--out={tmp_path / 'fit'}", "--figures=False")
     assert code == 2 and says in err and len(err.splitlines()) == 1 and not (tmp_path / "fit").exists()
+
+
+def test_epochs_follow_from_tokens(tmp_path):
+    (tmp_path / "x.csv").write_text("\ufeffparams,tokens,unique_tokens,objective,loss\n1e6,4e7,1e7,ar,3\n1e6,4e7,,,2\n", encoding="utf-8")  # as Excel writes it
+    runs = scaling.read_csv(tmp_path / "x.csv")
+    assert list(runs.U) == [1e7, 4e7] and list(runs.e) == [4, 1]
+    assert scaling.objectives_in(tmp_path / "x.csv") == ["", "ar"]
+    assert [list(scaling.read_csv(tmp_path / "x.csv", objective).loss) for objective in ("", "ar")] == [[2], [3]]
+
+
+def test_what_an_isoflop_grid_does_not_say(run, tmp_path):
+    """One budget, a minimum outside the sizes, three sizes per budget."""
+    def grid(budgets, ratios):
+        return [dict(params=1e7 * (C / 1e18) ** 0.5 * r, tokens=C / 6 / (1e7 * (C / 1e18) ** 0.5 * r), loss=3 + math.log10(r) ** 2 - math.log10(C) / 50)
+                for C in budgets for r in ratios]
+
+    fit = ("fit", f"--data={tmp_path / 'a.csv'}", f"--out={tmp_path / 'o'}", "--figures=False", "--bootstrap=20")
+    write(tmp_path / "a.csv", grid([1e18], (0.2, 0.5, 1, 2, 4)))
+    assert "No approach 1: one budget of compute gives no power law" in run(*fit)[1]
+    write(tmp_path / "a.csv", grid([1e18, 1e19], (2, 4, 8, 16)))
+    assert "The minimum lies outside the sizes that were trained at 1e+18, 1e+19 FLOPs" in run(*fit)[1]
+    write(tmp_path / "a.csv", grid([1e18, 1e19], (0.5, 1, 2)))
+    out = run(*fit)[1]
+    assert "no intervals for approach 1" in out and re.search(r"\| a \| 0\.5 \| – \|", out)
+
+
+def test_half_a_result_overwrites_nothing(run, tmp_path):
+    rows = [dict(objective="ar", params=N, tokens=C / 6 / N, loss=3 + math.log10(N / 1e6) ** 2) for C in (1e15, 1e16) for N in (3e5, 1e6, 3e6, 1e7)]
+    write(tmp_path / "a.csv", [*rows, dict(objective="masked", params=1, tokens=1, loss=1)])
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o/fits_ar.json").write_text("mine")
+    code, _, err = run("fit", f"--data={tmp_path / 'a.csv'}", f"--out={tmp_path / 'o'}", "--figures=False", "--bootstrap=0", "--laws=approach1")
+    assert code == 2 and "fewer than three sizes" in err and (tmp_path / "o/fits_ar.json").read_text() == "mine"
+    assert "is not a folder" in run("fit", f"--out={tmp_path / 'a.csv'}")[2]
 
 
 def test_other_bad_input(run, tmp_path):
