@@ -220,6 +220,19 @@ def test_leave_out_judges_unseen_curves():
     assert laws.leave_out(laws.fit(EQ21, odd), odd, jobs=1)[7] > 0.2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("what, expected", [("U", (0.074, 0.066, 0.049, 0.013)), ("N", (0.098, 0.070, 0.087, 0.020))])
+def test_curves_left_out_together(what, expected):
+    """All curves of one amount of unique tokens, or of one band of sizes: the table in docs/scaling-laws.md."""
+    runs, fits = scaling.read_csv(QUOKKA / "epoch_curves.csv"), scaling.known_laws(QUOKKA / "epochs/fits.json")[0]
+    few, found = laws.thin(runs, 40), []
+    of, few_of = (np.unique(r.U, return_inverse=True)[1] if what == "U" else np.digitize(r.N, [4e7, 1.2e8, 3.5e8, 1e9]) for r in (runs, few))
+    for name in ("eq15", "eq21", "eq23", "ours"):
+        errors = laws.leave_out(fits[name][0], few._replace(curve=few_of), runs._replace(curve=of))
+        found.append(np.average(list(errors.values()), weights=[(of == k).sum() for k in errors]))
+    assert found == pytest.approx(expected, abs=0.0015) and found[3] < 0.75 * min(found[:3])
+
+
 def test_valleys_find_exact_parabolas():
     C = np.repeat([1e18, 1e19, 1e20], 5)
     best = 0.03 * C**0.5
