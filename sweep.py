@@ -1,9 +1,9 @@
 """Many runs for a scaling law: lay out a grid, train it, collect its points.
 
-    python sweep.py --base=configurator/sweep_cpu.py --models=2x64,2x128 --flops=1e12,2e12 --dry_run     # what would run
-    python sweep.py --base=configurator/sweep_cpu.py --models=2x64,2x128 --flops=1e12,2e12               # runs it; the same goes on
+    python sweep.py --base=configurator/sweep_cpu.py --models=2x64,2x96,2x128 --flops=1e12,2e12 --dry_run     # what would run
+    python sweep.py --base=configurator/sweep_cpu.py --models=2x64,2x96,2x128 --flops=1e12,2e12               # runs it; the same goes on
     python sweep.py --base=my.py --models=106M,173M --unique_tokens=1e8,3e8 --epochs=1,4,16,64 --out=runs/epochs
-    python sweep.py --base=my.py --models=106M,173M --flops=3e18,1e19 --share=False --launch=slurm       # writes a job array (torchrun: prints commands)
+    python sweep.py --base=my.py --models=65M,106M,173M,276M --flops=3e18,1e19 --share=False --launch=slurm       # writes a job array (torchrun: prints commands)
 
 An IsoFLOP grid is models × flops, a data-constrained one models × unique_tokens × epochs, each for every objective and
 seed. A run is an override file <out>/configs/<name>.py, a folder <out>/runs/<name>, and a log.
@@ -393,6 +393,9 @@ def show(runs, cfg):
     for run in runs:
         print(f"{run.name:<{wide}}  {run.params:>13,} {run.steps:>9,} {run.tokens:>15,} {run.flops:>9.3g} {run.epochs:>8.3g} {run.settings.lr:>8.2g}"
               + ("  finished" if run.finished else f"  at step {run.done:,}" if run.done else ""))
+    sizes, budgets = len({run.params for run in runs if run.group[0] == runs[0].group[0]}), len(split(cfg.flops))
+    if cfg.flops and (sizes < 3 or budgets < 2):
+        print(f"note: {sizes} sizes at {budgets} budgets carry no law; an IsoFLOP fit takes three sizes and two budgets at least, intervals four sizes")
     alone, left = sum(run.flops for run in runs if not run.finished), remaining(runs, cfg)
     print(f"{len(runs)} runs, {left:.4g} FLOPs to do" + (f" instead of {alone:.4g}: sharing saves {1 - left / alone:.0%}" if cfg.share and alone else "")
           + f"; about {left / cfg.flops_per_s / cfg.jobs / 3600:.2g} h at {cfg.jobs} × {cfg.flops_per_s:.3g} FLOPs/s")
