@@ -374,6 +374,7 @@ def crossover(groups):
             low, high = min(runs.loss.min() for runs in here.values()), min(height(here["ar"]), here["ar"].loss.min() + 1.5)
             ax.set(title=f"{human(N)} parameters, {human(U)} unique tokens", ylim=(low - 0.05 * (high - low), high + 0.45 * (high - low)))
             ax.title.set_fontsize(9)
+            ax.xaxis.set_tick_params(labelbottom=True)  # the lowest of a column may be off
             finish(ax, "epochs e" if N == sizes[-1] else "", legend=dict(loc="upper left", fontsize=7))
         figure.supylabel(f"validation {LOSS}", fontsize=10)
         figure.suptitle("At a fixed size. Masked diffusion's loss is an upper bound", fontsize=10)
@@ -412,7 +413,7 @@ def mark_crossover(ax, lines, against, what=""):
     ax.axhline(lowest, color=ORANGE, lw=1, ls=":", label=f"AR's lowest, {lowest:.3f}")
     if (ahead := masked < lowest).any():
         at = float(x[ahead.argmax()])
-        label = f"masked is ahead from {human(at) + ' epochs' if against == 'e' else scientific(at) + ' FLOPs'} on, by {lowest - masked.min():.3f} at most"
+        label = f"ahead from {human(at) + ' epochs' if against == 'e' else scientific(at) + ' FLOPs'} on,\nby up to {lowest - masked.min():.3f}"
         ax.plot(at, lowest, "*", ms=13, color=YELLOW, mec="black", mew=0.7, zorder=5, gid="crossover", label=label)
     else:
         ax.plot([], [], " ", label=f"masked stays {masked.min() - lowest:.3f} above")
