@@ -26,7 +26,7 @@ import numpy as np
 import configurator
 import laws
 import scaling
-from configurator import setting
+from configurator import setting, split
 from laws import HALF_LIFE, PARAMETRIC, Fit, Runs
 from scaling import QUOKKA, human
 
@@ -65,10 +65,6 @@ class Group(NamedTuple):
     repeats = property(lambda self: bool(self.runs.e.max() > 1.01))
     title = property(lambda self: NAMES.get(self.objective, (self.objective or "runs",))[0])
     suffix = property(lambda self: f"_{self.objective}" if self.objective not in ("", "quokka") else "")
-
-
-def split(text):
-    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def read(cfg):

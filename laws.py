@@ -295,7 +295,7 @@ def interval(fitted, quantity, level=0.95):
     """The expanded percentile interval of quantity(coefficients) over a Fit's draws.
 
     A percentile interval is too narrow by √((n − 1)/n) and by the normal's tails instead of Student's, for n resampled units; so the
-    percentiles are taken further out [Hesterberg 2015, "What teachers should know about the bootstrap", §4.2].
+    percentiles are taken further out [Hesterberg 2015, "What teachers should know about the bootstrap"].
     """
     from scipy.stats import norm, t
 

@@ -31,7 +31,7 @@ from scaling import QUOKKA, fit_files, human, known_laws, reach_of, read_csv
 MEMORY = {"H100": 80e9, "H200": 141e9, "A100": 80e9}  # bytes
 STATE = 16  # bytes per parameter in fp32: weights, gradients and AdamW's two moments
 # What their authors' runs reached, by their abstracts; 0 where those do not say.
-CHINCHILLA_REACH = dict(N=(7e7, 1.6e10), D=(5e9, 5e11), flops=(0, 5.8e23))
+CHINCHILLA_REACH = dict(N=(7e7, 1.6e10), D=(5e9, 5e11))
 MUENNIGHOFF_REACH = dict(N=(0, 9e9), D=(0, 9e11))
 
 
@@ -106,8 +106,10 @@ class Source(NamedTuple):
     reach: dict  # of its data: {N, D, U, e or flops: (smallest, largest)}
     fitted: Fit | None  # None: a power law alone
     power: dict | None = None  # of compute-optimal N and D, for text that is seen once
-    draws: tuple | list = ()  # of `power`
+    draws: tuple | list = ()  # of `power`, where there is no Fit
     searched: dict | None = None  # N and e, for repeated text: where its best choice is looked for
+
+    limited = property(lambda self: self.searched["N"] == self.reach.get("N"))  # … no further than its data
 
 
 # ---------------------------------------------------------------------------------------------------- the laws
@@ -124,8 +126,8 @@ def sources_of(fits):
     once += [Source("approach 1", "masked", iso, None, own["approach1"]), Source("approach 2", "masked", iso, printed, laws.allocation(own["parametric"]))]
     for path in fit_files(fits):
         fitted, approach1, about = known_laws(path)
-        paper = about.get("data") == "Quokka"
-        objective = about.get("objective") or "masked"
+        paper = about["data"] == "Quokka"
+        objective = about["objective"] or "masked"
 
         def named(law, paper=paper, about=about):
             return TITLES[law] + (" refitted" * (law != "ours") if paper else f" of {about['data']}")
@@ -134,7 +136,7 @@ def sources_of(fits):
             once.append(Source(named("approach1"), objective, approach1["range"], None, approach1["coefficients"], approach1["draws"]))
         for law, (f, reach) in fitted.items():
             if f.law is PARAMETRIC:
-                once.append(Source(named(law), objective, reach, f, laws.allocation(f.coefficients), list(map(laws.allocation, f.draws))))
+                once.append(Source(named(law), objective, reach, f, laws.allocation(f.coefficients)))
             else:
                 if f.law is OURS:  # one batch size: no step at the size from which on the paper's curves had another
                     f = f._replace(coefficients=f.coefficients | dict(w=0.0), draws=[draw | dict(w=0.0) for draw in f.draws])
@@ -177,13 +179,18 @@ def compute_plans(plan, flops, once):
     rows = []
     for name, objective, reach, fitted, power, draws, _ in once:
         N, D = choose(power)
-        free = draws and not plan.params and not (plan.tokens and flops)
+        spread = fitted or Fit(None, {}, math.nan, draws)  # approach 1's draws are power laws themselves
+        power_of = laws.allocation if fitted else dict
+
+        def span(i, spread=spread, power_of=power_of):
+            return tuple(laws.interval(spread, lambda c: choose(power_of(c))[i]))
+
         rows.append(Row(
             name, objective, N, D, 1.0,
             float(laws.predict(fitted, N, D)) if fitted else math.nan,
-            tuple(np.quantile([choose(draw)[0] for draw in draws], (0.025, 0.975))) if free else (),
+            span(0) if spread.draws and not plan.params and not (plan.tokens and flops) else (),
             tuple(laws.interval(fitted, lambda c, f=fitted, N=N, D=D: float(laws.evaluate(f.law, c, N, D)))) if fitted and fitted.draws else (),
-            outside(reach, N=N, D=D, flops=6 * N * D), tuple(np.quantile([choose(draw)[1] for draw in draws], (0.025, 0.975))) if draws and not plan.tokens and plan.params and not flops else ()))
+            outside(reach, N=N, D=D, flops=6 * N * D), span(1) if spread.draws and plan.params and not plan.tokens and not flops else ()))
     return rows
 
 
@@ -195,7 +202,8 @@ def data_plans(plan, flops, again, fresh=None, least=1.0):
     """
     U, rows = plan.unique_tokens, []
     epochs = plan.epochs or plan.tokens / U
-    for name, objective, reach, fitted, _, _, searched in again:
+    for source in again:
+        name, objective, reach, fitted, _, _, searched = source
         law = fitted.law
 
         def choose(c, law=law, searched=searched):
@@ -206,7 +214,7 @@ def data_plans(plan, flops, again, fresh=None, least=1.0):
 
         found, notes = choose(fitted.coefficients), ()
         if found.edge:
-            notes += ("the loss still falls at the border of " + ("its data" if fitted.draws else "the search"),)
+            notes += ("the loss still falls at the border of " + ("its data" if source.limited else "the search"),)
         elif found.e < 1.001 and not epochs and least == 1:
             notes += ("prefers a single epoch",)
         if law is EQ15 and plan.params and not epochs and not flops:
@@ -219,8 +227,9 @@ def data_plans(plan, flops, again, fresh=None, least=1.0):
             if gap > 0.1:
                 notes += (f"{gap:.2f} nats below what as many new tokens give by approach 2 refitted: {INCREDIBLE}",)
         here = lambda c, law=law, x=found: float(laws.evaluate(law, c, x.N, U, x.e))  # noqa: E731
-        drawn = [choose(c).N for c in fitted.draws[:60]] if fitted.draws and not plan.params and not (flops and epochs) else []
-        rows.append(Row(name, objective, found.N, U, found.e, found.loss, tuple(np.quantile(drawn, (0.025, 0.975))) if drawn else (),
+        few = fitted._replace(draws=fitted.draws[:60])  # each is a search
+        sizes = tuple(laws.interval(few, lambda c: choose(c).N)) if few.draws and not plan.params and not (flops and epochs) else ()
+        rows.append(Row(name, objective, found.N, U, found.e, found.loss, sizes,
                         tuple(laws.interval(fitted, here)) if fitted.draws else (), notes))
     return rows
 
@@ -255,6 +264,8 @@ def nearest(N):
 
 
 def duration(hours):
+    if hours < 1 / 3600:
+        return "< 1 s"
     for unit, size, limit in (("s", 1 / 3600, 90), ("min", 1 / 60, 90), ("h", 1, 48), ("days", 24, 730), ("years", 8766, 1e4)):
         if hours < size * limit:
             return f"{hours / size:.1f} {unit}"
@@ -307,22 +318,26 @@ def print_plan(plan, rows, flops):
         print("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip())
     print("\n[…] are 95 % intervals. Loss: nats per token, on the text and by the tokenizer of each law's data (the paper's and Muennighoff's: C4, GPT-2's;\n"
           "Chinchilla's are others: not comparable); masked diffusion's is an upper bound. --help says which law is which.")
+    names = [row.law for row in rows]
     for row in rows:
         for note in row.notes:
-            print(f"* {row.law}: {note}")
+            print(f"* {row.law}{f' ({row.objective})' * (names.count(row.law) > 1)}: {note}")
 
 
 def print_crossover(plan, again, flops, incredible):
-    ar = Fit(HALF_LIFE, laws.MUENNIGHOFF, math.nan)
-    print(f"\nDoes diffusion beat AR on {human(plan.unique_tokens)} unique tokens? (against Muennighoff's law, whose models never overfit)")
-    for source in again:
-        if source.name in ("ours", "eq. 15"):
-            limited, within = bool(source.fitted.draws), source.searched
-            C = crossover(plan.unique_tokens, source.fitted, ar, **within)
-            where = f", within its data: up to {human(within['N'][1])} parameters and {count(within['e'][1])} epochs" if limited else ""
-            print(f"  by {source.name}: " + (f"not at any compute{where}" if C is None else f"at every compute{where}" if C == 0 else
-                                             f"from {C:.2g} FLOPs on" + (f"; {'yes' if flops >= C else 'no'}, at {flops:.2g}" if flops else ""))
-                  + "; its losses here are not credible" * (source.name in incredible))
+    own = [source for source in again if " of " in source.name]  # on the user's own text: compared with each other, not with laws of other texts
+    ar = next(source for source in [*own, *again] if source.objective == "ar")
+    masked = [source for source in own if source.objective == "masked"] if " of " in ar.name else []
+    if not masked:
+        ar, masked = again[-1], [source for source in again if source.name in ("ours", "eq. 15")]
+    print(f"\nDoes diffusion beat AR on {human(plan.unique_tokens)} unique tokens? (against {ar.name}, by which AR models never overfit)")
+    for source in masked:
+        within = source.searched
+        C = crossover(plan.unique_tokens, source.fitted, ar.fitted, **within)
+        where = f", within its data: up to {human(within['N'][1])} parameters and {count(within['e'][1])} epochs" if source.limited else ""
+        print(f"  by {source.name}: " + (f"not at any compute{where}" if C is None else f"at every compute{where}" if C == 0 else
+                                         f"from {C:.2g} FLOPs on" + (f"; {'yes' if flops >= C else 'no'}, at {flops:.2g}" if flops else ""))
+              + "; its losses here are not credible" * (source.name in incredible))
 
 
 def override_file(plan, row):

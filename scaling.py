@@ -29,14 +29,10 @@ import numpy as np  # noqa: E402
 
 import configurator  # noqa: E402
 import laws  # noqa: E402
-from configurator import setting  # noqa: E402
+from configurator import setting, split  # noqa: E402
 from laws import EQ15, LAWS, Fit, Runs  # noqa: E402
 
 QUOKKA = Path(__file__).resolve().parent / "results/quokka"
-
-
-def split(text):
-    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def human(x):
@@ -66,7 +62,7 @@ the same params, unique_tokens, seed and curve (the last two where there are suc
 
 @dataclass
 class FitConfig:
-    """Which runs, and how they are fitted: FIT_HELP."""
+    """Which runs, and how they are fitted."""
 
     data: str = setting(str(QUOKKA / "isoflop_points.csv"), "a CSV of runs or curves, a sweep's folder, or a folder of TensorBoard logs of the reference backend")
     out: str = setting("runs/fit", "folder for fits.json, fits.md and the figures")
@@ -206,15 +202,16 @@ def fit_all(cfg, runs, objective, held_out):
                  + (f", fitted to {len(fitted_on.N):,} of them" if fitted_on is not runs else "") + f"; {cfg.bootstrap} bootstrap resamples\n")
     if "approach1" in names:
         try:
-            power, draws = laws.valleys(runs).power_laws(), laws.bootstrap_valleys(runs, cfg.bootstrap, cfg.seed)
+            found = laws.valleys(runs)
+            power, draws = found.power_laws(), laws.bootstrap_valleys(runs, cfg.bootstrap, cfg.seed)
         except ValueError as problem:
             if len(names) == 1:
                 raise
-            lines += [f"No approach 1: {problem}. More sizes, smaller or larger ones, would bracket the minimum.\n"]
+            lines += [f"No approach 1: {problem}.\n"]
         else:
             kept["approach1"] = dict(coefficients=power, draws=draws, range=reach_of(runs))
             spans = {k: np.quantile([d[k] for d in draws], (0.025, 0.975)) for k in power} if draws else {}
-            found, budget = laws.valleys(runs), laws.budget_of(runs)
+            budget = laws.budget_of(runs)
             beyond = [f"{C:.3g}" for k, (C, N) in enumerate(zip(found.flops, found.N)) if not runs.N[budget == k].min() <= N <= runs.N[budget == k].max()]
             if beyond:
                 lines += [f"The minimum lies outside the sizes that were trained at {', '.join(beyond)} FLOPs: an extrapolation. Add sizes on its side.\n"]

@@ -122,7 +122,7 @@ def command(run, cfg, shown):
 
 def check_machine(runs, cfg):
     """End with code 2 where the runs would: without their GPUs, or without their corpus."""
-    needed = cfg.gpus or dict(tiny=0, gpu=1, paper=8)[cfg.scale]
+    needed = 0 if cfg.scale == "tiny" else cfg.gpus or dict(gpu=1, paper=8)[cfg.scale]
     there = torch.cuda.device_count()
     if there < needed and any(run.settings["device"] != "cpu" for run in runs):
         configurator.fail(f"--scale={cfg.scale} needs {needed} GPU{'s' * (needed > 1)} per run, this machine has {there}; --launch prints the commands to run elsewhere")

@@ -37,7 +37,7 @@ import torch
 import configurator
 import data
 import train
-from configurator import setting
+from configurator import setting, split
 from laws import smooth
 from model import ModelConfig, Transformer, checkpoints, ladder
 
@@ -89,10 +89,6 @@ class Config:
         if self.share and self.launch != "run":
             wrong.append(f"launch={self.launch} needs share=False: its runs know nothing of each other")
         return wrong
-
-
-def split(text):
-    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def numbers(text, kind=float):

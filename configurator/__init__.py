@@ -144,6 +144,11 @@ def convert(value, kind):
         return int(number)  # 1e6 written as text
 
 
+def split(text):
+    """The parts of a setting that is a list: text with commas between."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 def within(field, value):
     """`value` if it lies within the field's bounds; raises ValueError otherwise."""
     low, high, above = (field.metadata.get(k) for k in ("low", "high", "above"))

@@ -167,6 +167,17 @@ def test_plans_of_own_fits(run):
     assert "holds no fits.json" in run("plan", "--params=300K", f"--fits={ROOT / 'tests'}")[2]
 
 
+def test_the_crossover_of_own_fits(run, tmp_path):
+    """Both objectives fitted on one text are compared with each other; one alone with nothing of another text: then the paper's are."""
+    for name, objective, c in (("half_life", "ar", dict(laws.MUENNIGHOFF, E=3.0)), ("eq21", "masked", laws.published()["eq21"])):
+        entry = dict(coefficients=c, objective=0.0, draws=[], units=0, range=dict(N=[1e6, 1e10], D=[1e6, 1e12], U=[1e6, 1e9], e=[1, 1e3], flops=[1e12, 1e22]))
+        (tmp_path / f"fits_{objective}.json").write_text(json.dumps(dict(about=dict(objective=objective, data="mine")) | {name: entry}))
+    code, out, _ = run("plan", "--unique_tokens=100M", f"--fits={tmp_path}")
+    assert code == 0 and "against half-life law of mine," in out and "  by eq. 21 of mine: from " in out and "by eq. 15:" not in out
+    code, out, _ = run("plan", "--unique_tokens=100M", f"--fits={tmp_path / 'fits_masked.json'}")
+    assert code == 0 and "against Muennighoff," in out and "by eq. 15:" in out and "by eq. 21 of mine:" not in out
+
+
 def test_models_too_large_for_their_gpu(run, tmp_path):
     code, out, _ = run("plan", "--params=10B", f"--write={tmp_path / 'large.py'}")
     text = (tmp_path / "large.py").read_text()
@@ -203,7 +214,7 @@ def test_ours_is_planned_without_the_step_between_batch_sizes():
 
 
 def test_durations():
-    assert [planning.duration(h) for h in (1 / 360, 0.5, 20, 100, 1e4, 1e9)] == ["10.0 s", "30.0 min", "20.0 h", "4.2 days", "416.7 days", "1.1e+05 years"]
+    assert [planning.duration(h) for h in (1e-5, 1 / 360, 0.5, 20, 100, 1e4, 1e9)] == ["< 1 s", "10.0 s", "30.0 min", "20.0 h", "4.2 days", "416.7 days", "1.1e+05 years"]
 
 
 def test_the_printed_plan(run):

@@ -392,3 +392,11 @@ def test_without_its_gpus_a_study_ends_at_once(tmp_path):
     done = subprocess.run([sys.executable, "study.py", "kernel", f"--runs={tmp_path / 'r'}", "--", "--corpus=nowhere"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "nowhere" in done.stderr and len(done.stderr.splitlines()) == 1 and done.stdout == ""
     assert not (tmp_path / "r").exists()
+
+
+def test_tiny_studies_may_take_several_processes_without_a_gpu(tmp_path, corpus):
+    run = study.Run(tmp_path, [], dict(device="auto", corpus=str(corpus), tokenizer="", val_share=0.1))
+    study.check_machine([run], study.Config(scale="tiny", gpus=2))
+    if not study.torch.cuda.device_count():
+        with pytest.raises(SystemExit):
+            study.check_machine([run], study.Config(scale="gpu"))
