@@ -134,7 +134,7 @@ class Step:
         objective = engine.Objective(self.network, False)
         if plain_loss:
             objective.loss_of = full_logits_loss
-        self.objective = engine.compiled(objective, how, 1, cuda_graphs)
+        self.objective = engine.prepared(objective, how, cuda_graphs=cuda_graphs)
         self.optimizer = engine.make_optimizer(self.network, 2e-4, (0.9, 0.95), 0.1)
         self.batches = [engine.to_device(engine.to_tensors(a, False), device) for a in arrays]
         self.tokens, self.calls, self.cuda_graphs = rows * config.block_len, 0, cuda_graphs

@@ -15,9 +15,11 @@ from collections import deque
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 import diffusion
+from parallel import ALONE, microbatch, shard, whole
 
 # Dense bf16 peak in FLOP/s, for MFU: the first name that occurs in the device's.
 PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "GH200": 989e12, "H200": 989e12, "B200": 2250e12,
@@ -46,7 +48,9 @@ def has_bf16(device):
 
 
 class Objective(nn.Module):
-    """The network with its loss, as one module for DDP and torch.compile. Batch → loss (), its parts (P,)."""
+    """The network with its loss, as one module for DDP, FSDP and torch.compile. Batch → loss (), its parts (P,)."""
+
+    laps = None  # `timed_forward` sets it
 
     def __init__(self, network, posterior):
         super().__init__()
@@ -58,26 +62,44 @@ class Objective(nn.Module):
         return self.loss_of(hidden, self.network.head, batch, self.network.config.n_vocab, self.posterior)
 
 
-def compiled(objective, how, world, cuda_graphs=False):
-    """`objective` ready to be called and differentiated, over `world` ranks; how: whole, blocks or no.
+def prepared(objective, how, ranks=ALONE, layout="no", size=0, dtype=torch.float32, device=None, cuda_graphs=False):
+    """`objective` ready to be called and differentiated, over `ranks`; how: whole, blocks or no; layout as in parallel.shard.
 
     whole: one graph, fused across layers. Under DDP the compiler is put around it: DDP's buckets then split
     the backward graph, so that their communication overlaps with it. blocks: each block by itself (all but
-    the last share one compilation: minutes saved at 28 layers) and the loss; DDP's hooks fire between them.
+    the last share one compilation: minutes saved at 28 layers) and the loss; the hooks of DDP and FSDP work between them.
+
+    A divided network is on the meta device when it comes, and afterwards has memory for its shards, without values.
     """
+    network = objective.network
     if how == "blocks":
-        for module in (*objective.network.blocks, objective.network.norm):
-            module.compile(dynamic=False, fullgraph=True)
+        for module in (*network.blocks, network.norm):
+            module.forward = torch.compile(module.forward, dynamic=False, fullgraph=True)  # not the module: FSDP's hooks stay outside
         objective.loss_of = torch.compile(diffusion.loss_and_parts, dynamic=False, fullgraph=True)
-    if world > 1:
-        device = objective.network.embed.weight.device
+    if layout != "no":
+        shard(objective, layout, ranks, device, size, dtype).to_empty(device=device)
+        network.tables()
+
+        def begin(*_):
+            if objective.laps is not None:
+                objective.laps.append((moment(device), None))
+
+        def end(*_):
+            if objective.laps is not None:
+                objective.laps.append((objective.laps.pop()[0], moment(device)))
+
+        for block in network.blocks:  # after FSDP's own hook, which waits for the others
+            block.register_forward_pre_hook(begin)
+            block.register_forward_hook(end)
+    elif ranks.world > 1:
+        device = network.embed.weight.device
         objective = DistributedDataParallel(objective, device_ids=[device] if device.type == "cuda" else None,
-                                            gradient_as_bucket_view=True, **{BUFFERS: False})
+                                            gradient_as_bucket_view=True, init_sync=False, **{BUFFERS: False})  # all begin alike
     if cuda_graphs:  # gradients of our own: those that a graph returns lie in its memory, which the next replay overwrites
         for p in objective.parameters():
             p.grad = torch.zeros_like(p)
     if how == "whole":
-        objective = torch.compile(objective, dynamic=False, fullgraph=world == 1,
+        objective = torch.compile(objective, dynamic=False, fullgraph=ranks.world == 1,
                                   options={"triton.cudagraphs": True} if cuda_graphs else None)
     return objective
 
@@ -91,23 +113,59 @@ def make_optimizer(network, lr, betas, weight_decay):
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
-def optimizer_step(objective, optimizer, batches, accumulation, record, clip, autocast, world=1, cuda_graphs=False):
+def optimizer_step(objective, optimizer, batches, accumulation, record, clip, autocast, world=1, cuda_graphs=False, skip_norm=0.0, laps=None):
     """One step on `accumulation` micro-batches; adds the loss's parts and the gradient norm to `record` (P + 1,), on the device.
 
-    With `cuda_graphs` the gradients keep their memory, too.
+    Where the norm is not finite, or above a `skip_norm` that is not 0, neither weights nor moments change; `is_bad` tells the
+    host later. With `cuda_graphs` the gradients keep their memory, too. `laps` receives (start, end) of what this rank does
+    without others: waiting for data, and the forward passes (of divided blocks without the gathering of their parameters).
     """
-    for part, batch in zip(range(accumulation), batches):
+    for part in range(accumulation):
         if cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
-        with contextlib.nullcontext() if world == 1 or part == accumulation - 1 else objective.no_sync():
-            with autocast():
+        with timed(laps):
+            batch = next(batches)
+        with microbatch(objective, part == accumulation - 1):
+            with autocast(), timed_forward(objective, laps):
                 loss, parts = objective(batch)
-            (loss * world).backward()  # DDP averages over ranks; the weights already do
+            (loss * world).backward()  # DDP and FSDP average over ranks; the weights already do
         record[:-1] += parts
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    record[-1] += nn.utils.clip_grad_norm_(parameters, clip or float("inf"))
+    norm = whole(nn.utils.get_total_norm([p.grad for p in parameters]))
+    nn.utils.clip_grads_with_norm_(parameters, clip or float("inf"), norm)
+    record[-1] += norm
+    optimizer.found_inf = (~(norm <= (skip_norm or torch.finfo(norm.dtype).max))).to(torch.float32)  # AdamW's kernel reads it: no sync
     optimizer.step()
     optimizer.zero_grad(set_to_none=not cuda_graphs)
+
+
+@contextlib.contextmanager
+def timed(laps):
+    """Append (start, end) of what the host does meanwhile."""
+    start = time.perf_counter()
+    yield
+    if laps is not None:
+        laps.append((start, time.perf_counter()))
+
+
+@contextlib.contextmanager
+def timed_forward(objective, laps):
+    """Append (start, end), as the device sees them, of the forward pass, or of its divided blocks."""
+    if isinstance(objective, FSDPModule):
+        objective.laps = laps
+        yield
+        objective.laps = None
+    else:
+        device = next(objective.parameters()).device
+        start = moment(device) if laps is not None else None
+        yield
+        if laps is not None:
+            laps.append((start, moment(device)))
+
+
+def is_bad(norm, skip_norm):
+    """Whether a step with this gradient norm was skipped."""
+    return not norm <= (skip_norm or torch.finfo(torch.float32).max)
 
 
 # --------------------------------------------------------------------------------------- batches to the device
@@ -211,6 +269,8 @@ def moment(device):
 
 
 def seconds(start, end):
-    """Time between two moments that have passed."""
+    """Time between two moments; waits until the second has passed."""
+    if isinstance(end, torch.cuda.Event):
+        end.synchronize()
     return start.elapsed_time(end) / 1e3 if isinstance(start, torch.cuda.Event) else end - start
 

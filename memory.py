@@ -23,21 +23,25 @@ from model import Transformer
 class Need(NamedTuple):
     """Bytes on one rank at the moment of the peak, and what they are."""
 
-    parameters: int  # weights in fp32
-    optimizer: int  # AdamW's two moments
-    gradients: int
-    activations: int  # all that forward and backward pass keep for a while
+    parameters: int  # weights in fp32, of a divided network this rank's
+    optimizer: int  # AdamW's two moments, likewise
+    gradients: int  # likewise
+    gathered: int  # of a divided network: weights and gradients that are whole for a while
+    activations: int  # all else that forward and backward pass keep for a while
     peak: int
 
 
-def predict(model_config, batch, posterior, dtype, on_gpu, how="whole", recompute="no", fp8=False, lasting_gradients=False):
+def predict(model_config, batch, posterior, dtype, on_gpu, how="whole", recompute="no", fp8=False, lasting_gradients=False,
+            layout="no", shards=1, accumulating=False):
     """The `Need` of one step on micro-batches like `batch` (arrays), in autocast to `dtype`.
 
     `how` and `recompute` as in engine.compiled and Transformer.use. Without recomputation it agrees with what torch
     allocates to 1 %; with it, it can be 7 % low, 20 % where the whole model is one graph (the compiler moves things).
 
     `lasting_gradients`: they outlive the backward pass that adds to them (accumulation, DDP's buckets, CUDA graphs).
+    `layout` and `shards` as in parallel.shard; `accumulating`: a step has several micro-batches.
     """
+    divided = layout != "no"
     graphs = []
 
     def keep(graph, _):
@@ -54,6 +58,8 @@ def predict(model_config, batch, posterior, dtype, on_gpu, how="whole", recomput
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
             network = Transformer(model_config).use(recompute, fp8)
+            if divided and dtype == torch.bfloat16:  # FSDP hands out bf16 copies, autocast makes them
+                network.to(dtype)
             inputs = diffusion.Batch(*(None if t is None else fake.from_tensor(t) for t in to_tensors(batch, False)))
             step = torch.compile(Objective(network, posterior), backend=compiler, dynamic=False, fullgraph=True)
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -62,10 +68,25 @@ def predict(model_config, batch, posterior, dtype, on_gpu, how="whole", recomput
     finally:
         kernels.pretending = False
         torch._dynamo.reset()
-    weights = sum(p.numel() * p.element_size() for p in network.parameters())
-    kept = weights if lasting_gradients else 0
-    exists, arrived = max(timeline(*graphs, fused=how != "no"))
-    return Need(weights, 2 * weights, kept + arrived, exists - arrived, 3 * weights + kept + exists)
+    moments = timeline(*graphs, fused=how != "no")
+    if not divided:
+        weights = 4 * network.n_params()
+        kept = weights if lasting_gradients else 0
+        exists, arrived = max(moments)
+        return Need(weights, 2 * weights, kept + arrived, 0, exists - arrived, 3 * weights + kept + exists)
+    weights = 4 * sum(-(-p.shape[0] // shards) * p[0].numel() for p in network.parameters())
+    size = next(network.parameters()).element_size()
+    block = size * sum(p.numel() for p in network.blocks[0].parameters())
+    rest = size * sum(p.numel() for name, p in network.named_parameters() if not name.startswith("blocks."))  # embedding and head: always whole
+    # What is whole at a time: the rest and its gradient, three blocks' weights (one in use, one arriving, one being copied
+    # out) or all, a block's gradient as it is and in fp32 on its way to be summed; in `optim` all gradients until the last micro-batch.
+    gathered = 2 * rest + (size * network.n_params() - rest if layout == "optim" else 3 * block) + block * (1 + 4 // size)
+    gathered += 4 * network.n_params() if layout == "optim" and accumulating else 0
+    ratio, kept = 4 / size / shards, weights if accumulating and layout != "optim" else 0
+    live, arrived = max((exists - arrived + (0 if kept else arrived * ratio), arrived) for exists, arrived in moments)
+    gradients = kept or int(arrived * ratio)
+    activations = int(live) - (0 if kept else gradients)
+    return Need(weights, 2 * weights, gradients, gathered, activations, 3 * weights + gradients + gathered + activations)
 
 
 def timeline(forward, backward, fused):

@@ -5,15 +5,13 @@ returns hidden states, so that the LM head and the loss can be fused over just t
 """
 
 import functools
-import hashlib
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from kernels import attention, document_mask, fp8_linear, linear
@@ -221,6 +219,13 @@ class TimeEmbedding(nn.Module):
         return self.down(F.silu(self.up(torch.cat((angle.cos(), angle.sin()), dim=-1).to(self.up.weight.dtype))))[:, None]
 
 
+def shard_like(values, parameter):
+    """The whole `values` on the parameter's device, or if that is divided over ranks this rank's share of them."""
+    if not isinstance(parameter, DTensor):
+        return values.to(parameter.device)
+    return distribute_tensor(values.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)  # no communication
+
+
 class Transformer(nn.Module):
     """Token ids to hidden states; `head` is the LM head's weight (the embedding itself if tied)."""
 
@@ -233,25 +238,38 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.norm = RMSNorm(c.d_model, c.norm_eps)
         self.lm_head = None if c.tied else nn.Linear(c.d_model, c.padded_vocab, bias=False)
-        frequency = c.rope_base ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)
-        angle = torch.arange(c.block_len, dtype=torch.float64)[:, None] * frequency  # (L, head_dim/2)
-        self.register_buffer("cos", angle.cos().float(), persistent=False)
-        self.register_buffer("sin", angle.sin().float(), persistent=False)
+        for name in ("cos", "sin"):
+            self.register_buffer(name, torch.empty(c.block_len, c.head_dim // 2), persistent=False)
+        self.tables()
 
+    def tables(self):
+        """Fill the rotary tables, (L, head_dim/2) each; a network that began on the meta device has none yet. Returns self."""
+        c = self.config
+        frequency = c.rope_base ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float64, device="cpu") / c.head_dim)
+        angle = torch.arange(c.block_len, dtype=torch.float64, device="cpu")[:, None] * frequency
+        self.cos.copy_(angle.cos())
+        self.sin.copy_(angle.sin())
+        return self
+
+    @torch.no_grad()
     def init_weights(self, generator=None):
-        """N(0, init_std) everywhere, residual outputs smaller, norms 1; then `local_init`. Returns self."""
+        """N(0, init_std) everywhere, residual outputs smaller, norms 1; then `local_init`. Returns self.
+
+        Drawn on the CPU, whole parameter by whole parameter: the same on every device and however the network is divided,
+        and never more than one parameter whole on a rank that holds shards.
+        """
         c = self.config
         for name, p in self.named_parameters():
             if p.dim() == 1:
-                nn.init.ones_(p)
+                p.fill_(1)
             else:
                 residual = c.scaled_init and name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(p, std=c.init_std / math.sqrt(2 * c.n_layer) if residual else c.init_std, generator=generator)
+                std = c.init_std / math.sqrt(2 * c.n_layer) if residual else c.init_std
+                p.copy_(shard_like(torch.empty(p.shape, device="cpu").normal_(std=std, generator=generator), p))
         if c.local_init:
             self.point_heads_at_neighbours(generator)
         return self
 
-    @torch.no_grad()
     def point_heads_at_neighbours(self, generator=None):
         """Let head h begin by attending to one relative position: −1, +1, −2, +2, … (causal: −1, −2, …).
 
@@ -262,18 +280,18 @@ class Transformer(nn.Module):
         """
         c = self.config
         size = c.init_std * math.sqrt(c.d_model)
-        shared = F.normalize(torch.randn(c.d_model, generator=generator), dim=0).to(self.embed.weight.device)
-        self.embed.weight += size * shared
+        shared = F.normalize(torch.randn(c.d_model, generator=generator), dim=0)
+        self.embed.weight += shard_like((size * shared).expand(c.padded_vocab, -1), self.embed.weight)
         head = torch.arange(c.n_head)
         offset = -(head + 1) if c.causal else (head // 2 + 1) * (2 * (head % 2) - 1)
         frequency = c.rope_base ** (-torch.arange(0, c.head_dim, 2) / c.head_dim)
         near = (frequency > 1 / 32).float()  # slower waves can't tell neighbours apart
         angle = offset[:, None] * frequency
-        q = torch.cat((near * angle.cos(), near * angle.sin()), dim=1).flatten().to(shared.device)
-        k = torch.cat((near, 0 * near)).repeat(c.n_kv_head).to(shared.device)
+        q = torch.cat((near * angle.cos(), near * angle.sin()), dim=1).flatten()
+        k = torch.cat((near, 0 * near)).repeat(c.n_kv_head)
         for block in self.blocks:
-            block.attn.q_proj.weight += size * torch.outer(q, shared)
-            block.attn.k_proj.weight += size * torch.outer(k, shared)
+            block.attn.q_proj.weight += shard_like(size * torch.outer(q, shared), block.attn.q_proj.weight)
+            block.attn.k_proj.weight += shard_like(size * torch.outer(k, shared), block.attn.k_proj.weight)
             block.attn.q_norm.weight.fill_(1.7)  # sharper than QK-norm's plain unit scale allows
             block.attn.k_norm.weight.fill_(1.7)
 
@@ -329,66 +347,3 @@ class Transformer(nn.Module):
         picked = sum(p.numel() for p in (last.attn.o_proj.weight, *last.mlp.parameters()))
         attention = 12 * c.n_layer * c.n_head * c.head_dim * c.block_len * (0.5 if causal else 1)
         return 6 * (matrices - picked + share * (picked + c.padded_vocab * c.d_model)) + attention
-
-
-# ------------------------------------------------------------------------------------------ weights on disk
-
-
-def file_digest(path):
-    """SHA-256 of a file, as hexadecimal text."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def record_digest(record):
-    """SHA-256 of a checkpoint's JSON record, independent of its layout."""
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def read_checkpoint(folder):
-    """The JSON record of a checkpoint folder, after checking it and every file by SHA-256; raises ValueError."""
-    folder = Path(folder)
-    try:
-        record = json.loads((folder / "checkpoint.json").read_text())
-        if record.pop("record_sha256") != record_digest(record):
-            raise ValueError(f"{folder / 'checkpoint.json'} is damaged")
-        for name, digest in {"model.safetensors": None, **record["sha256"]}.items():
-            if not (folder / name).is_file() or file_digest(folder / name) != digest:
-                raise ValueError(f"{folder / name} is missing or damaged")
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as problem:
-        raise ValueError(f"{folder} is no complete checkpoint ({type(problem).__name__}: {problem})") from None
-    return record
-
-
-def checkpoints(run):
-    """The checkpoint folders of a run, newest first."""
-    return sorted((p for p in Path(run).glob("step_*") if p.name[5:].isdigit()), key=lambda p: -int(p.name[5:]))
-
-
-def load_newest(run, warn):
-    """(folder, record) of the newest undamaged checkpoint; every damaged one is passed to `warn`.
-
-    Raises FileNotFoundError if there is none.
-    """
-    for folder in checkpoints(run):
-        try:
-            return folder, read_checkpoint(folder)
-        except ValueError as problem:
-            warn(f"{problem}; falling back to the checkpoint before it")
-    raise FileNotFoundError(f"no usable checkpoint in '{run}'")
-
-
-def load_model(folder, record, device="cpu"):
-    """Build the network of a checkpoint and read its weights (safetensors: no code runs); raises ValueError."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    model = Transformer(ModelConfig(**record["model"]))
-    try:
-        model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
-    except (SafetensorError, RuntimeError) as problem:
-        raise ValueError(f"{folder}: its weights can't be read: {str(problem).splitlines()[0]}") from None
-    return model.to(device)

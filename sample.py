@@ -16,9 +16,9 @@ import torch
 import configurator
 import data
 import diffusion
+from checkpoint import load_model, load_newest, read_checkpoint
 from configurator import setting
 from kernels import linear_greedy
-from model import load_model, load_newest, read_checkpoint
 
 
 @dataclass

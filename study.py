@@ -27,9 +27,10 @@ import torch
 import configurator
 import data
 import train
+from checkpoint import load_newest
 from configurator import setting
 from laws import smooth
-from model import load_newest
+from metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent
 
@@ -96,8 +97,8 @@ def plan(words, cfg, flags):
 
 
 # Where, how fast, how often something is written: these may differ between two parts of one run.
-BESIDE_THE_POINT = {"run_dir", "resume", "micro_batch", "log_every", "eval_every", "save_every", "save_at", "keep", "compare", "wandb", "device", "dtype",
-                    "compile", "recompute", "fp8", "cuda_graphs", "estimate"}
+BESIDE_THE_POINT = {"run_dir", "resume", "micro_batch", "log_every", "eval_every", "save_every", "save_at", "keep", "keep_every", "compare", "wandb",
+                    "device", "dtype", "compile", "recompute", "fp8", "cuda_graphs", "shard", "shard_size", "timeout", "dry_run", "gpus", "gpus_per_node"}
 
 
 def is_finished(run):
@@ -231,7 +232,7 @@ def table(study, cfg, runs, how):
                   "|---|---|---|---|---|---|---|---|---|"]
         ours_first, shown = None, what_differs(row, runs)
         for series, words in row.runs.items():
-            ours, theirs = final_values(train.read_metrics(runs[words].folder)), paper[row.figure, row.kind, series]
+            ours, theirs = final_values(read_metrics(runs[words].folder)), paper[row.figure, row.kind, series]
             if ours_first is None:
                 ours_first, theirs_first, judged = ours, theirs, "val_loss_c4" if "val_loss_c4" in theirs else "train_loss"
             cells = ["", ""]
@@ -255,7 +256,7 @@ def draw(study, runs, out):
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"font.size": 7})
-    metrics = {words: train.read_metrics(run.folder) for words, run in runs.items()}
+    metrics = {words: read_metrics(run.folder) for words, run in runs.items()}
     columns = dict(loss="training loss", val_loss="validation loss", param_norm="parameter norm")
     columns |= {key: key[5:] for key in sorted({key for records in metrics.values() for m in records for key in m}) if key.startswith("eval/")}
     figure, axes = plt.subplots(len(STUDIES[study]), len(columns), figsize=(3.6 * len(columns), 3 * len(STUDIES[study])), squeeze=False)

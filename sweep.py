@@ -37,13 +37,15 @@ import torch
 import configurator
 import data
 import train
+from checkpoint import checkpoints
 from configurator import setting, split
 from laws import smooth
-from model import ModelConfig, Transformer, checkpoints, ladder
+from metrics import read_metrics, trim_metrics
+from model import ModelConfig, Transformer, ladder
 
 TRAIN = Path(train.__file__).resolve()
 # Settings in which a run that was begun may differ from what the grid asks now: they change no figure.
-INDIFFERENT = {"run_dir", "resume", "save_at", "save_every", "log_every", "eval_every", "keep", "compare", "wandb", "compile"}
+INDIFFERENT = {"run_dir", "resume", "save_at", "save_every", "log_every", "eval_every", "keep", "keep_every", "compare", "wandb", "compile", "timeout"}
 POINT = ("name objective n_layer d_model params tokens flops unique_tokens epochs seed val_loss val_bpb train_loss batch lr").split()
 CURVE = ("unique_tokens params objective epochs val_loss").split()
 
@@ -217,12 +219,15 @@ def branch(run, step, folder):
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     shutil.copyfile(folder.parent / "metrics.jsonl", run.folder / "metrics.jsonl")
-    train.trim_metrics(run.folder / "metrics.jsonl", step)
-    for file in folder.iterdir():
+    trim_metrics(run.folder / "metrics.jsonl", step, events=False)
+
+    def link(file, name):
         try:
-            os.link(file, building / file.name)  # nothing ever writes into a finished checkpoint
+            os.link(file, name)  # nothing ever writes into a finished checkpoint
         except OSError:  # a file system without hard links
-            shutil.copyfile(file, building / file.name)
+            shutil.copyfile(file, name)
+
+    shutil.copytree(folder, building, copy_function=link, dirs_exist_ok=True)
     building.rename(run.folder / folder.name)
 
 
@@ -280,7 +285,7 @@ def train_all(runs, cfg):
         if run.finished and not child.process.returncode:
             count += 1
             done += run.flops * (1 - child.first_step / run.steps)
-            last = [m for m in train.read_metrics(run.folder) if "val_loss" in m][-1]
+            last = [m for m in read_metrics(run.folder) if "val_loss" in m][-1]
             minutes = (time.monotonic() - began) * (total / done - 1) / 60
             print(f"{run.name}: {count} of {len(runs)}, loss {last['val_loss']:.4f} ({last['val_bpb']:.4f} bits/byte); "
                   f"{done / total:.1%} of the FLOPs, about {minutes:.0f} min left", flush=True)
@@ -324,7 +329,7 @@ def records(folder):
     """(name, newest checkpoint's record, metrics) of every run under `folder`, finished or not."""
     for path in sorted(Path(folder).rglob("settings.json")):
         for newest in checkpoints(path.parent)[:1]:
-            yield path.parent.name, json.loads((newest / "checkpoint.json").read_text()), train.read_metrics(path.parent)
+            yield path.parent.name, json.loads((newest / "checkpoint.json").read_text()), read_metrics(path.parent)
 
 
 def read_runs(folder):

@@ -6,14 +6,13 @@
 
 import contextlib
 import gc
-import json
 import math
 import os
 import shutil
 import signal
 import sys
 import threading
-from collections import deque
+from collections import Counter, deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -23,14 +22,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import checkpoint
 import configurator
+import cost
 import data
 import diffusion
 import engine
 import kernels
-import memory
+import parallel
+from checkpoint import checkpoints, load_newest
 from configurator import setting
-from model import ModelConfig, Transformer, checkpoints, file_digest, ladder, load_newest, record_digest, swiglu_width
+from metrics import Journal, draw, open_tracker, summary
+from model import ModelConfig, Transformer, ladder, swiglu_width
 
 VALIDATION_SEED = 2**63  # beyond every training seed: all runs are validated with the same noise
 
@@ -94,6 +97,7 @@ class Config:
     save_every: int = setting(1000, "steps between checkpoints (0: only the last)", low=0)
     save_at: str = setting("", "further steps to save at, with commas; these checkpoints stay whatever keep says")
     keep: int = setting(2, "newest checkpoints to keep", low=1)
+    keep_every: int = setting(0, "keep those of every multiple of this many steps, too (0: none)", low=0)
     compare: str = setting("", "another run, to be shown beside this one at the end")
     wandb: str = setting("", "Weights & Biases project (empty: off)")
     # the machine
@@ -103,11 +107,19 @@ class Config:
     recompute: Literal["no", "elementwise", "selective", "full"] = setting("no", "what is computed again to save memory: all but matrix products and attention; the SwiGLU's gate and up, too; whole blocks")
     fp8: bool = setting(False, "8-bit products in the blocks (Hopper and later; pays from d_model near 1500 on)")
     cuda_graphs: bool = setting(False, "replay the step as a CUDA graph (small models, one GPU, compile=whole)")
-    estimate: bool = setting(False, "print the predicted peak memory and FLOPs of a step, and stop; --device=cuda needs no GPU then")
+    # several ranks, and what can happen to them
+    shard: Literal["no", "full", "optim", "hybrid"] = setting("no", "what ranks divide: nothing (DDP); all state (FSDP); optimizer state and master weights; all, among shard_size ranks")
+    shard_size: int = setting(0, "of hybrid: ranks that share one copy of the state (0: those of a node)", low=0)
+    timeout: float = setting(600.0, "seconds without progress after which a rank is given up and the job ends; above the time to compile", above=0, high=1e6)
+    skip_norm: float = setting(0.0, "skip updates whose gradient norm is above this, as those whose norm is not finite (0: only these)", low=0)
+    max_skips: int = setting(5, "skipped updates in a row after which the run goes back to its last good checkpoint, and past those data", low=1)
+    dry_run: bool = setting(False, "print what the run will need: memory, time, communication, disk; and stop. --device=cuda needs no GPU then")
+    gpus: int = setting(0, "of a dry run: ranks to plan for (0: as many as started)", low=0)
+    gpus_per_node: int = setting(8, "of a dry run: how many of them share a node", low=1)
 
     def problems(self):
         """Settings that do not go together, one line each."""
-        world, wrong = int(os.environ.get("WORLD_SIZE", 1)), []
+        world, wrong = self.world(), []
         defaults = Config()
         say = wrong.append
         if sum(bool(x) for x in (self.steps, self.tokens, self.epochs)) != 1:
@@ -168,16 +180,30 @@ class Config:
             say("fp8 goes with dtype=bfloat16 or auto")
         if self.fp8 and self.device != "cpu" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
             say("fp8 needs a GPU of compute capability 8.9 or later")
-        gpu = self.device != "cpu" and torch.cuda.is_available() or self.device == "cuda" and self.estimate
+        gpu = self.device != "cpu" and torch.cuda.is_available() or self.device == "cuda" and self.dry_run
+        if self.shard != "no" and self.compile == "whole" and world > 1:
+            say(f"shard={self.shard} works between blocks, which compile=whole joins; add --compile=blocks")
+        if self.shard_size and (self.shard != "hybrid" or world % self.shard_size):
+            say(f"shard_size={self.shard_size} is for shard=hybrid and must divide the {world} ranks")
+        if self.gpus and not self.dry_run:
+            say("gpus is for a dry run: add --dry_run, or start that many processes with torchrun")
         if self.cuda_graphs and (self.compile != "whole" or world > 1 or not gpu):
             say("cuda_graphs needs compile=whole and one process on a GPU")
         if world > 1 and self.compile == "whole" and self.recompute in ("elementwise", "selective") and torch.__version__ < "2.13":
             say(f"recompute={self.recompute} with compile=whole on several ranks needs torch 2.13 (before, DDP's compiler computes all again); use compile=blocks")
-        if self.device == "cuda" and not torch.cuda.is_available() and not self.estimate:
+        if self.device == "cuda" and not torch.cuda.is_available() and not self.dry_run:
             say("device=cuda, but this machine has no usable GPU; use --device=cpu")
-        if self.device != "cpu" and 0 < torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        if not self.dry_run and self.device != "cpu" and 0 < torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
             say(f"{os.environ['LOCAL_WORLD_SIZE']} ranks on this machine, but {torch.cuda.device_count()} GPUs; start one rank per GPU")
         return wrong
+
+    def world(self):
+        """Ranks that train, or that a dry run is for."""
+        return self.dry_run and self.gpus or int(os.environ.get("WORLD_SIZE", 1))
+
+    def layout(self):
+        """`shard`, where there are several ranks to share."""
+        return self.shard if self.world() > 1 else "no"
 
     def kept_steps(self):
         """save_at as a set of steps; raises ValueError."""
@@ -214,11 +240,9 @@ class Inputs(NamedTuple):
     steps: int
     eval_rows: int
     bytes_per_token: float  # of exactly the validation tokens that are scored
-    folder: Path | None  # the checkpoint to continue from
-    record: dict | None
 
 
-def open_inputs(cfg, warn):
+def open_inputs(cfg):
     """Check everything that can be wrong with the user's files; raises ValueError or OSError, writes nothing."""
     run = Path(cfg.run_dir)
     given = data.parse_corpora(cfg.corpus)
@@ -248,35 +272,41 @@ def open_inputs(cfg, warn):
     eval_rows = min(cfg.eval_rows or val_blocks.available, val_blocks.available)
     bytes_per_token = float(corpora[0].token_bytes[val_blocks.read(spread(eval_rows, val_blocks.available))[:, 1:]].mean())
     corpus_record |= {f"{split}_sha256": " ".join(corpus.meta[split]["sha256"] for corpus in corpora) for split in ("train", "val")}
-    folder = record = None
-    if run.exists() and any(run.iterdir()) and cfg.resume == "no" and not cfg.estimate:
+    if run.exists() and any(run.iterdir()) and cfg.resume == "no" and not cfg.dry_run:
         raise FileExistsError(f"{run} is not empty; continue it with --resume=auto or choose another --run_dir")
-    if cfg.resume == "yes" or (cfg.resume == "auto" and checkpoints(run)):
-        folder, record = load_newest(run, warn)
-        check_resumable(record, model_config, corpus_record)
-        restarted = [k for k in ("seed", "unique_tokens") if record["settings"][k] != getattr(cfg, k)]
-        if [rest for _, *rest in data.parse_corpora(record["settings"]["corpus"])] != [rest for _, *rest in given]:
-            restarted.append("mixture")
-        if restarted:
-            warn(f"resumed with another {' and '.join(restarted)}: the data order changes here, epochs are no longer exact")
     if cfg.compare and not Path(cfg.compare).is_dir():
         raise FileNotFoundError(f"compare={cfg.compare}: no such run")
-    return Inputs(corpora, blocks, val_blocks, model_config, corpus_record, steps, eval_rows, bytes_per_token, folder, record)
+    if not cfg.dry_run:
+        kept = cfg.keep + len(cfg.kept_steps()) + (steps // cfg.keep_every if cfg.keep_every else 0)
+        saved = steps // cfg.save_every + 1 + len(cfg.kept_steps()) if cfg.save_every else 1 + len(cfg.kept_steps())
+        with torch.device("meta"):
+            n_params = Transformer(model_config).n_params()
+        checkpoint.check_space(run, n_params, cfg.layout() != "no", min(kept, saved))
+    return Inputs(corpora, blocks, val_blocks, model_config, corpus_record, steps, eval_rows, bytes_per_token)
 
 
-def open_tracker(cfg, run):
-    """A Weights & Biases run, continued under the id that the run folder keeps; raises ValueError."""
-    try:
-        import wandb
-    except ImportError:
-        raise ValueError("--wandb needs the wandb package: pip install wandb") from None
-    known = run / "wandb_id.txt"
-    try:
-        return wandb.init(project=cfg.wandb, name=run.name, config=asdict(cfg), resume="allow",
-                          id=known.read_text() if known.is_file() else None)
-    except wandb.Error as problem:
-        reason = str(problem).partition("\n")[0] or type(problem).__name__
-        raise ValueError(f"wandb: {reason}; log in with 'wandb login' or set WANDB_MODE=offline") from None
+def find_checkpoint(cfg, inputs, ranks, warn):
+    """(folder, record) of the checkpoint that `resume` asks for, (None, None) if it asks for none; raises ValueError or OSError."""
+    run = Path(cfg.run_dir)
+    if cfg.resume == "no" or cfg.resume == "auto" and not any(parallel.gathered(ranks, bool(checkpoints(run)))):
+        return None, None
+    folder, record = load_newest(run, warn, ranks)
+    check_resumable(record, inputs.model_config, inputs.corpus_record)
+    restarted = [k for k in ("seed", "unique_tokens") if record["settings"][k] != getattr(cfg, k)]
+    if [rest for _, *rest in data.parse_corpora(record["settings"]["corpus"])] != [rest for _, *rest in data.parse_corpora(cfg.corpus)]:
+        restarted.append("mixture")
+    if restarted:
+        warn(f"resumed with another {' and '.join(restarted)}: the data order changes here, epochs are no longer exact")
+    return folder, record
+
+
+def check_resumable(record, model_config, corpus_record):
+    """Raises ValueError, naming each difference, if a checkpoint is of another architecture or corpus."""
+    initial = ("dropout", "init_std", "scaled_init", "local_init")  # of no consequence to the weights' shapes
+    for what, old, new in (("architecture", record["model"], asdict(model_config)), ("corpus", record["corpus"], corpus_record)):
+        differ = [f"{k} {old.get(k)} → {new.get(k)}" for k in new if old.get(k) != new.get(k) and k not in initial]
+        if differ:
+            raise ValueError(f"cannot resume with another {what}: {', '.join(differ)}; use another --run_dir")
 
 
 # --------------------------------------------------------------------------------------------------- pieces
@@ -327,58 +357,23 @@ def training_batches(process, blocks, eos_id, first_sample, first_step, steps, c
             yield engine.to_tensors(batch, pin)
 
 
-def noisy_share(process):
-    """The expected share of positions that a masked process masks, halfway through training; 1 for the others: all get a head."""
-    if process.objective != "masked":
-        return 1.0
-    return float(diffusion.step_rows(process, 0, 4096, 0.5).count.mean()) / process.block_len
-
-
-def predicted(cfg, process, model_config, world, dtype, on_gpu):
-    """What one rank will need at its peak, as memory.Need."""
-    micro = cfg.micro_batch or cfg.batch_size // world
-    rows = diffusion.step_rows(process, 0, cfg.batch_size)
-    parts = cfg.batch_size // micro
-    documents = np.zeros((micro, cfg.block_len), np.int32) if cfg.document_attention else None
-    batch = diffusion.make_batch(process, np.zeros((micro, cfg.block_len + 1), np.int32), rows, rows.deal(0, parts), documents=documents)
-    batch = batch._replace(positions=documents if cfg.reset_positions else None)
-    return memory.predict(model_config, batch, cfg.loss == "paper", dtype, on_gpu, cfg.compile, cfg.recompute, cfg.fp8,
-                          lasting_gradients=parts > world or world > 1 or cfg.cuda_graphs)
-
-
-def show_estimate(cfg, need, model_config, process, world, dtype, on_gpu):
-    """Print what a step needs in memory and arithmetic."""
-    with torch.device("meta"):
-        network = Transformer(model_config)
-    share, tokens = noisy_share(process), cfg.batch_size * cfg.block_len
-    flops = network.flops_per_token(share)
-    unit, size = (2**30, "GiB") if need.peak > 2**30 else (2**20, "MiB")
-    print(f"{network.n_params():,} parameters; one of {world} rank{'s' * (world > 1)}, micro-batches of {cfg.micro_batch or cfg.batch_size // world} × "
-          f"{cfg.block_len} tokens, {str(dtype)[6:]}, compile={cfg.compile}, recompute={cfg.recompute}, {'as on a GPU' if on_gpu else 'on a CPU'}:")
-    print("peak memory " + f"{need.peak / unit:.2f} {size}: " + ", ".join(f"{what} {getattr(need, what) / unit:.2f}" for what in need._fields[:-1]))
-    print(f"a step of {tokens:,} tokens takes {flops * tokens:.3g} FLOP, forward and backward ({flops / 1e6:.1f} MFLOP per token; "
-          f"{share:.1%} of the positions get a head); recomputation not counted")
-    if on_gpu:
-        print(f"at 50 % of an H100's bf16 peak that is {world * engine.PEAK['H100'] / 2 / flops:,.0f} tokens/s on {world} GPU{'s' * (world > 1)}")
-
-
 def spread(n_rows, available):
     """n_rows evenly spaced blocks of `available`, shuffled: a row's place sets its noise level, its document must not."""
     return data.permute(np.arange(n_rows), n_rows, VALIDATION_SEED, np.zeros(n_rows, np.int64)) * available // n_rows
 
 
 @torch.no_grad()
-def evaluate(objective, process, blocks, n_rows, micro, rank, world, device, autocast, read):
+def evaluate(objective, process, blocks, n_rows, micro, ranks, device, autocast, read):
     """The parts of the loss on n_rows evenly spread validation blocks, summed over ranks: (P,) in nats per token; `read` is `read_batch`.
 
     The noise is a function of the row alone and one lattice spans all rows, so the figure does not
     depend on batch size, ranks or training.
     """
-    parts = -(-n_rows // (micro * world)) * world
+    parts = -(-n_rows // (micro * ranks.world)) * ranks.world
     rows, ids = diffusion.step_rows(process, 0, n_rows), spread(n_rows, blocks.available)
     total = 0.0
     objective.eval()
-    for part in range(rank, parts, world):
+    for part in range(ranks.rank, parts, ranks.world):
         which = rows.deal(part, parts)
         valid = np.arange(micro) < len(which)
         which = np.concatenate((which, np.full(micro - len(which), n_rows - 1)))
@@ -386,130 +381,29 @@ def evaluate(objective, process, blocks, n_rows, micro, rank, world, device, aut
         with autocast():
             total = total + objective(engine.to_device(engine.to_tensors(batch, False), device))[1].double()
     objective.train()
-    if world > 1:
+    parallel.release(objective)
+    if ranks.world > 1:
         dist.all_reduce(total)
     return total.tolist()
-
-
-# ------------------------------------------------------------------------------------------------ checkpoints
-
-
-def save_checkpoint(run, step, network, optimizer, record, keep, kept_steps=()):
-    """Write run/step_<step>/ so that it exists only when complete, then drop all but the newest `keep` and those of `kept_steps`.
-
-    A checkpoint of a later step is a damaged one that the run fell back from: it goes too.
-    """
-    from safetensors.torch import save_file
-
-    final, building = run / f"step_{step:08d}", run / f".step_{step:08d}"
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir()
-    save_file({k: v.contiguous() for k, v in network.state_dict().items()}, building / "model.safetensors")
-    save_file({f"{name}.{key}": value.contiguous() for name, p in network.named_parameters()
-               for key, value in optimizer.state[p].items()}, building / "optimizer.safetensors")
-    files = ("model.safetensors", "optimizer.safetensors")
-    record = dict(record, step=step, sha256={name: file_digest(building / name) for name in files})
-    (building / "checkpoint.json").write_text(json.dumps(dict(record, record_sha256=record_digest(record)), indent=2) + "\n")
-    for path in (*building.iterdir(), building):
-        flush_to_disk(path)
-    if final.exists():  # an earlier, damaged one of the same step
-        shutil.rmtree(final)
-    building.rename(final)
-    flush_to_disk(run)
-    written = checkpoints(run)
-    place = written.index(final)
-    for old in written[:place] + [p for p in written[place:] if int(p.name[5:]) not in kept_steps][keep:]:
-        shutil.rmtree(old)
-
-
-def flush_to_disk(path):
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def load_checkpoint(folder, network, optimizer):
-    """Read weights and optimizer state into `network` and `optimizer`."""
-    from safetensors.torch import load_file
-
-    network.load_state_dict(load_file(folder / "model.safetensors"))
-    parameters = dict(network.named_parameters())
-    for name, value in load_file(folder / "optimizer.safetensors").items():
-        parameter, _, key = name.rpartition(".")
-        p = parameters[parameter]
-        optimizer.state[p][key] = value.to(p.device)
-
-
-def check_resumable(record, model_config, corpus_record):
-    """Raises ValueError, naming each difference, if a checkpoint is of another architecture or corpus."""
-    initial = ("dropout", "init_std", "scaled_init", "local_init")  # of no consequence to the weights' shapes
-    for what, old, new in (("architecture", record["model"], asdict(model_config)), ("corpus", record["corpus"], corpus_record)):
-        differ = [f"{k} {old.get(k)} → {new.get(k)}" for k in new if old.get(k) != new.get(k) and k not in initial]
-        if differ:
-            raise ValueError(f"cannot resume with another {what}: {', '.join(differ)}; use another --run_dir")
-
-
-def trim_metrics(path, step):
-    """Drop what an interrupted run logged after its last checkpoint: those steps are about to be repeated."""
-    if path.is_file():
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(m) + "\n" for m in read_metrics(path.parent) if m["step"] <= step))
-        temporary.replace(path)
-
-
-# ------------------------------------------------------------------------------------------------------ plots
-
-
-def read_metrics(run):
-    """The records of a run's metrics.jsonl; a last line that a crash cut is left out."""
-    path, records = Path(run) / "metrics.jsonl", []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    return records
-
-
-def draw(runs, path):
-    """The loss curves of one or two runs as a PNG: training loss faint, validation marked."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    for color, run in zip(("tab:blue", "tab:orange"), runs):
-        metrics = read_metrics(run)
-        train = [(m["tokens"], m["loss"]) for m in metrics if "loss" in m]
-        val = [(m["tokens"], m["val_loss"]) for m in metrics if "val_loss" in m]
-        if train:
-            axes.plot(*zip(*train), color=color, alpha=0.35, lw=1, label=f"{Path(run).name}, training")
-        if val:
-            axes.plot(*zip(*val), color=color, marker="o", ms=3, label=f"{Path(run).name}, validation")
-    axes.set(xlabel="training tokens", ylabel="nats per token", title="loss")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def summary(run):
-    """One line on a finished run's last validation, or None."""
-    last = [m for m in read_metrics(run) if "val_loss" in m]
-    if not last:
-        return None
-    m, kind = last[-1], "exact NLL" if last[-1]["objective"] == "ar" else "NELBO, an upper bound"
-    return f"{Path(run).name:>20}: {m['val_bpb']:.3f} bits/byte, {m['val_loss']:.4f} nats/token ({m['objective']}, {kind}; {m['tokens']:,} tokens)"
 
 
 # ------------------------------------------------------------------------------------------------------- main
 
 
+class Course(NamedTuple):
+    """Where a run stands in its data: after `step` steps it draws on from sample `samples`; `passed` of those before were skipped."""
+
+    step: int = 0
+    samples: int = 0
+    passed: int = 0
+
+    def at(self, step, batch_size):
+        """The same, `step - self.step` steps later."""
+        return self._replace(step=step, samples=self.samples + (step - self.step) * batch_size)
+
+
 def main():
     cfg = configurator.load(Config, about=__doc__)
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     device = torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -517,9 +411,6 @@ def main():
         torch.set_float32_matmul_precision("high")
         attention_order = contextlib.ExitStack()  # entered for as long as this variable lives
         attention_order.enter_context(kernels.preferring_cudnn(device))
-    say = print if rank == 0 else lambda *_, **__: None
-    run = Path(cfg.run_dir)
-
     stop = threading.Event()
 
     def request_stop(signum, _):
@@ -529,19 +420,40 @@ def main():
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, request_stop)
 
-    try:
-        corpora, blocks, val_blocks, model_config, corpus_record, steps, eval_rows, bytes_per_token, folder, record = open_inputs(
-            cfg, lambda warning: say(f"warning: {warning}", file=sys.stderr))
-        tracker = None
-        if cfg.wandb and rank == 0:
-            tracker = open_tracker(cfg, run)
-    except (ValueError, OSError) as problem:
-        configurator.fail(str(problem))
+    ranks = parallel.ALONE if cfg.dry_run else parallel.join(device, cfg.timeout)
+    watch = parallel.Watch(ranks, cfg.timeout)
+    with parallel.guarded(ranks, watch, stop):
+        code = train(cfg, device, ranks, watch, stop)
+        watch.close()
+        if ranks.world > 1:
+            parallel.leave(ranks, code)
+    if code:
+        raise SystemExit(code)
 
-    # CPU tensors travel by gloo even where gradients go by NCCL: agreeing to stop then needs no GPU sync.
-    if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
+def train(cfg, device, ranks, watch, stop):
+    """The whole run, from settings to loss curve, as seen by one rank; returns its exit code."""
+    run, rank, world = Path(cfg.run_dir), ranks.rank, cfg.world()
+    say = print if rank == 0 else lambda *_, **__: None
+
+    def warn(warning):
+        say(f"warning: {warning}", file=sys.stderr, flush=True)
+
+    def together(work, *arguments):
+        """What `work` returns; if on any rank it finds something wrong with the user's files, all end."""
+        result = problem = None
+        try:
+            result = work(*arguments)
+        except (ValueError, OSError) as error:
+            problem = str(error)
+        problems = parallel.gathered(ranks, problem)
+        if any(problems):
+            first = next(filter(None, problems))
+            configurator.fail(first if all(problems) else f"rank {problems.index(first)}: {first}")
+        return result
+
+    inputs = together(open_inputs, cfg)
+    corpora, blocks, val_blocks, model_config, corpus_record, steps, eval_rows, bytes_per_token = inputs
     tokens_per_step, kept_steps = cfg.batch_size * cfg.block_len, cfg.kept_steps()
     meta = corpora[0].meta
     micro = cfg.micro_batch or cfg.batch_size // world
@@ -554,81 +466,103 @@ def main():
     val_process = process._replace(seed=VALIDATION_SEED, loss="elbo", estimator="count", time="uniform", short_rows=0.0,
                                    schedule=cfg.schedule if cfg.objective == "uniform" else "linear")
 
-    on_gpu = device.type == "cuda" or cfg.device == "cuda"  # the latter for an estimate on a machine without
+    on_gpu = device.type == "cuda" or cfg.device == "cuda"  # the latter for a dry run on a machine without
     bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and (on_gpu and device.type == "cpu" or engine.has_bf16(device)))
     dtype = torch.bfloat16 if bf16 else torch.float32
-
-    if cfg.fp8 and not on_gpu:
-        say("warning: fp8 is emulated on a CPU and slower than bfloat16; a GPU of compute capability 8.9 has it", file=sys.stderr)
 
     def autocast():
         return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
+    if cfg.fp8 and not on_gpu:
+        warn("fp8 is emulated on a CPU and slower than bfloat16; a GPU of compute capability 8.9 has it")
+    if cfg.dry_run:
+        print(cost.report(cfg, process, model_config, steps, blocks.n, dtype, on_gpu))
+        return 0
     need = None
-    if rank == 0 and (cfg.estimate or on_gpu):
+    if rank == 0 and on_gpu:
         try:
-            need = predicted(cfg, process, model_config, world, dtype, on_gpu)
+            need = cost.memory_of(cfg, process, model_config, dtype, on_gpu)
         except Exception as problem:
-            if cfg.estimate:
-                raise
-            say(f"warning: no prediction of memory ({type(problem).__name__}: {problem})", file=sys.stderr)
-    if cfg.estimate:
-        if need:
-            show_estimate(cfg, need, model_config, process, world, dtype, on_gpu)
-        return
+            warn(f"no prediction of memory ({type(problem).__name__}: {problem})")
 
-    torch.manual_seed(cfg.seed)
-    network = Transformer(model_config).init_weights().to(device)
-    optimizer = engine.make_optimizer(network, cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
-    first_step, samples, pending = 0, 0, []
-    n_parts = 2 if cfg.loss == "paper" else 1
-    if record:
-        load_checkpoint(folder, network, optimizer)
-        first_step, samples = record["step"], record["samples"]
-        pending = [row for row in record["pending"] if len(row) == n_parts + 1]  # another loss has other parts
+    # ------------------------------------------------------------------------------ the network, from nothing or from disk
+
+    folder, record = together(find_checkpoint, cfg, inputs, ranks, warn)
+    tracker = together(lambda: open_tracker(cfg, run) if cfg.wandb and rank == 0 else None)
+    with torch.device("meta"):
+        network = Transformer(model_config)
     plain = engine.Objective(network.use(cfg.recompute, cfg.fp8), posterior=cfg.loss == "paper")
-    objective = engine.compiled(plain, cfg.compile, world, cfg.cuda_graphs)
-    if cfg.compile != "no" and first_step < steps:
-        say("the first step compiles the model, which takes up to a minute on a CPU", flush=True)
+    if cfg.layout() == "no":
+        network.to_empty(device=device).tables()
+    objective = engine.prepared(plain, cfg.compile, ranks, cfg.layout(), cfg.shard_size, dtype, device, cfg.cuda_graphs)
+    optimizer = engine.make_optimizer(network, cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
+    saver = checkpoint.Saver(run, network, optimizer, ranks, cfg.keep, cfg.keep_every, kept_steps)
     peak = engine.peak_flops(device) if bf16 else None
+    n_parts = 2 if cfg.loss == "paper" else 1
+    course, step, pending, streak = Course(), 0, [], 0  # `pending`: losses of no line yet; `streak`: steps skipped in a row
 
+    def restore(folder, record):
+        nonlocal step, pending, streak
+        together(checkpoint.restore, folder, record, network, optimizer, ranks)
+        step, streak = record["step"], record["streak"]
+        pending = [row for row in record["pending"] if len(row) == n_parts + 1]  # another loss has other parts
+        return Course(step, record["samples"], record["passed"])
+
+    if record:
+        course = restore(folder, record)
+    else:
+        network.init_weights(torch.Generator().manual_seed(cfg.seed))
+    to_do = step < steps  # else nothing changes
     if rank == 0:
         run.mkdir(parents=True, exist_ok=True)
-        if first_step < steps:  # else there is nothing to do, and nothing changes
-            (run / "settings.json").write_text(configurator.dump(cfg) + "\n")
-            if corpora[0].tokenizer_file:
-                shutil.copyfile(corpora[0].tokenizer_file, run / "tokenizer.json")  # sampling needs it
-            trim_metrics(run / "metrics.jsonl", first_step if record else -1)
+    seen = parallel.gathered(ranks, None) and parallel.gathered(ranks, run.is_dir())
+    if not all(seen):
+        configurator.fail(f"rank {seen.index(False)} does not see {run}, which rank 0 has made: --run_dir must be on a file system that all nodes share")
+    if rank == 0 and to_do:
+        checkpoint.tidy(run)
+        (run / "settings.json").write_text(configurator.dump(cfg) + "\n")
+        if corpora[0].tokenizer_file:
+            shutil.copyfile(corpora[0].tokenizer_file, run / "tokenizer.json")  # sampling needs it
         if tracker:
             (run / "wandb_id.txt").write_text(tracker.id)
-        metrics_file = open(run / "metrics.jsonl", "a", buffering=1)
+    journal = Journal(run, tracker) if rank == 0 else None
+    if journal and to_do:
+        journal.back_to(step if record else -1)
     say(configurator.dump(cfg))
     within_documents = cfg.document_attention or cfg.short_rows > 0 and cfg.objective != "ar"
     backend = kernels.attention_backend(torch.empty(1, 1, cfg.block_len, model_config.head_dim, dtype=dtype, device=device), model_config.causal, within_documents)
     if backend == "flash_attention" and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
-        say("warning: attention falls back to FlashAttention-2; cuDNN's is faster here, but this torch does not find it fit", file=sys.stderr)
+        warn("attention falls back to FlashAttention-2; cuDNN's is faster here, but this torch does not find it fit")
     say(f"{network.n_params():,} parameters ({network.n_params(False):,} without embeddings), "
-        f"{network.flops_per_token(noisy_share(process)) / 1e6:.1f} MFLOP per token, {str(dtype)[6:]} on {world} × {device.type}, "
-        f"attention: {backend}")
+        f"{network.flops_per_token(cost.noisy_share(process)) / 1e6:.1f} MFLOP per token, {str(dtype)[6:]} on {world} × {device.type}, "
+        f"attention: {backend}" + (f", shard: {cfg.shard}" if cfg.layout() != "no" else ""))
     say(f"{steps:,} steps of {tokens_per_step:,} tokens: {steps * tokens_per_step:,} tokens, "
         f"{steps * cfg.batch_size / blocks.n:.2f} epochs of {blocks.n * cfg.block_len:,}")
     if record:
         changed = [f"{k} {v!r} → {getattr(cfg, k)!r}" for k, v in record["settings"].items() if getattr(cfg, k, v) != v and k != "resume"]
         say(f"resumed from {folder}" + (f"; changed settings: {', '.join(changed)}" if changed else ""))
+    if cfg.compile != "no" and to_do:
+        say("the first step compiles the model, which takes up to a minute on a CPU", flush=True)
+
+    # ------------------------------------------------------------------------------------ what is written down and saved
 
     def log(step, **values):
-        if rank == 0:
-            values = dict(step=step, tokens=(samples + (step - first_step) * cfg.batch_size) * cfg.block_len, **values)
-            metrics_file.write(json.dumps(values) + "\n")
-            if tracker:
-                tracker.log(values, step=step)
+        if journal:
+            now = course.at(step, cfg.batch_size)
+            journal.write(step=step, tokens=(now.samples - now.passed) * cfg.block_len, **values)
+
+    def decide(event, text, **values):
+        """What the run does by itself is said and logged."""
+        warn(text)
+        log(step, event=event, **values)
 
     def read(process, blocks, *rest):
+        watch.at(step)
         return read_batch(cfg, process, blocks, meta["eos_id"], *rest)
 
-    def validate(step):
+    def validate():
         def measure(p):
-            return evaluate(plain, p, val_blocks, eval_rows, micro, rank, world, device, autocast, read)
+            return evaluate(plain, p, val_blocks, eval_rows, micro, ranks, device, autocast, read)
 
         loss, extra = sum(measure(val_process)), {}
         if cfg.loss == "paper":
@@ -639,22 +573,24 @@ def main():
         say(f"step {step:>6}  validation {loss:.4f} nats/token  {bits:.4f} bits/byte"
             + "".join(f"  {k[4:]} {v:.4f}" for k, v in extra.items()), flush=True)
 
-    def save(step):
-        if rank == 0:
-            n_samples = samples + (step - first_step) * cfg.batch_size
-            save_checkpoint(run, step, network, optimizer, dict(
-                settings=asdict(cfg), model=asdict(model_config), corpus=corpus_record, samples=n_samples,
-                steps=steps, pending=pending), cfg.keep, kept_steps)
+    def save():
+        now = course.at(step, cfg.batch_size)
+        saver.save(step, dict(settings=asdict(cfg), model=asdict(model_config), corpus=corpus_record, samples=now.samples, passed=now.passed,
+                              steps=steps, streak=streak, pending=pending))
+
+    def hear_of_saving():
+        if failure := saver.news():
+            decide("not saved", f"no checkpoint of step {failure['of']}: {failure['why']}", **failure)
 
     # Losses and norms stay on the device until a line is due; then they travel while training goes on.
     recent = torch.zeros(cfg.log_every, n_parts + 1, device=device)
-    arriving, speeds = deque(), deque(maxlen=20)
+    arriving, speeds, laps = deque(), deque(maxlen=20), []
 
     def send(first, last, line):
         """Let the records of steps first+1 … last travel to the host; `line`: what is known of the line that is due, if one is."""
         values = recent[: last - first]
         if line:  # one more row holds the norm of all weights: it travels like the gradient's
-            weights = nn.utils.get_total_norm(list(network.parameters()))
+            weights = parallel.whole(nn.utils.get_total_norm(list(network.parameters())))
             values = torch.cat((values, nn.functional.pad(weights[None, None], (n_parts, 0))))
         if world > 1:
             values[:, -1] /= world  # the norm is the same on every rank, the parts add up
@@ -663,19 +599,22 @@ def main():
         recent.zero_()
 
     def receive(wait=False):
-        """Log what has arrived (with `wait`: all that was sent); stop the run if a loss or norm is not finite."""
+        """Log what has arrived (with `wait`: all that was sent)."""
+        nonlocal streak
         while arriving and arriving[0][2].here(wait):
             first, last, arrived, line = arriving.popleft()
             rows = arrived.values.tolist()
             if line:
                 line = dict(line, param_norm=rows.pop()[-1])
-            for step, row in enumerate(rows, first + 1):
-                if not all(map(math.isfinite, row)):
-                    good = checkpoints(run)
-                    configurator.fail(f"step {step}: the loss or its gradient is not finite ({row}); stopped. "
-                                      + (f"The last good checkpoint is {good[0]}" if good else "There is no checkpoint yet"))
-                pending.append(row)
-            if line:
+            for number, row in enumerate(rows, first + 1):
+                if engine.is_bad(row[-1], cfg.skip_norm):
+                    streak += 1
+                    warn(f"step {number}: skipped, its gradient's norm is {row[-1]:.4g} (loss {sum(row[:-1]):.4g}; {streak} in a row)")
+                    log(number, event="skipped", loss_then=sum(row[:-1]), norm=row[-1], in_a_row=streak, first_sample=course.at(number - 1, cfg.batch_size).samples)
+                else:
+                    streak = 0
+                    pending.append(row)
+            if line and pending:
                 show(last, engine.seconds(line["start"], arrived.moment), **line)
 
     def show(step, duration, start, lr, tokens, param_norm):
@@ -686,7 +625,7 @@ def main():
         speeds.append(speed)
         mfu = {}
         if peak:
-            rows = diffusion.step_rows(process, samples + (step - 1 - first_step) * cfg.batch_size, cfg.batch_size, (step - 1) / steps)
+            rows = diffusion.step_rows(process, course.at(step - 1, cfg.batch_size).samples, cfg.batch_size, (step - 1) / steps)
             share = float(rows.count.mean()) / cfg.block_len if cfg.objective == "masked" else 1.0
             mfu = dict(mfu=speed * network.flops_per_token(share) / (peak * world))
         paper = dict(noisy=2 * parts[0], clean=2 * parts[1]) if n_parts == 2 else {}
@@ -695,36 +634,80 @@ def main():
         say(f"step {step:>6}/{steps}  loss {sum(parts):.4f}  norm {norm:.2f}  lr {lr:.2e}  {speed / 1e3:.1f}K tok/s"
             + (f"  mfu {mfu['mfu']:.1%}" if mfu else "") + f"  eta {int(left // 60)}:{int(left % 60):02d}", flush=True)
 
+    def compare_ranks():
+        """Log which rank computes fastest and slowest: a straggler holds up all others. Times of a step since the last line."""
+        seconds = parallel.gathered(ranks, sum(engine.seconds(*lap) for lap in laps))
+        laps.clear()
+        fast, slow = min(seconds), max(seconds)
+        log(step, event="ranks", fastest=seconds.index(fast), fastest_s=fast, slowest=seconds.index(slow), slowest_s=slow)
+        if slow > 1.5 * fast and slow - fast > 0.02:
+            say(f"step {step:>6}  rank {seconds.index(slow)} is slow: {slow:.3f} s of computing, rank {seconds.index(fast)} {fast:.3f} s", flush=True)
+
+    # ------------------------------------------------------------------------------------------------------ the loop
+
     gpu = device.type == "cuda"
-    batches = training_batches(process, blocks, meta["eos_id"], samples, first_step, steps, cfg, rank, world, pin=gpu)
-    if gpu:  # on a CPU a thread would only take time from the step's own
-        batches = engine.uploaded(engine.prefetched(batches), device)
-    if first_step == 0:
-        validate(0)
+
+    def stream():
+        batches = training_batches(process, blocks, meta["eos_id"], course.samples, course.step, steps, cfg, rank, world, pin=gpu)
+        return engine.uploaded(engine.prefetched(batches), device) if gpu else batches  # on a CPU a thread would only take time from the step's own
+
+    returns = Counter()
+
+    def go_back():
+        """To the newest checkpoint from before the skipped steps, and past the data since: they led here. Returns the new course."""
+        saver.wait()
+        try:
+            folder, record = load_newest(run, warn, ranks, fit=lambda record: record["streak"] == 0)
+        except FileNotFoundError:
+            configurator.fail(f"step {step}: the gradient was not finite or above skip_norm in {streak} steps in a row, and there is no checkpoint from before; lower --lr")
+        returns[folder] += 1
+        if returns[folder] > 3:
+            configurator.fail(f"step {step}: went back to {folder} three times, and again the gradient is not finite or above skip_norm; lower --lr")
+        now, bad = course.at(step, cfg.batch_size), streak
+        old = restore(folder, record)
+        decide("back", f"{bad} steps skipped in a row by step {now.step}: back to {folder}, past samples {old.samples:,} to {now.samples - 1:,}",
+               from_step=now.step, first_sample=old.samples, last_sample=now.samples - 1)
+        if journal:
+            journal.back_to(step)
+        return Course(step, now.samples, old.passed + now.samples - old.samples)
+
+    batches = stream()
+    if step == 0:
+        validate()
     objective.train()
-    flushed = first_step
+    warm, flushed, stopping = False, step, False
     start, clock_tokens = engine.moment(device), 0
-    for step in range(first_step + 1, steps + 1):
-        lr = learning_rate(cfg, step - 1, steps)
+    while step < steps:
+        watch.at(step)
+        lr = learning_rate(cfg, step, steps)
+        step += 1
         for group in optimizer.param_groups:
             group["lr"] = lr
         if cfg.dropout:  # dropout masks, too, are a function of the step
             torch.manual_seed(hash((cfg.seed, step, rank)))
-        engine.optimizer_step(objective, optimizer, batches, accumulation, recent[step - flushed - 1], cfg.clip, autocast, world, cfg.cuda_graphs)
+        lapping = world > 1 and step % cfg.log_every == 1 % cfg.log_every
+        engine.optimizer_step(objective, optimizer, batches, accumulation, recent[step - flushed - 1], cfg.clip, autocast, world, cfg.cuda_graphs,
+                              cfg.skip_norm, laps if lapping else None)
         clock_tokens += tokens_per_step
-        if step == first_step + 1:  # what has been built by now stays: the garbage collector need not look at it again
+        if not warm:  # what has been built by now stays: the garbage collector need not look at it again
             gc.collect()
             gc.freeze()
-            if device.type == "cuda":
+            if gpu:
                 torch.cuda.reset_peak_memory_stats(device)
-        if step == first_step + 2 and need:  # the first step's backward pass had no moments beside it yet
+        elif need:  # the first step's backward pass had no moments beside it yet
             say(f"peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB measured, {need.peak / 2**30:.2f} predicted")
+            need = None
+        warm = True
 
-        stopping = stop.is_set()
-        if world > 1:
-            flag = torch.tensor(float(stopping))
-            dist.all_reduce(flag)
-            stopping = flag.item() > 0
+        stopping, giving_up = parallel.agree(ranks, stop.is_set(), streak >= cfg.max_skips)
+        if giving_up:
+            receive(wait=True)
+            course = go_back()
+            batches.close()
+            batches, flushed = stream(), step
+            recent.zero_()
+            start, clock_tokens = engine.moment(device), 0
+            continue
         logging, evaluating, saving = (step == steps or every and step % every == 0
                                        for every in (cfg.log_every, cfg.eval_every, cfg.save_every))
         saving = saving or stopping or step in kept_steps
@@ -734,20 +717,27 @@ def main():
         if logging:
             start, clock_tokens = arriving[-1][2].moment, 0
         receive(wait=evaluating or saving)
+        if logging and world > 1 and laps:
+            compare_ranks()
         if evaluating:
-            validate(step)
+            validate()
         if saving:
-            save(step)
+            save()
         if evaluating or saving:  # the next line's speed is of training alone
             start, clock_tokens = engine.moment(device), 0
-        if stopping and step < steps:
-            say(f"stopped by a signal after step {step}; continue with --resume=auto")
+        hear_of_saving()
+        if stopping:
             break
+    watch.at(step)
     receive(wait=True)
     batches.close()
-    if first_step >= steps:
-        say(f"nothing to do: {folder} is at step {first_step} of {steps}")
-
+    saver.wait()
+    hear_of_saving()
+    if stopping and step < steps:
+        log(step, event="stopped")
+        say(f"stopped by a signal after step {step}; continue with --resume=auto")
+    if not to_do:
+        say(f"nothing to do: {folder} is at step {step} of {steps}")
     if rank == 0 and (run / f"step_{steps:08d}").is_dir():
         runs = [cfg.run_dir] + ([cfg.compare] if cfg.compare else [])
         draw(runs, run / "loss.png")
@@ -756,13 +746,9 @@ def main():
         say(f"loss curve: {run / 'loss.png'}    try: python sample.py --run_dir={run}")
     if tracker:
         tracker.finish()
-    if world > 1:
-        dist.barrier()
-        # Not by the ordinary way: DDP's destructor would hold Python's lock while it waits for gloo's thread, which may
-        # itself need that lock to drop its last tensor (torch 2.13; seen to hang).
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+    if saver.failure:
+        configurator.fail(f"the last checkpoint could not be written; what was saved before is in {run}: make room and continue with --resume=auto")
+    return parallel.STOPPED if step < steps else 0
 
 
 if __name__ == "__main__":

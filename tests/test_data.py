@@ -29,6 +29,7 @@ import data
 import diffusion
 import prepare
 import train
+from metrics import read_metrics
 from model import ModelConfig, Transformer
 
 CACHE = ROOT.parent / "shared" / "tiktoken"  # the GPT-2 files, where there is no network
@@ -1516,7 +1517,7 @@ def test_a_packed_document_is_read_as_if_alone(objective, short):
 
 
 def last_loss(run):
-    return [m["val_loss"] for m in train.read_metrics(run) if "val_loss" in m][-1]
+    return [m["val_loss"] for m in read_metrics(run) if "val_loss" in m][-1]
 
 
 def byte_documents(n, first=0):

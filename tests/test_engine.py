@@ -35,7 +35,7 @@ def train(config, process, steps=4, accumulation=1, how="no", device=DEVICE, cli
     torch.manual_seed(0)
     torch._dynamo.reset()
     network = Transformer(config).init_weights().to(device).use(**use)
-    objective = engine.compiled(engine.Objective(network, process.loss == "paper"), how, 1, cuda_graphs)
+    objective = engine.prepared(engine.Objective(network, process.loss == "paper"), how, cuda_graphs=cuda_graphs)
     optimizer = engine.make_optimizer(network, lr, (0.9, 0.95), 0.1)
     records = torch.zeros(steps, 3 if process.loss == "paper" else 2, device=device)
     stream = (engine.to_device(engine.to_tensors(b, False), device) for b in batches(process, steps * accumulation))
@@ -108,7 +108,7 @@ def test_nothing_compiles_after_the_first_step(how, graphs):
     torch._dynamo.reset()
     torch.manual_seed(0)
     network = Transformer(config).init_weights()
-    objective, optimizer = engine.compiled(engine.Objective(network, False), how, 1), engine.make_optimizer(network, 1e-2, (0.9, 0.95), 0.1)
+    objective, optimizer = engine.prepared(engine.Objective(network, False), how), engine.make_optimizer(network, 1e-2, (0.9, 0.95), 0.1)
     records = torch.zeros(5, 2)
     stream = (engine.to_tensors(b, False) for b in batches(process, 10))
     for record in records:

@@ -26,7 +26,7 @@ def measured(config, batch, how, recompute):
     """Most bytes that a real step on the CPU allocates beyond its weights, moments and batch."""
     torch._dynamo.reset()
     network = Transformer(config).init_weights().use(recompute)
-    objective = engine.compiled(engine.Objective(network, False), how, 1)
+    objective = engine.prepared(engine.Objective(network, False), how)
     optimizer = engine.make_optimizer(network, 1e-3, (0.9, 0.95), 0.1)
     batch, record = engine.to_tensors(batch, False), torch.zeros(2)
 

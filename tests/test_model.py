@@ -18,22 +18,17 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import engine
 import kernels
-import train
+from checkpoint import Saver, checkpoints, file_digest, load_model, load_newest, read_checkpoint, record_digest
 from model import (
     LADDER,
     ModelConfig,
     Transformer,
-    checkpoints,
-    file_digest,
     ladder,
     ladder_params,
-    load_model,
-    load_newest,
-    read_checkpoint,
-    record_digest,
     rotate,
     swiglu_width,
 )
+from parallel import ALONE
 
 PAPER = Path(__file__).resolve().parent.parent / "../shared/paper"
 needs_paper = pytest.mark.skipif(not PAPER.is_dir(), reason="the paper's tables are not on this machine")
@@ -478,7 +473,10 @@ def save(run, model, steps=(1, 2), keep=5):
         if model.lm_head is not None:
             model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
         optimizer.step()
-        train.save_checkpoint(run, number, model, optimizer, dict(model=asdict(model.config)), keep)
+        saver = Saver(run, model, optimizer, ALONE, keep)
+        saver.save(number, dict(model=asdict(model.config)))
+        saver.wait()
+        assert not saver.failure
 
 
 @torch.no_grad()
@@ -510,7 +508,7 @@ def cut(path, where):
     path.write_bytes(path.read_bytes()[: int(where * path.stat().st_size)])
 
 
-FILES = ("model.safetensors", "optimizer.safetensors", "checkpoint.json")
+FILES = ("model.safetensors", "optimizer/shard-00001-model-00001-of-00001.safetensors", "checkpoint.json")
 DAMAGE = [(name, harm, where) for name in FILES[:2]
           for harm, where in ((flip, 0.0), (flip, 0.5), (flip, 1.0), (cut, 0.0), (cut, 0.99))]
 DAMAGE += [("checkpoint.json", cut, 0.0), ("checkpoint.json", cut, 0.5), ("checkpoint.json", cut, 0.98)]
@@ -562,7 +560,7 @@ def test_checkpoints_are_sorted_by_number_and_unfinished_ones_ignored(tmp_path):
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     save(tmp_path, build(), steps=(5, 20, 100, 101), keep=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000100", "step_00000101"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000100", "step_00000101"]
 
 
 class Bomb:

@@ -39,13 +39,13 @@ def test_data_commands(tmp_path):
     assert "corpora/docs/train.bin: " in outputs[0] and "all SHA-256 sums agree" in outputs[1] and (tmp_path / "megatron/docs_train.idx").is_file()
 
 
-def test_estimate_command(corpus, tmp_path):  # noqa: F811
-    command = next(c for c in COMMANDS if "--estimate" in c)
+def test_dry_run_command(corpus, tmp_path):  # noqa: F811
+    command = next(c for c in COMMANDS if "--dry_run" in c)
     output = run(command, "--model=25M", f"--corpus={corpus}", f"--run_dir={tmp_path / 'run'}")  # a smaller model: tracing takes its time
     assert "peak memory" in output and "as on a GPU" in output and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "train.py" in c and "--estimate" not in c])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "train.py" in c and "--dry_run" not in c])
 def test_training_commands(command, corpus, tmp_path):  # noqa: F811
     output = run(command, *SHORT, f"--corpus={corpus}", f"--run_dir={tmp_path / 'run'}")
     assert "step      3/3" in output and (tmp_path / "run" / "loss.png").is_file()

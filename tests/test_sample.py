@@ -50,7 +50,7 @@ def test_holes_are_filled_anywhere_and_nothing_else_changes(run_main, write, sam
 
 
 def test_given_tokens_stay_and_no_mask_is_left(run_main):  # noqa: F811
-    from model import load_model, load_newest
+    from checkpoint import load_model, load_newest
 
     folder, record = load_newest(run_main("--steps=3"), print)
     model = load_model(folder, record).eval()

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 import configurator
 import study
 import train
-from model import checkpoints
+from checkpoint import checkpoints
+from metrics import read_metrics
 
 FILES = sorted((ROOT / "configurator" / "quokka").glob("*.py"))
 SCALES = ("tiny", "gpu", "paper")
@@ -191,7 +192,7 @@ def test_the_table_holds_the_papers_values(tmp_path, name):
 
 def test_our_values(tmp_path):
     write_metrics(tmp_path / "run", n=100, val=2.5, **{"eval/hellaswag": 0.31, "eval/hellaswag_stderr": 0.01, "eval/mmlu": 27.5})
-    values = study.final_values(train.read_metrics(tmp_path / "run"))
+    values = study.final_values(read_metrics(tmp_path / "run"))
     assert values["train_loss"] == pytest.approx(np.mean([2 + 1 / i for i in range(96, 101)]))  # the last twentieth
     assert (values["val_loss_c4"], values["best"], values["params_norm"]) == (2.5, 2.5, 150)
     assert values["hellaswag"] == pytest.approx(31) and values["mmlu_val"] == 27.5
@@ -266,7 +267,7 @@ def test_a_study_end_to_end(corpus, tmp_path, here):  # noqa: F811
     for run in ("masked", "uniform"):  # the logged norm is that of the weights that were saved
         weights = load_file(checkpoints(tmp_path / "tiny" / run)[0] / "model.safetensors")
         norm = math.sqrt(sum(w.double().square().sum().item() for w in weights.values()))
-        assert [m for m in train.read_metrics(tmp_path / "tiny" / run) if "param_norm" in m][-1]["param_norm"] == pytest.approx(norm, rel=1e-5)
+        assert [m for m in read_metrics(tmp_path / "tiny" / run) if "param_norm" in m][-1]["param_norm"] == pytest.approx(norm, rel=1e-5)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "tiny").glob("*/metrics.jsonl")}
     tail = ("--", *SHORT, f"--corpus={corpus}")
     code, out, _ = here("kernel", f"--runs={tmp_path}", *tail)
@@ -310,7 +311,7 @@ def test_interrupted_goes_on_to_the_end(corpus, tmp_path):  # noqa: F811
     assert process.wait(timeout=60) == 130
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "resumed from" in done.stdout
-    steps = [m["step"] for m in train.read_metrics(tmp_path / "tiny" / "masked") if "loss" in m]
+    steps = [m["step"] for m in read_metrics(tmp_path / "tiny" / "masked") if "loss" in m]
     assert steps == sorted(set(steps)) and steps[-1] == 391
 
 
@@ -322,7 +323,7 @@ def test_several_processes_log_the_same_norm(corpus, tmp_path):  # noqa: F811
         done = run_study("kernel", f"--runs={tmp_path / str(gpus)}", f"--gpus={gpus}", "--", *SHORT, f"--corpus={corpus}", "--dtype=float32", "--log_every=1",
                          "--time=iid")
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr
-        norms.append([m["param_norm"] for m in train.read_metrics(tmp_path / str(gpus) / "tiny" / "masked") if "param_norm" in m])
+        norms.append([m["param_norm"] for m in read_metrics(tmp_path / str(gpus) / "tiny" / "masked") if "param_norm" in m])
     assert len(norms[0]) == 4 and norms[0] == pytest.approx(norms[1], rel=1e-6)
 
 

@@ -20,7 +20,9 @@ from safetensors.torch import load_file
 import configurator
 import sweep
 import train
-from model import checkpoints, ladder
+from checkpoint import checkpoints
+from metrics import read_metrics
+from model import ladder
 
 BASE = """
 corpus = {corpus!r}
@@ -224,7 +226,7 @@ def test_branches_go_on_from_the_longest_run(config, stand_in, capsys):
     calls = stand_in()
     assert sorted(started(calls)) == sorted((run.name, 0 if run.steps == long.steps else run.fork) for run in runs)
     assert {threads for *_, threads in calls} == {str(max(1, (os.cpu_count() or 1) // 2))}
-    assert [m["step"] for m in train.read_metrics(short.folder)] == list(range(1, short.steps + 1))
+    assert [m["step"] for m in read_metrics(short.folder)] == list(range(1, short.steps + 1))
     trunk = long.folder / f"step_{short.fork:08d}" / "checkpoint.json"
     assert trunk.samefile(short.folder / f"step_{short.fork:08d}" / "checkpoint.json")  # linked, not copied
     out = capsys.readouterr().out
@@ -330,14 +332,14 @@ def test_a_signal_stops_children_and_the_same_command_goes_on(config, stand_in, 
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     trunks = [run for run in sweep.layout(cfg) if run.name.endswith("1.6e09_s1337")]
     end = time.monotonic() + 60
-    while not all(len(train.read_metrics(run.folder)) > 1 for run in trunks) and time.monotonic() < end:
+    while not all(len(read_metrics(run.folder)) > 1 for run in trunks) and time.monotonic() < end:
         time.sleep(0.05)
     os.killpg(process.pid, signum)  # as a terminal does: to the whole group
     out, _ = process.communicate(timeout=30)
     assert process.returncode == 128 + signum and "stopped by a signal; 0 of 6 runs are finished, the same command goes on" in out
     assert "failed" not in out
     for run in trunks:
-        steps = [m["step"] for m in train.read_metrics(run.folder)]
+        steps = [m["step"] for m in read_metrics(run.folder)]
         assert run.done == steps[-1] < run.steps  # they saved where they were
     stand_in()
     done = {run.name: run.done for run in trunks}
@@ -378,7 +380,7 @@ def test_slurm_array(config, tmp_path):
 
 
 def figures(run):
-    return [{k: v for k, v in m.items() if k != "tokens_per_s"} for m in train.read_metrics(run)]
+    return [{k: v for k, v in m.items() if k != "tokens_per_s"} for m in read_metrics(run)]
 
 
 def train_here(monkeypatch, *argv):
@@ -403,7 +405,7 @@ def test_branches_are_to_the_bit_what_runs_from_scratch_are(config, monkeypatch,
     if objective == "masked":
         process = subprocess.Popen([sys.executable, "sweep.py", *command(cfg)], cwd=ROOT, start_new_session=True)
         end = time.monotonic() + 120
-        while len(train.read_metrics(runs[1].folder)) < 30 and time.monotonic() < end:
+        while len(read_metrics(runs[1].folder)) < 30 and time.monotonic() < end:
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(timeout=60) == 130 and 0 < runs[1].done < runs[1].steps
@@ -413,7 +415,7 @@ def test_branches_are_to_the_bit_what_runs_from_scratch_are(config, monkeypatch,
         assert figures(run.folder) == figures(tmp_path / "scratch" / run.name)
         a, b = (load_file(checkpoints(folder)[0] / "model.safetensors") for folder in (run.folder, tmp_path / "scratch" / run.name))
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-        a, b = (load_file(checkpoints(folder)[0] / "optimizer.safetensors") for folder in (run.folder, tmp_path / "scratch" / run.name))
+        a, b = (load_file(checkpoints(folder)[0] / "optimizer/shard-00001-model-00001-of-00001.safetensors") for folder in (run.folder, tmp_path / "scratch" / run.name))
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     rows, curves = (list(csv.DictReader(open(f"{cfg.out}/{name}.csv"))) for name in ("points", "curves"))
     assert [row["name"] for row in rows] == [run.name for run in runs]

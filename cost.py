@@ -1,0 +1,136 @@
+"""What a run will cost before it runs: memory of a rank, communication, time, disk. `train.py --dry_run` prints it.
+
+    python cost.py        the tables of docs/scaling-out.md
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import checkpoint
+import diffusion
+import engine
+import memory
+import parallel
+from model import Transformer
+
+EFFICIENCY = 0.45  # of the bf16 peak that computing alone is assumed to reach, between the 41 % to 50 % published for H100s at 1B to 8B
+WITHIN, BETWEEN = 300e9, 40e9  # bytes/s that a GPU sends in a collective: NVLink within a node, and its 400 Gb/s share of the network between nodes
+HIDDEN = 0.9  # share of the communication that can overlap with computing (all but the first gather and the last reduction)
+H100 = 80e9  # bytes of memory
+
+
+def noisy_share(process):
+    """The expected share of positions that a masked process masks, halfway through training; 1 for the others: all get a head."""
+    if process.objective != "masked":
+        return 1.0
+    return float(diffusion.step_rows(process, 0, 4096, 0.5).count.mean()) / process.block_len
+
+
+def memory_of(cfg, process, model_config, dtype, on_gpu):
+    """What one rank of a run will need at its peak, as memory.Need; cfg is train.Config."""
+    world = cfg.world()
+    micro = cfg.micro_batch or cfg.batch_size // world
+    rows = diffusion.step_rows(process, 0, cfg.batch_size)
+    parts = cfg.batch_size // micro
+    documents = np.zeros((micro, cfg.block_len), np.int32) if cfg.document_attention else None
+    batch = diffusion.make_batch(process, np.zeros((micro, cfg.block_len + 1), np.int32), rows, rows.deal(0, parts), documents=documents)
+    batch = batch._replace(positions=documents if cfg.reset_positions else None)
+    return memory.predict(model_config, batch, cfg.loss == "paper", dtype, on_gpu, cfg.compile, cfg.recompute, cfg.fp8,
+                          lasting_gradients=parts > world or world > 1 or cfg.cuda_graphs, layout=cfg.layout(),
+                          shards=parallel.shard_ranks(cfg.layout(), world, min(world, cfg.gpus_per_node), cfg.shard_size), accumulating=parts > world)
+
+
+# ------------------------------------------------------------------------------------------------------ communication
+
+
+class Traffic(NamedTuple):
+    """Bytes that one rank sends in a step, and the seconds that takes at WITHIN and BETWEEN."""
+
+    within: float
+    between: float
+
+    @property
+    def seconds(self):
+        return self.within / WITHIN + self.between / BETWEEN
+
+
+def ring(n_bytes, ranks, per_node):
+    """Traffic of gathering (or scattering sums of) `n_bytes` over `ranks`: each sends (ranks − 1)/ranks of them.
+
+    Hierarchical rings, as NCCL's: over nodes each GPU carries its share of the node's traffic, so that all network cards work.
+    """
+    if ranks == 1:
+        return Traffic(0, 0)
+    nodes = -(-ranks // per_node)
+    local = min(ranks, per_node)
+    return Traffic(n_bytes * (local - 1) / local, n_bytes / local * (nodes - 1) / nodes)
+
+
+def traffic(n_params, layout, world, per_node, shards, micro_batches, dtype_bytes):
+    """What one rank sends in a step of `micro_batches`: parameters in `dtype_bytes` each, gradients in fp32.
+
+    no: sums all-reduced once (2 rings). optim: sums scattered, parameters gathered, once. full: parameters gathered twice and
+    gradients scattered in every micro-batch. hybrid: the same among `shards` ranks; then the shards' sums all-reduced over the copies.
+    """
+    gradients, parameters = 4 * n_params, dtype_bytes * n_params
+    across = (world // shards, max(1, per_node // shards))  # copies, and how many of them share a node
+    pieces = {
+        "no": [(2 * gradients, world, per_node)],
+        "optim": [(gradients + parameters, world, per_node)],
+        "full": [(micro_batches * (gradients + 2 * parameters), world, per_node)],
+        "hybrid": [(micro_batches * (gradients + 2 * parameters), shards, per_node), (2 * gradients / shards, *across)],
+    }[layout]
+    rings = [ring(*piece) for piece in pieces]
+    return Traffic(sum(r.within for r in rings), sum(r.between for r in rings))
+
+
+def step_seconds(flops, moved, gpus, peak=engine.PEAK["H100"]):
+    """(seconds of a step, seconds of computing, seconds of communication that nothing hides)."""
+    computing = flops / (gpus * EFFICIENCY * peak)
+    exposed = max((1 - HIDDEN) * moved.seconds, moved.seconds - HIDDEN * computing)
+    return computing + exposed, computing, exposed
+
+
+# ------------------------------------------------------------------------------------------------------------ dry run
+
+
+def units(n_bytes):
+    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.2f} MiB"
+
+
+def duration(seconds):
+    for size, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {name}"
+    return f"{seconds:.3g} s"
+
+
+def report(cfg, process, model_config, steps, n_blocks, dtype, on_gpu):
+    """The lines of `train.py --dry_run`."""
+    world, layout = cfg.world(), cfg.layout()
+    with torch.device("meta"):
+        network = Transformer(model_config)
+    need = memory_of(cfg, process, model_config, dtype, on_gpu)
+    n_params, share = network.n_params(), noisy_share(process)
+    tokens, flops = cfg.batch_size * cfg.block_len, network.flops_per_token(share)
+    micro = cfg.micro_batch or cfg.batch_size // world
+    shards = parallel.shard_ranks(layout, world, min(world, cfg.gpus_per_node), cfg.shard_size)
+    lines = [
+        f"{n_params:,} parameters on {world} rank{'s' * (world > 1)}, shard={layout}" + (f" over {shards}" if shards > 1 else "")
+        + f", micro-batches of {micro} × {cfg.block_len} tokens, {str(dtype)[6:]}, compile={cfg.compile}, recompute={cfg.recompute}, {'as on a GPU' if on_gpu else 'on a CPU'}",
+        f"peak memory of a rank {units(need.peak)}: " + ", ".join(f"{what} {units(getattr(need, what))}" for what in need._fields[:-1]),
+        f"{steps:,} steps of {tokens:,} tokens: {steps * tokens:,} tokens, {steps * cfg.batch_size / n_blocks:.2f} epochs",
+        f"a step of {tokens:,} tokens takes {flops * tokens:.3g} FLOP, forward and backward ({flops / 1e6:.1f} MFLOP per token; {share:.1%} of the positions get a head); recomputation not counted",
+    ]
+    size, more = checkpoint.checkpoint_bytes(n_params, layout != "no")
+    kept = cfg.keep + len(cfg.kept_steps()) + (steps // cfg.keep_every if cfg.keep_every else 0)
+    lines.append(f"a checkpoint has {units(size)}; {kept} kept and one in the making {units((kept + 1) * size + more)}")
+    if on_gpu:
+        moved = traffic(n_params, layout, world, cfg.gpus_per_node, shards, cfg.batch_size // (micro * world), 2 if dtype == torch.bfloat16 else 4)
+        total, _, exposed = step_seconds(flops * tokens, moved, world)
+        if world > 1:
+            lines.append(f"a rank sends {units(moved.within)} within its node and {units(moved.between)} between nodes per step: {moved.seconds:.3g} s, of which {exposed:.3g} s not hidden")
+        lines.append(f"on {world} H100{'s' * (world > 1)} at {EFFICIENCY:.0%} of their bf16 peak: {total:.3g} s per step, {tokens / total:,.0f} tokens/s, {duration(steps * total)} in all")
+    return "\n".join(lines)

@@ -1,0 +1,102 @@
+"""What a run writes down about itself, and how it is read and drawn."""
+
+import contextlib
+import json
+import math
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+
+def open_tracker(cfg, run):
+    """A Weights & Biases run, continued under the id that the run folder keeps; raises ValueError."""
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("--wandb needs the wandb package: pip install wandb") from None
+    known = run / "wandb_id.txt"
+    try:
+        return wandb.init(project=cfg.wandb, name=run.name, config=asdict(cfg), resume="allow",
+                          id=known.read_text() if known.is_file() else None)
+    except wandb.Error as problem:
+        reason = str(problem).partition("\n")[0] or type(problem).__name__
+        raise ValueError(f"wandb: {reason}; log in with 'wandb login' or set WANDB_MODE=offline") from None
+
+
+class Journal:
+    """metrics.jsonl and Weights & Biases. A full disk costs lines that can't be written, not the run."""
+
+    def __init__(self, run, tracker):
+        self.path, self.tracker, self.complained = Path(run) / "metrics.jsonl", tracker, False
+        self.file = open(self.path, "a", buffering=1)
+
+    def back_to(self, step):
+        """Forget the lines of later steps: they are about to come again."""
+        self.file.close()
+        trim_metrics(self.path, step)
+        self.file = open(self.path, "a", buffering=1)
+
+    def write(self, **values):
+        """One line; figures that JSON does not know (not finite) become text."""
+        values = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        try:
+            self.file.write(json.dumps(values) + "\n")
+        except OSError as problem:
+            if not self.complained:
+                print(f"warning: {self.path} can't be written ({problem.strerror}); training goes on", file=sys.stderr, flush=True)
+            self.complained = True
+        if self.tracker:
+            self.tracker.log(values, step=values["step"])
+
+
+def read_metrics(run):
+    """The records of a run's metrics.jsonl; a line that a crash cut is left out."""
+    path, records = Path(run) / "metrics.jsonl", []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
+
+
+def trim_metrics(path, step, events=True):
+    """Drop what an interrupted run logged after its last checkpoint: those steps are about to be repeated.
+
+    What was decided about them (lines with an `event`) stays, if `events`: it happened.
+    """
+    if path.is_file():
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(m) + "\n" for m in read_metrics(path.parent) if m["step"] <= step or events and "event" in m))
+        temporary.replace(path)
+
+
+def draw(runs, path):
+    """The loss curves of one or two runs as a PNG: training loss faint, validation marked."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for color, run in zip(("tab:blue", "tab:orange"), runs):
+        metrics = read_metrics(run)
+        train = [(m["tokens"], m["loss"]) for m in metrics if "loss" in m]
+        val = [(m["tokens"], m["val_loss"]) for m in metrics if "val_loss" in m]
+        if train:
+            axes.plot(*zip(*train), color=color, alpha=0.35, lw=1, label=f"{Path(run).name}, training")
+        if val:
+            axes.plot(*zip(*val), color=color, marker="o", ms=3, label=f"{Path(run).name}, validation")
+    axes.set(xlabel="training tokens", ylabel="nats per token", title="loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def summary(run):
+    """One line on a finished run's last validation, or None."""
+    last = [m for m in read_metrics(run) if "val_loss" in m]
+    if not last:
+        return None
+    m, kind = last[-1], "exact NLL" if last[-1]["objective"] == "ar" else "NELBO, an upper bound"
+    return f"{Path(run).name:>20}: {m['val_bpb']:.3f} bits/byte, {m['val_loss']:.4f} nats/token ({m['objective']}, {kind}; {m['tokens']:,} tokens)"

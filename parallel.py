@@ -1,0 +1,228 @@
+"""Several processes as one trainer: groups, layouts, agreement, and who is missing when one falls silent.
+
+torch.distributed does the work: DDP where every rank holds everything, FSDP2 (`fully_shard` on a DeviceMesh) where
+parameters, gradients and optimizer state are divided.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+STOPPED = 75  # exit code of a run that a signal stopped after it was saved (sysexits' EX_TEMPFAIL): start it again
+
+
+class Ranks(NamedTuple):
+    """This process's place among all, and the groups that CPU tensors travel by (None where it is alone)."""
+
+    rank: int
+    world: int
+    control: dist.ProcessGroup | None = None  # agreements of the training loop
+    saving: dist.ProcessGroup | None = None  # checkpoints, which are written in a thread of their own
+
+
+ALONE = Ranks(0, 1)
+
+
+def join(device, timeout):
+    """Meet the other processes that torchrun (or whatever set its environment variables) has started.
+
+    CPU tensors go by gloo even where gradients go by NCCL: to agree on something needs no GPU sync then. A collective that
+    takes longer than `timeout` seconds raises on gloo and ends the process on NCCL; `Watch` comes before that.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return ALONE
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: a rank whose launcher was killed saves and leaves
+    limit = timedelta(seconds=timeout + 30)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=limit)
+    return Ranks(rank, world, dist.new_group(backend="gloo", timeout=limit), dist.new_group(backend="gloo", timeout=timedelta(days=1)))
+
+
+def leave(ranks, code=0):
+    """End this process without the destructors of its groups: once all ranks are here, or after an error at once."""
+    if ranks.world > 1 and code in (0, STOPPED):
+        dist.barrier(group=ranks.control)
+    # Not by the ordinary way: DDP's destructor would hold Python's lock while it waits for gloo's thread, which may
+    # itself need that lock to drop its last tensor (torch 2.13; seen to hang).
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def agree(ranks, *flags):
+    """For each flag whether any rank has it set."""
+    if ranks.world == 1:
+        return flags
+    votes = torch.tensor(flags, dtype=torch.float32)
+    dist.all_reduce(votes, group=ranks.control)
+    return tuple(vote > 0 for vote in votes.tolist())
+
+
+def gathered(ranks, thing):
+    """What every rank says, in order of rank; small picklable things."""
+    if ranks.world == 1:
+        return [thing]
+    things = [None] * ranks.world
+    dist.all_gather_object(things, thing, group=ranks.control)
+    return things
+
+
+# ---------------------------------------------------------------------------------------------------------- layouts
+
+
+def shard_ranks(kind, world, local, size=0):
+    """Over how many ranks one copy of the state is divided; `local` are a node's, `size` a hybrid's own choice."""
+    return {"no": 1, "full": world, "optim": world, "hybrid": size or local}[kind]
+
+
+def shard(objective, kind, ranks, device, size, dtype):
+    """Divide parameters, gradients and optimizer state of `objective` (engine.Objective) with FSDP2, each block a unit.
+
+    full: parameters are gathered block by block, in the forward and the backward pass (ZeRO-3). optim: they stay gathered in
+    between, and gradients stay whole over the micro-batches of a step (ZeRO-1). hybrid: full among `size` ranks
+    (0: a node's), and copies of that. In bfloat16 parameters travel in bf16; gradients are always summed in fp32, weights kept in it.
+    """
+    if kind == "hybrid":
+        within = shard_ranks(kind, ranks.world, int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world)), size)
+        mesh = init_device_mesh(device.type, (ranks.world // within, within), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh(device.type, (ranks.world,), mesh_dim_names=("shard",))
+    low = dtype if dtype != torch.float32 else None
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)  # rotary tables stay fp32
+    for block in objective.network.blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=kind != "optim", mp_policy=policy)
+    fully_shard(objective, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+    objective.layout = kind
+    return objective
+
+
+@contextlib.contextmanager
+def microbatch(objective, last):
+    """One forward and backward pass of a step's several: gradients travel in the `last`, as far as the layout's memory allows.
+
+    DDP and optim sum them where they are until then; full passes each micro-batch's on at once (whole gradients are what it
+    is there to avoid), hybrid too, but only among the ranks of a copy.
+    """
+    if isinstance(objective, FSDPModule):
+        if objective.layout == "optim":
+            objective.set_requires_gradient_sync(last)
+            objective.set_reshard_after_backward(last)
+        elif objective.layout == "hybrid":
+            objective.set_requires_all_reduce(last)
+        yield
+    else:
+        with contextlib.nullcontext() if last or not hasattr(objective, "no_sync") else objective.no_sync():
+            yield
+
+
+def release(objective):
+    """Give back what a forward pass without a backward pass has left gathered."""
+    for module in objective.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def whole(tensor):
+    """A DTensor's full value on every rank; other tensors as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+# ------------------------------------------------------------------------------------------------------------ watch
+
+
+class Watch:
+    """Tells the other ranks that this one lives and how far it is; when nothing moves for `timeout` seconds it names who is
+    missing and ends the process.
+
+    A thread writes to the launcher's key-value store, so that it works while the main thread waits in a collective, and
+    stops when the process is stopped or dies.
+    """
+
+    def __init__(self, ranks, timeout):
+        self.ranks, self.timeout, self.every = ranks, timeout, min(5.0, timeout / 4)
+        self.step, self.moved, self.leaving = 0, time.monotonic(), threading.Event()
+        if ranks.world > 1:
+            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            self.store = dist.PrefixStore(f"nanoquokka/{attempt}", dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=30)))
+            threading.Thread(target=self.beat, daemon=True).start()
+
+    def at(self, step):
+        """The main thread has come this far."""
+        self.step, self.moved = step, time.monotonic()
+
+    def close(self):
+        self.leaving.set()
+
+    def beat(self):
+        beats = 0
+        while not self.leaving.wait(self.every if beats else 0):
+            beats += 1
+            try:
+                self.store.set(str(self.ranks.rank), f"{beats} {self.step} {socket.gethostname()}")
+            except RuntimeError:  # the process that keeps the store is gone, and with it the job
+                if not self.leaving.is_set():
+                    self.end(f"the launcher's store at {os.environ['MASTER_ADDR']} does not answer: its node or process died")
+            if time.monotonic() - self.moved > self.timeout:
+                self.report(f"no progress for {self.timeout:g} s")
+
+    def heard(self):
+        """What each rank last said: [beats, step, host], or None if nothing."""
+        names = map(str, range(self.ranks.world))
+        return [self.store.get(name).decode().split(" ", 2) if self.store.check([name]) else None for name in names]
+
+    def report(self, why):
+        """Find out who is silent and who is behind, say so, and end the process."""
+        try:
+            before = self.heard()
+            time.sleep(3 * self.every)
+            after = self.heard()
+        except RuntimeError:
+            self.end(why)
+        silent = [rank for rank in range(self.ranks.world) if rank != self.ranks.rank and (after[rank] is None or after[rank] == before[rank])]
+        steps = [0 if said is None else int(said[1]) for said in after]
+        behind = [rank for rank in range(self.ranks.world) if rank not in silent and steps[rank] < max(steps)]
+        named = [f"rank {rank}{f' on {after[rank][2]}' if after[rank] else ''} is dead or stopped (last heard of after step {steps[rank]})" for rank in silent]
+        named += [f"rank {rank} on {after[rank][2]} hangs after step {steps[rank]} (the furthest: {max(steps)})" for rank in behind]
+        self.end(f"{why}; " + ("; ".join(named[:8]) or f"all ranks answer and stand at step {max(steps)}: a collective hangs, or a step takes longer than timeout"))
+
+    def end(self, message):
+        print(f"train.py: rank {self.ranks.rank}: {message}; ended, continue with --resume=auto", file=sys.stderr, flush=True)
+        leave(self.ranks, code=1)
+
+
+def is_silence(problem):
+    """Whether an exception of a collective says that another rank is gone or late, rather than that something is wrong here."""
+    return isinstance(problem, dist.DistError) or isinstance(problem, RuntimeError) and "gloo" in str(problem)
+
+
+@contextlib.contextmanager
+def guarded(ranks, watch, stop):
+    """Whatever ends one rank of several ends it at once and with a reason; a rank that others wait for is named."""
+    try:
+        yield
+    except BaseException as problem:
+        if ranks.world == 1:
+            raise
+        if isinstance(problem, SystemExit):
+            leave(ranks, problem.code or 0)
+        if not is_silence(problem):
+            traceback.print_exc()
+        elif not stop.is_set():  # else the launcher is ending all ranks, and says why
+            watch.report(str(problem).splitlines()[0])
+        leave(ranks, 1)
