@@ -20,10 +20,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from model import ModelConfig, Transformer
 from parallel import ALONE, gathered
@@ -121,6 +119,8 @@ def load_model(folder, record, device="cpu"):
 
 def restore(folder, record, network, optimizer, ranks=ALONE):
     """Read weights and optimizer state into `network` and `optimizer`, whatever layout they were saved in; raises ValueError."""
+    import torch.distributed.checkpoint as dcp
+
     weights, moments = parts(network, optimizer, record["updates"])
     try:
         for values, where in ((weights, folder), (moments, folder / "optimizer")):
@@ -149,6 +149,8 @@ class Saver:
     """Writes checkpoints in a thread while training goes on. Every rank calls the same methods in the same order."""
 
     def __init__(self, run, network, optimizer, ranks, keep, keep_every=0, kept_steps=()):
+        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions  # it takes a second to import
+
         self.run, self.network, self.optimizer, self.ranks = Path(run), network, optimizer, ranks
         self.keep, self.keep_every, self.kept_steps = keep, keep_every, kept_steps
         gpu = network.embed.weight.device.type == "cuda"
@@ -188,6 +190,8 @@ class Saver:
 
     def write(self, step, staged, record):
         """The checkpoint under a temporary name, on disk to the last byte; then its name, then the pointer, then the old ones go."""
+        import torch.distributed.checkpoint as dcp
+
         rank, world, group = self.ranks.rank, self.ranks.world, self.ranks.saving
         building, alone = self.run / f".step_{step:08d}", world == 1
         if rank == 0:

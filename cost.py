@@ -11,7 +11,6 @@ import torch
 import checkpoint
 import diffusion
 import engine
-import memory
 import parallel
 from model import Transformer
 
@@ -30,6 +29,8 @@ def noisy_share(process):
 
 def memory_of(cfg, process, model_config, dtype, on_gpu):
     """What one rank of a run will need at its peak, as memory.Need; cfg is train.Config."""
+    import memory  # it needs the compiler, which takes seconds to import
+
     world = cfg.world()
     micro = cfg.micro_batch or cfg.batch_size // world
     rows = diffusion.step_rows(process, 0, cfg.batch_size)

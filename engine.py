@@ -15,11 +15,10 @@ from collections import deque
 import numpy as np
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 import diffusion
-from parallel import ALONE, microbatch, shard, whole
+from parallel import ALONE, is_divided, microbatch, shard, whole
 
 # Dense bf16 peak in FLOP/s, for MFU: the first name that occurs in the device's.
 PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "GH200": 989e12, "H200": 989e12, "B200": 2250e12,
@@ -113,6 +112,18 @@ def make_optimizer(network, lr, betas, weight_decay):
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
+def warm_up(objective, batch, autocast):
+    """A pass for nothing: DDP orders its buckets by what its first backward pass meets.
+
+    With that behind it, every step sums the gradients of all ranks in the same order, be it the run's first, or the first after
+    it was resumed: four ranks add up to the same bits then.
+    """
+    with autocast():
+        loss, _ = objective(batch)
+    (0 * loss).backward()
+    objective.zero_grad(set_to_none=True)
+
+
 def optimizer_step(objective, optimizer, batches, accumulation, record, clip, autocast, world=1, cuda_graphs=False, skip_norm=0.0, laps=None):
     """One step on `accumulation` micro-batches; adds the loss's parts and the gradient norm to `record` (P + 1,), on the device.
 
@@ -151,7 +162,7 @@ def timed(laps):
 @contextlib.contextmanager
 def timed_forward(objective, laps):
     """Append (start, end), as the device sees them, of the forward pass, or of its divided blocks."""
-    if isinstance(objective, FSDPModule):
+    if is_divided(objective):
         objective.laps = laps
         yield
         objective.laps = None

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from kernels import attention, document_mask, fp8_linear, linear
@@ -221,8 +220,10 @@ class TimeEmbedding(nn.Module):
 
 def shard_like(values, parameter):
     """The whole `values` on the parameter's device, or if that is divided over ranks this rank's share of them."""
-    if not isinstance(parameter, DTensor):
+    if not hasattr(parameter, "placements"):  # no DTensor, a type that takes seconds to import
         return values.to(parameter.device)
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(values.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)  # no communication
 
 

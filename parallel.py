@@ -18,9 +18,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 STOPPED = 75  # exit code of a run that a signal stopped after it was saved (sysexits' EX_TEMPFAIL): start it again
 
@@ -97,6 +94,9 @@ def shard(objective, kind, ranks, device, size, dtype):
     between, and gradients stay whole over the micro-batches of a step (ZeRO-1). hybrid: full among `size` ranks
     (0: a node's), and copies of that. In bfloat16 parameters travel in bf16; gradients are always summed in fp32, weights kept in it.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     if kind == "hybrid":
         within = shard_ranks(kind, ranks.world, int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world)), size)
         mesh = init_device_mesh(device.type, (ranks.world // within, within), mesh_dim_names=("replicate", "shard"))
@@ -111,6 +111,11 @@ def shard(objective, kind, ranks, device, size, dtype):
     return objective
 
 
+def is_divided(module):
+    """Whether `shard` has been here. (FSDP's own type would have to be imported: seconds, on a CPU.)"""
+    return hasattr(module, "set_requires_gradient_sync")
+
+
 @contextlib.contextmanager
 def microbatch(objective, last):
     """One forward and backward pass of a step's several: gradients travel in the `last`, as far as the layout's memory allows.
@@ -118,7 +123,7 @@ def microbatch(objective, last):
     DDP and optim sum them where they are until then; full passes each micro-batch's on at once (whole gradients are what it
     is there to avoid), hybrid too, but only among the ranks of a copy.
     """
-    if isinstance(objective, FSDPModule):
+    if is_divided(objective):
         if objective.layout == "optim":
             objective.set_requires_gradient_sync(last)
             objective.set_reshard_after_backward(last)
@@ -133,13 +138,13 @@ def microbatch(objective, last):
 def release(objective):
     """Give back what a forward pass without a backward pass has left gathered."""
     for module in objective.modules():
-        if isinstance(module, FSDPModule):
+        if is_divided(module):
             module.reshard()
 
 
 def whole(tensor):
     """A DTensor's full value on every rank; other tensors as they are."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 # ------------------------------------------------------------------------------------------------------------ watch

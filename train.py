@@ -671,6 +671,9 @@ def train(cfg, device, ranks, watch, stop):
             journal.back_to(step)
         return Course(step, now.samples, old.passed + now.samples - old.samples)
 
+    if world > 1 and cfg.layout() == "no" and to_do:
+        with contextlib.closing(stream()) as batches:
+            engine.warm_up(objective.train(), next(batches), autocast)
     batches = stream()
     if step == 0:
         validate()
