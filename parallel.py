@@ -29,6 +29,7 @@ class Ranks(NamedTuple):
     world: int
     control: dist.ProcessGroup | None = None  # agreements of the training loop
     saving: dist.ProcessGroup | None = None  # checkpoints, which are written in a thread of their own
+    store: tuple = ()  # address of the key-value store through which the ranks found each other
 
 
 ALONE = Ranks(0, 1)
@@ -46,8 +47,36 @@ def join(device, timeout):
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: a rank whose launcher was killed saves and leaves
     limit = timedelta(seconds=timeout + 30)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=limit)
-    return Ranks(rank, world, dist.new_group(backend="gloo", timeout=limit), dist.new_group(backend="gloo", timeout=timedelta(days=1)))
+    store = meet(rank, world, limit)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world, timeout=limit)
+    control, saving = dist.new_group(backend="gloo", timeout=limit), dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    return Ranks(rank, world, control, saving, (store.host, store.port))
+
+
+def meet(rank, world, limit):
+    """The store of this start of the ranks, which rank 0 keeps.
+
+    torchrun has one of its own, but with the entries of starts before: after a restart ranks would call processes that are
+    dead (pytorch/pytorch#135712). So it is asked only for the new one's address, and what is read there is tried.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return dist.TCPStore(host, port, world, is_master=rank == 0, timeout=limit)
+    board, name = dist.TCPStore(host, port, is_master=False, timeout=limit), "nanoquokka/store"
+    if rank == 0:
+        store = dist.TCPStore(host, 0, is_master=True, timeout=limit)
+        board.set(name, str(store.port))
+        return store
+    end = time.monotonic() + limit.total_seconds()
+    while True:
+        port = int(board.get(name))
+        try:
+            socket.create_connection((host, port), timeout=10).close()
+            return dist.TCPStore(host, port, is_master=False, timeout=limit)
+        except OSError as problem:
+            if time.monotonic() > end:
+                raise TimeoutError(f"rank 0 was not met at {host}:{port} ({problem})") from None
+            time.sleep(0.2)
 
 
 def leave(ranks, code=0):
@@ -154,17 +183,15 @@ class Watch:
     """Tells the other ranks that this one lives and how far it is; when nothing moves for `timeout` seconds it names who is
     missing and ends the process.
 
-    A thread writes to the launcher's key-value store, so that it works while the main thread waits in a collective, and
+    A thread writes to the ranks' key-value store, so that it works while the main thread waits in a collective, and
     stops when the process is stopped or dies.
     """
 
-    def __init__(self, ranks, timeout):
-        self.ranks, self.timeout, self.every = ranks, timeout, min(5.0, timeout / 4)
+    def __init__(self, ranks, timeout, stop):
+        self.ranks, self.timeout, self.stop, self.every = ranks, timeout, stop, min(5.0, timeout / 4)
         self.step, self.moved, self.leaving = 0, time.monotonic(), threading.Event()
         if ranks.world > 1:
-            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            self.store = dist.PrefixStore(f"nanoquokka/{attempt}", dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=30)))
+            self.store = dist.PrefixStore("watch", dist.TCPStore(*ranks.store, is_master=False, timeout=timedelta(seconds=30)))
             threading.Thread(target=self.beat, daemon=True).start()
 
     def at(self, step):
@@ -182,7 +209,7 @@ class Watch:
                 self.store.set(str(self.ranks.rank), f"{beats} {self.step} {socket.gethostname()}")
             except RuntimeError:  # the process that keeps the store is gone, and with it the job
                 if not self.leaving.is_set():
-                    self.end(f"the launcher's store at {os.environ['MASTER_ADDR']} does not answer: its node or process died")
+                    self.end(f"rank 0 at {self.ranks.store[0]} is dead: its store does not answer")
             if time.monotonic() - self.moved > self.timeout:
                 self.report(f"no progress for {self.timeout:g} s")
 
@@ -195,10 +222,11 @@ class Watch:
         """Find out who is silent and who is behind, say so, and end the process."""
         try:
             before = self.heard()
-            time.sleep(3 * self.every)
+            if self.stop.wait(3 * self.every):  # the launcher is ending all ranks: it knows why, and waits for this one
+                self.end(why)
             after = self.heard()
         except RuntimeError:
-            self.end(why)
+            self.end(f"{why}; rank 0 at {self.ranks.store[0]} is dead: its store does not answer")
         silent = [rank for rank in range(self.ranks.world) if rank != self.ranks.rank and (after[rank] is None or after[rank] == before[rank])]
         steps = [0 if said is None else int(said[1]) for said in after]
         behind = [rank for rank in range(self.ranks.world) if rank not in silent and steps[rank] < max(steps)]
@@ -217,7 +245,7 @@ def is_silence(problem):
 
 
 @contextlib.contextmanager
-def guarded(ranks, watch, stop):
+def guarded(ranks, watch):
     """Whatever ends one rank of several ends it at once and with a reason; a rank that others wait for is named."""
     try:
         yield
@@ -228,6 +256,6 @@ def guarded(ranks, watch, stop):
             leave(ranks, problem.code or 0)
         if not is_silence(problem):
             traceback.print_exc()
-        elif not stop.is_set():  # else the launcher is ending all ranks, and says why
+        else:
             watch.report(str(problem).splitlines()[0])
         leave(ranks, 1)

@@ -411,6 +411,7 @@ def main():
         torch.set_float32_matmul_precision("high")
         attention_order = contextlib.ExitStack()  # entered for as long as this variable lives
         attention_order.enter_context(kernels.preferring_cudnn(device))
+    ranks = parallel.ALONE if cfg.dry_run else parallel.join(device, cfg.timeout)  # waiting for the others, a signal ends it at once
     stop = threading.Event()
 
     def request_stop(signum, _):
@@ -420,9 +421,8 @@ def main():
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, request_stop)
 
-    ranks = parallel.ALONE if cfg.dry_run else parallel.join(device, cfg.timeout)
-    watch = parallel.Watch(ranks, cfg.timeout)
-    with parallel.guarded(ranks, watch, stop):
+    watch = parallel.Watch(ranks, cfg.timeout, stop)
+    with parallel.guarded(ranks, watch):
         code = train(cfg, device, ranks, watch, stop)
         watch.close()
         if ranks.world > 1:

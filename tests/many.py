@@ -1,0 +1,29 @@
+"""Several runs of train.py one after the other in one set of ranks: starting processes costs more than such short runs.
+
+    torchrun --nproc_per_node=4 tests/many.py jobs.json        (a list of argument lists)
+"""
+
+import json
+import sys
+import threading
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import configurator  # noqa: E402
+import parallel  # noqa: E402
+import train  # noqa: E402
+
+if __name__ == "__main__":
+    jobs = json.loads(Path(sys.argv[1]).read_text())
+    device = torch.device("cpu")
+    ranks = parallel.join(device, 60)
+    stop = threading.Event()
+    watch = parallel.Watch(ranks, 60, stop)
+    with parallel.guarded(ranks, watch):
+        for job in jobs:
+            code = train.train(configurator.load(train.Config, job), device, ranks, watch, stop)
+            assert code == 0, job
+        parallel.leave(ranks)

@@ -1,0 +1,119 @@
+"""Several ranks: one loss whatever the layout, checkpoints that go from any layout to any other, and every fault."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from itertools import pairwise, product
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+from checkpoint import checkpoints
+from metrics import read_metrics
+
+TINY = ["--n_layer=2", "--n_head=2", "--d_model=32", "--block_len=32", "--batch_size=8", "--compile=no", "--warmup=5", "--eval_rows=16",
+        "--log_every=1", "--eval_every=0", "--dtype=float32", "--device=cpu"]
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+LAYOUTS = {"one": (1,), "ddp2": (2, "--shard=no"), "ddp4": (4, "--shard=no"), "full2": (2, "--shard=full"), "optim2": (2, "--shard=optim"),
+           "hybrid2x2": (4, "--shard=hybrid", "--shard_size=2")}
+
+
+def environment(**more):
+    return {**os.environ, "OMP_NUM_THREADS": "1", **more}
+
+
+def finish(process, timeout=300):
+    output = process.communicate(timeout=timeout)[0]
+    assert process.returncode == 0, output
+    return output
+
+
+def run_jobs(folder, jobs):
+    """Run {run folder: (world, arguments)}: those of one world in one set of processes."""
+    for world in sorted({world for world, _ in jobs.values()}):
+        mine = [[*TINY, f"--run_dir={run}", *flags] for run, (n, flags) in jobs.items() if n == world]
+        (folder / f"jobs{world}.json").write_text(json.dumps(mine))
+        finish(subprocess.Popen([*TORCHRUN, "--standalone", f"--nproc_per_node={world}", "tests/many.py", str(folder / f"jobs{world}.json")], cwd=ROOT,
+                                env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+
+
+def figures(run, after=0):
+    """Every logged figure that does not depend on the clock."""
+    return [{k: v for k, v in m.items() if k != "tokens_per_s"} for m in read_metrics(run) if "event" not in m and m["step"] > after]
+
+
+def weights(run):
+    return load_file(checkpoints(run)[0] / "model.safetensors")
+
+
+def differ(one, other, after=0):
+    """The largest relative difference of two runs' losses."""
+    a, b = ([m[k] for m in figures(run, after) for k in ("loss", "val_loss") if k in m] for run in (one, other))
+    assert len(a) == len(b) > 10
+    return max(abs(x / y - 1) for x, y in zip(a, b))
+
+
+# one loss, whatever the layout ------------------------------------------------------------------------------------
+
+
+FLAGS = ["--steps=20", "--save_every=10", "--keep=9", "--local_init", "--micro_batch=1"]
+
+
+@pytest.fixture(scope="module")
+def trained(corpus, tmp_path_factory):
+    """A run in every layout, 20 steps with accumulation (one more of a uniform model with untied head and dropout-free blocks)."""
+    folder = tmp_path_factory.mktemp("layouts")
+    jobs = {folder / name: (world, [*FLAGS, f"--corpus={corpus}", *flags]) for name, (world, *flags) in LAYOUTS.items()}
+    jobs |= {folder / f"uniform_{name}": (world, [*FLAGS, f"--corpus={corpus}", "--objective=uniform", "--loss=paper", "--tied=False", "--n_kv_head=1",
+                                                    "--recompute=selective", *flags])
+             for name, (world, *flags) in LAYOUTS.items() if name in ("one", "full2", "hybrid2x2")}
+    run_jobs(folder, jobs)
+    return folder
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one"] + ["uniform_full2", "uniform_hybrid2x2"])
+def test_every_layout_has_the_losses_of_one_process(trained, name):
+    """20 steps in fp32, the same data and noise: to 1e-5."""
+    one = trained / ("uniform_one" if "uniform" in name else "one")
+    assert differ(one, trained / name) < 1e-5
+    for key, w in weights(one).items():
+        torch.testing.assert_close(weights(trained / name)[key], w, rtol=1e-4, atol=1e-5)
+
+
+def test_a_layout_that_is_wrong_would_be_seen(trained):
+    """What a gradient averaged once too often would do: another seed's losses differ by far more than the tolerance."""
+    assert differ(trained / "one", trained / "uniform_one") > 1e-3
+
+
+# saved under one layout, resumed under another --------------------------------------------------------------------
+
+
+CYCLE = list(pairwise([*LAYOUTS, "one"])) + [("hybrid2x2", "ddp2"), ("full2", "ddp4")]
+
+
+@pytest.mark.parametrize("pairs", [CYCLE + [(name, name) for name in LAYOUTS],
+                                   pytest.param(list(product(LAYOUTS, LAYOUTS)), marks=pytest.mark.slow)], ids=["some", "all"])
+def test_resumed_under_any_layout(trained, corpus, tmp_path, pairs):
+    """The loss continues to 1e-5; in the same layout bit for bit, weights and moments."""
+    jobs = {}
+    for saved, resumed in pairs:
+        run = tmp_path / f"{saved}-{resumed}"
+        run.mkdir()
+        shutil.copytree(trained / saved / "step_00000010", run / "step_00000010")
+        shutil.copyfile(trained / saved / "metrics.jsonl", run / "metrics.jsonl")
+        world, *flags = LAYOUTS[resumed]
+        jobs[run] = (world, [*FLAGS, f"--corpus={corpus}", "--resume=yes", *flags])
+    run_jobs(tmp_path, jobs)
+    for saved, resumed in pairs:
+        run = tmp_path / f"{saved}-{resumed}"
+        assert [m["step"] for m in figures(run) if "loss" in m] == list(range(1, 21))
+        assert differ(trained / saved, run, after=10) < 1e-5, run.name
+        if saved == resumed:
+            assert figures(run) == figures(trained / saved), saved
+            for file in (checkpoints(run)[0]).rglob("*.safetensors"):
+                again, before = load_file(file), load_file(trained / saved / file.relative_to(run))
+                assert again.keys() == before.keys() and all(torch.equal(again[k], before[k]) for k in again), (saved, file.name)
