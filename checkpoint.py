@@ -120,12 +120,13 @@ def load_model(folder, record, device="cpu"):
 def restore(folder, record, network, optimizer, ranks=ALONE):
     """Read weights and optimizer state into `network` and `optimizer`, whatever layout they were saved in; raises ValueError."""
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException  # no Exception by descent
 
     weights, moments = parts(network, optimizer, record["updates"])
     try:
         for values, where in ((weights, folder), (moments, folder / "optimizer")):
             dcp.load(values, storage_reader=dcp.HuggingFaceStorageReader(str(where)), process_group=ranks.saving, no_dist=ranks.world == 1)
-    except Exception as problem:  # of many types: dcp's own, safetensors', each rank's
+    except (Exception, CheckpointException) as problem:  # of many types: dcp's own, safetensors', each rank's
         lines = [line for line in str(problem).splitlines() if line.strip()]
         raise ValueError(f"{folder} can't be read: {type(problem).__name__}: {lines[-1] if lines else ''}") from None
 
@@ -182,7 +183,7 @@ class Saver:
         try:
             self.write(step, staged, record)
             self.failure = None
-        except Exception as problem:  # a full disk, here or on another rank, must not end a long run
+        except BaseException as problem:  # a full disk, here or on another rank, must not end a long run
             lines = [line for line in str(problem).splitlines() if "Error" in line] or [str(problem)]
             self.failure = self.unheard = dict(of=step, why=lines[-1].strip())
             if self.ranks.rank == 0:

@@ -57,15 +57,17 @@ def predict(model_config, batch, posterior, dtype, on_gpu, how="whole", recomput
     kernels.pretending = on_gpu
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            if divided:  # FSDP hands out copies in bf16, where autocast would make them
+                torch.set_default_dtype(dtype)
             network = Transformer(model_config).use(recompute, fp8)
-            if divided and dtype == torch.bfloat16:  # FSDP hands out bf16 copies, autocast makes them
-                network.to(dtype)
+            torch.set_default_dtype(torch.float32)
             inputs = diffusion.Batch(*(None if t is None else fake.from_tensor(t) for t in to_tensors(batch, False)))
             step = torch.compile(Objective(network, posterior), backend=compiler, dynamic=False, fullgraph=True)
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
                 loss, _ = step(inputs)
             loss.backward()
     finally:
+        torch.set_default_dtype(torch.float32)
         kernels.pretending = False
         torch._dynamo.reset()
     moments = timeline(*graphs, fused=how != "no")
@@ -78,15 +80,19 @@ def predict(model_config, batch, posterior, dtype, on_gpu, how="whole", recomput
     size = next(network.parameters()).element_size()
     block = size * sum(p.numel() for p in network.blocks[0].parameters())
     rest = size * sum(p.numel() for name, p in network.named_parameters() if not name.startswith("blocks."))  # embedding and head: always whole
-    # What is whole at a time: the rest and its gradient, three blocks' weights (one in use, one arriving, one being copied
-    # out) or all, a block's gradient as it is and in fp32 on its way to be summed; in `optim` all gradients until the last micro-batch.
-    gathered = 2 * rest + (size * network.n_params() - rest if layout == "optim" else 3 * block) + block * (1 + 4 // size)
-    gathered += 4 * network.n_params() if layout == "optim" and accumulating else 0
-    ratio, kept = 4 / size / shards, weights if accumulating and layout != "optim" else 0
-    live, arrived = max((exists - arrived + (0 if kept else arrived * ratio), arrived) for exists, arrived in moments)
-    gradients = kept or int(arrived * ratio)
-    activations = int(live) - (0 if kept else gradients)
-    return Need(weights, 2 * weights, gradients, gathered, activations, 3 * weights + gradients + gathered + activations)
+    # What is whole at a time: the rest and three blocks' weights (in use, arriving, being copied out; two on a CPU, where nothing
+    # is fetched ahead) or, in `optim`, all; in the backward pass the rest's gradient and a block's, as it is and in fp32 on its
+    # way to be summed; in `optim` all gradients until the last micro-batch.
+    whole = size * network.n_params() if layout == "optim" else rest + (3 if on_gpu else 2) * block
+    sums = rest + block * (1 + 4 // size)
+    kept = weights if accumulating and layout != "optim" else 0
+    whole += 4 * network.n_params() if accumulating and layout == "optim" else 0
+
+    def need(exists, arrived):
+        gradients, gathered = max(kept, int(arrived * 4 / size / shards)), whole + sums * (arrived > 0)
+        return Need(weights, 2 * weights, gradients, gathered, exists - arrived, 3 * weights + gradients + gathered + exists - arrived)
+
+    return max((need(*moment) for moment in moments), key=lambda n: n.peak)
 
 
 def timeline(forward, backward, fused):

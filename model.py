@@ -240,7 +240,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(c.d_model, c.norm_eps)
         self.lm_head = None if c.tied else nn.Linear(c.d_model, c.padded_vocab, bias=False)
         for name in ("cos", "sin"):
-            self.register_buffer(name, torch.empty(c.block_len, c.head_dim // 2), persistent=False)
+            self.register_buffer(name, torch.empty(c.block_len, c.head_dim // 2, dtype=torch.float32), persistent=False)
         self.tables()
 
     def tables(self):

@@ -189,10 +189,10 @@ class Watch:
 
     def __init__(self, ranks, timeout, stop):
         self.ranks, self.timeout, self.stop, self.every = ranks, timeout, stop, min(5.0, timeout / 4)
-        self.step, self.moved, self.leaving = 0, time.monotonic(), threading.Event()
+        self.step, self.moved, self.beats, self.leaving = 0, time.monotonic(), 0, threading.Event()
         if ranks.world > 1:
             self.store = dist.PrefixStore("watch", dist.TCPStore(*ranks.store, is_master=False, timeout=timedelta(seconds=30)))
-            threading.Thread(target=self.beat, daemon=True).start()
+            threading.Thread(target=self.run, daemon=True).start()
 
     def at(self, step):
         """The main thread has come this far."""
@@ -202,11 +202,13 @@ class Watch:
         self.leaving.set()
 
     def beat(self):
-        beats = 0
-        while not self.leaving.wait(self.every if beats else 0):
-            beats += 1
+        self.beats += 1
+        self.store.set(str(self.ranks.rank), f"{self.beats} {self.step} {socket.gethostname()}")
+
+    def run(self):
+        while not self.leaving.wait(self.every if self.beats else 0):
             try:
-                self.store.set(str(self.ranks.rank), f"{beats} {self.step} {socket.gethostname()}")
+                self.beat()
             except RuntimeError:  # the process that keeps the store is gone, and with it the job
                 if not self.leaving.is_set():
                     self.end(f"rank 0 at {self.ranks.store[0]} is dead: its store does not answer")
@@ -222,8 +224,10 @@ class Watch:
         """Find out who is silent and who is behind, say so, and end the process."""
         try:
             before = self.heard()
-            if self.stop.wait(3 * self.every):  # the launcher is ending all ranks: it knows why, and waits for this one
-                self.end(why)
+            for _ in range(6):
+                if self.stop.wait(self.every / 2):  # the launcher is ending all ranks: it knows why, and waits for this one
+                    self.end(why)
+                self.beat()
             after = self.heard()
         except RuntimeError:
             self.end(f"{why}; rank 0 at {self.ranks.store[0]} is dead: its store does not answer")
@@ -232,6 +236,7 @@ class Watch:
         behind = [rank for rank in range(self.ranks.world) if rank not in silent and steps[rank] < max(steps)]
         named = [f"rank {rank}{f' on {after[rank][2]}' if after[rank] else ''} is dead or stopped (last heard of after step {steps[rank]})" for rank in silent]
         named += [f"rank {rank} on {after[rank][2]} hangs after step {steps[rank]} (the furthest: {max(steps)})" for rank in behind]
+        self.stop.wait(2 * self.every)  # others are still looking
         self.end(f"{why}; " + ("; ".join(named[:8]) or f"all ranks answer and stand at step {max(steps)}: a collective hangs, or a step takes longer than timeout"))
 
     def end(self, message):

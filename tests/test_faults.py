@@ -3,6 +3,8 @@
     python tests/test_faults.py 50 20 10      kills of the whole job, kills of one rank, stop signals: the full count
 """
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -30,7 +32,7 @@ FLAGS = [*TINY, "--log_every=10"]
 
 def start(*arguments, ranks=1, restarts=0, nodes=(), log=subprocess.DEVNULL):
     launcher = [sys.executable] if ranks == 1 and not nodes else [*TORCHRUN, *(nodes or ["--standalone"]), f"--nproc_per_node={ranks}", f"--max_restarts={restarts}"]
-    return subprocess.Popen([*launcher, "train.py", *FLAGS, *arguments], cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    return subprocess.Popen([*launcher, "train.py", *FLAGS, *arguments], cwd=ROOT, env=environment(**({"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if nodes else {})), stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def equal(run, undisturbed):
@@ -198,27 +200,32 @@ def test_a_rank_that_hangs_is_named(corpus, tmp_path):
         try:
             assert process.wait(timeout=90) != 0
         finally:
-            os.kill(stopped, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(stopped, signal.SIGKILL)
     text = (tmp_path / "log").read_text()
     assert "no progress for 8 s; rank 1 on " in text and "is dead or stopped (last heard of after step" in text
     assert "rank 0 on" not in text and "rank 2 on" not in text  # they answer
 
 
 def test_two_launchers_train_together_and_one_may_come_back(corpus, tmp_path):
-    """Two nodes on one machine, over loopback; the one that does not keep the rendezvous is killed and started again."""
+    """Two nodes on one machine, over loopback; the one that does not keep the rendezvous is killed and started again.
+
+    With TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, as the README says: else torchrun tells a launcher that comes back no address (torch 2.13).
+    """
     flags = ["--steps=6000", "--save_every=20", "--lr_schedule=constant", f"--corpus={corpus}", f"--run_dir={tmp_path / 'run'}", "--resume=auto"]
     port = 20000 + os.getpid() % 20000
     nodes = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=test", "--rdzv_conf=join_timeout=120,keep_alive_interval=1,keep_alive_max_attempt=3"]
     logs = [open(tmp_path / f"node{i}.log", "w") for i in range(3)]
-    first = start(*flags, nodes=[*nodes, "--node_rank=0"], restarts=3, log=logs[0])
+    first = start(*flags, nodes=[*nodes, "--local_addr=localhost"], restarts=3, log=logs[0])
     time.sleep(1)
-    second = start(*flags, nodes=[*nodes, "--node_rank=1"], restarts=3, log=logs[1])
+    second = start(*flags, nodes=[*nodes, "--local_addr=localhost"], restarts=3, log=logs[1])
     try:
         until(lambda: newest(tmp_path / "run") >= 40)
         os.kill(second.pid, signal.SIGKILL)
         second.wait()
         reached = until(lambda: newest(tmp_path / "run"))
-        third = start(*flags, nodes=[*nodes, "--node_rank=1"], restarts=3, log=logs[2])
+        time.sleep(8)  # the rendezvous must have noticed (keep_alive_interval × keep_alive_max_attempt, 15 s by default), or it counts the dead one in
+        third = start(*flags, nodes=[*nodes, "--local_addr=localhost"], restarts=3, log=logs[2])
         until(lambda: newest(tmp_path / "run") > reached + 100)
         assert "resumed from" in (tmp_path / "node0.log").read_text() + (tmp_path / "node2.log").read_text()
     finally:
@@ -253,16 +260,15 @@ def test_a_full_disk_ends_no_run(corpus, small_disk, tmp_path, ranks):
     with open(tmp_path / "log", "w") as log:
         process = start(*flags, f"--run_dir={run}", ranks=ranks, log=log)
         until(lambda: newest(run) >= 50)
-        with open(small_disk / "more", "wb") as file:  # now someone else fills the disk
+        with open(small_disk / "more", "wb", buffering=0) as file:  # now someone else fills the disk
             try:
                 while True:
                     file.write(bytes(4096))
-                    file.flush()
             except OSError:
                 pass
         assert process.wait(timeout=100) != 0  # the last checkpoint is not there
     text = (tmp_path / "log").read_text()
-    assert "No space left on device" in text and "the last checkpoint could not be written" in text and "Traceback" not in text.split("torch/distributed/run")[0]
+    assert "No space left on device" in text and "the last checkpoint could not be written" in text and (ranks > 1 or "Traceback" not in text)  # torchrun prints its own
     saved = newest(run)
     assert 50 <= saved < 300
     (small_disk / "more").unlink()
@@ -275,7 +281,7 @@ def test_too_small_a_disk_is_refused_before_training(corpus, small_disk, tmp_pat
     (small_disk / "ballast").write_bytes(bytes(7 * 2**19))
     with open(tmp_path / "log", "w") as log:
         assert start("--steps=10", "--save_every=5", f"--corpus={corpus}", f"--run_dir={small_disk / 'run'}", log=log).wait() == 2
-    assert "checkpoints of 0.000384 GB and one in the making need" in (tmp_path / "log").read_text() and not (small_disk / "run").exists()
+    assert "checkpoints of 0.000371 GB and one in the making need" in (tmp_path / "log").read_text() and not (small_disk / "run").exists()
 
 
 # damaged and hostile checkpoints --------------------------------------------------------------------------------
@@ -353,7 +359,8 @@ def test_a_hostile_checkpoint_runs_no_code(run_main, capsys, tmp_path, where, du
     capsys.readouterr()
     bomb = tmp_path / "bang"
     if dump == "torch":
-        torch.save(Bomb(bomb), folder / where)
+        torch.save(Bomb(bomb), buffer := io.BytesIO())
+        (folder / where).write_bytes(buffer.getvalue())
     else:
         (folder / where).write_bytes(pickle.dumps(Bomb(bomb)))
     if where != "checkpoint.json":  # its maker knows how to hash
@@ -383,8 +390,8 @@ def poisoned(monkeypatch):
     working = train.training_batches
 
     def poison(*samples):
-        def batches(process, blocks, eos_id, first_sample, first_step, steps, cfg, *rest):
-            for number, batch in enumerate(working(process, blocks, eos_id, first_sample, first_step, steps, cfg, *rest)):
+        def batches(process, blocks, eos_id, first_sample, first_step, steps, cfg, *rest, **more):
+            for number, batch in enumerate(working(process, blocks, eos_id, first_sample, first_step, steps, cfg, *rest, **more)):
                 yield batch._replace(weights=batch.weights * float("nan")) if first_sample + number * cfg.batch_size in samples else batch
 
         monkeypatch.setattr(train, "training_batches", batches)
@@ -414,12 +421,10 @@ def test_after_several_in_a_row_the_run_goes_back_and_past_the_data(run_main, po
     poisoned(*(8 * k for k in range(23, 30)))  # steps 24 to 30
     run = run_main("--steps=60", "--save_every=10", "--keep=9", "--log_every=1", "--max_skips=4")
     log = events(run)
-    assert [m["event"] for m in log] == ["skipped"] * 5 + ["back"]  # the decision takes effect a step later
-    back = log[-1]
+    assert [m["event"] for m in log] == ["skipped"] * 4 + ["back"] + ["skipped"] * 2  # two more bad steps are met behind
+    back = log[4]
     assert (back["step"], back["from_step"], back["first_sample"], back["last_sample"]) == (20, 28, 160, 8 * 28 - 1)
-    # The data go on behind the skipped range; those two more bad steps are met there.
-    steps = [m["step"] for m in figures(run) if "loss" in m]
-    assert sorted(set(steps)) == [k for k in range(1, 61) if k not in (21, 22)] if len(log) > 6 else steps == list(range(1, 61))
+    assert [m["step"] for m in figures(run) if "loss" in m] == [k for k in range(1, 61) if k not in (21, 22)]
     record = read_checkpoint(run / "step_00000060")
     assert record["samples"] - record["passed"] == 60 * 8 and record["passed"] == 64
     # Exactly what a run does that is told at step 20 to begin behind that range.
@@ -446,15 +451,23 @@ def test_a_run_that_goes_back_in_vain_ends(run_main, poisoned, capsys):
 
 def test_spikes_are_skipped_and_ranks_decide_alike(corpus, tmp_path, run_main):
     """skip_norm: what one process skips, two ranks skip, and both go back at the same step."""
-    plain = run_main("--steps=40", "--log_every=1", "--save_every=10", run="plain")
-    norms = {m["step"]: m["grad_norm"] for m in figures(plain) if "grad_norm" in m}
-    limit = sorted(v for k, v in norms.items() if k > 12)[-4]
-    flags = ["--steps=40", "--log_every=1", "--save_every=10", f"--skip_norm={limit}", "--max_skips=2"]
-    one = run_main(*flags, run="one")
-    assert start(*flags, f"--corpus={corpus}", f"--run_dir={tmp_path / 'two'}", ranks=2).wait() == 0
-    skips = [[(m["event"], m["step"]) for m in events(run) if m["event"] != "ranks"] for run in (one, tmp_path / "two")]
-    assert skips[0] == skips[1] and len(skips[0]) >= 3
-    assert max(m["grad_norm"] for m in figures(one) if "grad_norm" in m) <= limit
+    begun = run_main("--steps=20", "--log_every=1", "--save_every=10", "--lr_schedule=constant")
+    norms = sorted(m["grad_norm"] for m in figures(begun) if "grad_norm" in m and m["step"] > 10)
+    for limit, code in ((norms[5], 0), (1e-3, 2)):  # some steps are skipped; all are, and going back does not help
+        flags = ["--steps=40", "--log_every=1", "--save_every=10", "--lr_schedule=constant", "--resume=yes", f"--skip_norm={limit}", "--max_skips=2" if code else "--max_skips=40"]
+        one, two = tmp_path / f"one{code}", tmp_path / f"two{code}"
+        for run in (one, two):
+            shutil.copytree(begun, run)
+        if code:
+            with pytest.raises(SystemExit):
+                run_main(*flags, run=one.name)
+        else:
+            run_main(*flags, run=one.name)
+        assert (start(*flags, f"--corpus={corpus}", f"--run_dir={two}", ranks=2).wait() == 0) == (code == 0)
+        decisions = [[(m["event"], m["step"], m.get("first_sample")) for m in events(run) if m["event"] != "ranks"] for run in (one, two)]
+        assert decisions[0] == decisions[1] and len(decisions[0]) >= 3
+        assert [name for name, *_ in decisions[0]].count("back") == (3 if code else 0)
+        assert code or max(m["grad_norm"] for m in figures(one, 20) if "grad_norm" in m) <= limit
 
 
 if __name__ == "__main__":
