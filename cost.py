@@ -3,6 +3,7 @@
     python cost.py        the tables of docs/scaling-out.md
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ import checkpoint
 import diffusion
 import engine
 import parallel
-from model import Transformer
+from model import ModelConfig, Transformer, ladder, swiglu_width
 
 EFFICIENCY = 0.45  # of the bf16 peak that computing alone is assumed to reach, between the 41 % to 50 % published for H100s at 1B to 8B
 WITHIN, BETWEEN = 300e9, 40e9  # bytes/s that a GPU sends in a collective: NVLink within a node, and its 400 Gb/s share of the network between nodes
@@ -135,3 +136,110 @@ def report(cfg, process, model_config, steps, n_blocks, dtype, on_gpu):
             lines.append(f"a rank sends {units(moved.within)} within its node and {units(moved.between)} between nodes per step: {moved.seconds:.3g} s, of which {exposed:.3g} s not hidden")
         lines.append(f"on {world} H100{'s' * (world > 1)} at {EFFICIENCY:.0%} of their bf16 peak: {total:.3g} s per step, {tokens / total:,.0f} tokens/s, {duration(steps * total)} in all")
     return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+AGAIN = {"no": 0.0, "elementwise": 0.02, "selective": 0.12, "full": 0.33}  # computing added by recomputation: elementwise work; gate and up, too; the forward pass
+HEADROOM = 0.9  # of the memory: what the allocator can't use
+
+
+class Choice(NamedTuple):
+    """One way to train a model on some GPUs."""
+
+    layout: str
+    shards: int
+    micro: int
+    recompute: str
+    need: object  # memory.Need
+    moved: Traffic
+    seconds: float
+    exposed: float
+
+
+def masked_model(name, block_len=2048):
+    """The ladder's model of that name for masked diffusion with GPT-2's vocabulary."""
+    shape = ladder(name)
+    return ModelConfig(**shape, n_kv_head=shape["n_head"], d_ff=swiglu_width(shape["d_model"]), n_vocab=50257, mask_id=50257, block_len=block_len, causal=False)
+
+
+def activations(config, recompute):
+    """A function micro-batch → bytes beside the states at the moment of most, for bf16 on a GPU, block by block.
+
+    Linear in blocks and rows: from two networks of few blocks, each at two micro-batches (dry runs trace the whole network).
+    """
+    import memory
+
+    def peak(n_layer, micro):
+        process = diffusion.Process("masked", config.n_vocab, config.mask_id, config.block_len)
+        rows = diffusion.step_rows(process, 0, 64)
+        batch = diffusion.make_batch(process, np.zeros((micro, config.block_len + 1), np.int32), rows, rows.deal(0, 64 // micro))
+        moments = memory.trace(dataclasses.replace(config, n_layer=n_layer), batch, False, torch.bfloat16, True, "blocks", recompute, divided=True)
+        return max(exists - arrived for exists, arrived in moments)
+
+    (a, b), (c, d) = ((peak(layers, 1), peak(layers, 2)) for layers in (3, 5))
+
+    def estimate(micro):
+        few, more = a + (b - a) * (micro - 1), c + (d - c) * (micro - 1)
+        return int(few + (more - few) * (config.n_layer - 3) / 2)
+
+    return estimate
+
+
+def choices(config, gpus, per_node, batch_rows, estimates):
+    """Every `Choice` whose memory fits, fastest first; `estimates` {recompute: activations(config, recompute)}."""
+    import memory
+
+    with torch.device("meta"):
+        network = Transformer(config)
+    flops = network.flops_per_token(0.5) * batch_rows * config.block_len
+    found = []
+    for layout in ("no", "optim", "hybrid", "full"):
+        if layout == "hybrid" and gpus <= per_node:
+            continue
+        shards = parallel.shard_ranks(layout, gpus, min(gpus, per_node))
+        micro = batch_rows // gpus
+        while micro >= 1:
+            if batch_rows % (gpus * micro) == 0:
+                parts = batch_rows // (gpus * micro)
+                for recompute, estimate in estimates.items():
+                    need = memory.weigh([(estimate(micro), 0)], config, torch.bfloat16, True, True, layout, shards, parts > 1)
+                    if need.peak < HEADROOM * H100:
+                        moved = traffic(network.n_params(), layout, gpus, per_node, shards, parts, 2)
+                        total, _, exposed = step_seconds(flops * (1 + AGAIN[recompute]), moved, gpus)
+                        found.append(Choice(layout, shards, micro, recompute, need, moved, total, exposed))
+                        break  # more recomputation would only be slower
+            micro //= 2
+    return sorted(found, key=lambda choice: (choice.seconds, list(AGAIN).index(choice.recompute)))
+
+
+def main():
+    """Print the tables of docs/scaling-out.md."""
+    print("| model | GPUs | rows per step | layout | micro-batch | recompute | GiB per GPU: states, gathered, activations | sent per step within / between nodes | s per step | not hidden | tokens/s | MFU |")
+    print("|" + "---|" * 12)
+    for name in ("1086M", "2045M", "4077M", "8456M", "14785M"):
+        config = masked_model(name)
+        with torch.device("meta"):
+            network = Transformer(config)
+        estimates = {recompute: activations(config, recompute) for recompute in AGAIN}
+        rows = 256 if network.n_params() < 1.5e9 else 512 if network.n_params() < 5e9 else 1024  # the paper's
+        for gpus in (8, 16, 64, 256, 1024):
+            head = f"| {name} | {gpus} | {rows} "
+            if rows < gpus:
+                print(head + "| less than a row per GPU: needs a larger batch, or to split rows | | | | | | | | |")
+                continue
+            found = choices(config, gpus, 8, rows, estimates)
+            if not found:
+                print(head + "| does not fit | | | | | | | | |")
+                continue
+            c = found[0]
+            mfu = network.flops_per_token(0.5) * rows * config.block_len / c.seconds / gpus / engine.PEAK["H100"]
+            states = c.need.parameters + c.need.optimizer + c.need.gradients
+            sent = " / ".join(f"{x / 2**30:.1f} GiB" for x in c.moved)
+            print(head + f"| {c.layout}{f' over {c.shards}' if c.layout == 'hybrid' else ''} | {c.micro} | {c.recompute} "
+                  f"| {c.need.peak / 2**30:.0f}: {states / 2**30:.1f}, {c.need.gathered / 2**30:.1f}, {c.need.activations / 2**30:.1f} | {sent} "
+                  f"| {c.seconds:.3g} | {c.exposed / c.seconds:.0%} | {rows * config.block_len / c.seconds:,.0f} | {mfu:.0%} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

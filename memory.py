@@ -41,7 +41,12 @@ def predict(model_config, batch, posterior, dtype, on_gpu, how="whole", recomput
     `lasting_gradients`: they outlive the backward pass that adds to them (accumulation, DDP's buckets, CUDA graphs).
     `layout` and `shards` as in parallel.shard; `accumulating`: a step has several micro-batches.
     """
-    divided = layout != "no"
+    moments = trace(model_config, batch, posterior, dtype, on_gpu, how, recompute, fp8, layout != "no")
+    return weigh(moments, model_config, dtype, on_gpu, lasting_gradients, layout, shards, accumulating)
+
+
+def trace(model_config, batch, posterior, dtype, on_gpu, how="whole", recompute="no", fp8=False, divided=False):
+    """[(bytes that exist beside weights and moments, those of them that are gradients of weights)] along a step."""
     graphs = []
 
     def keep(graph, _):
@@ -70,16 +75,22 @@ def predict(model_config, batch, posterior, dtype, on_gpu, how="whole", recomput
         torch.set_default_dtype(torch.float32)
         kernels.pretending = False
         torch._dynamo.reset()
-    moments = timeline(*graphs, fused=how != "no")
-    if not divided:
+    return list(timeline(*graphs, fused=how != "no"))
+
+
+def weigh(moments, model_config, dtype, on_gpu, lasting_gradients=False, layout="no", shards=1, accumulating=False):
+    """The `Need` of a rank from what exists along a step; settings as in `predict`."""
+    with torch.device("meta"):
+        network = Transformer(model_config)
+    if layout == "no":
         weights = 4 * network.n_params()
         kept = weights if lasting_gradients else 0
         exists, arrived = max(moments)
         return Need(weights, 2 * weights, kept + arrived, 0, exists - arrived, 3 * weights + kept + exists)
     weights = 4 * sum(-(-p.shape[0] // shards) * p[0].numel() for p in network.parameters())
-    size = next(network.parameters()).element_size()
+    size = dtype.itemsize
     block = size * sum(p.numel() for p in network.blocks[0].parameters())
-    rest = size * sum(p.numel() for name, p in network.named_parameters() if not name.startswith("blocks."))  # embedding and head: always whole
+    rest = size * sum(p.numel() for name, p in network.named_parameters() if not name.startswith("blocks."))  # embedding and head
     # What is whole at a time: the rest and three blocks' weights (in use, arriving, being copied out; two on a CPU, where nothing
     # is fetched ahead) or, in `optim`, all; in the backward pass the rest's gradient and a block's, as it is and in fp32 on its
     # way to be summed; in `optim` all gradients until the last micro-batch.

@@ -13,11 +13,12 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
+from test_memory import case  # noqa: E402
+
 import engine  # noqa: E402
 import memory  # noqa: E402
 import parallel  # noqa: E402
 from model import Transformer  # noqa: E402
-from test_memory import case  # noqa: E402
 
 if __name__ == "__main__":
     layout, accumulation, shape = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
