@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -49,6 +50,23 @@ def test_dry_run_command(corpus, tmp_path):  # noqa: F811
 def test_training_commands(command, corpus, tmp_path):  # noqa: F811
     output = run(command, *SHORT, f"--corpus={corpus}", f"--run_dir={tmp_path / 'run'}")
     assert "step      3/3" in output and (tmp_path / "run" / "loss.png").is_file()
+
+
+@pytest.mark.parametrize("ranks, command", [(8, 0), (16, 1)])
+def test_cluster_commands(ranks, command, monkeypatch):
+    """What they ask train.py for goes together on that many ranks; torchrun's own flags exist."""
+    import configurator
+    import train
+
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.S) + [(ROOT / "docs/train.sbatch").read_text()]
+    for block in (blocks[command], blocks[2])[: ranks // 8]:
+        words = shlex.split(re.search(r"torchrun --.*", block.replace("\\\n", " "))[0].split("#")[0])
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        cfg = configurator.load(train.Config, words[words.index("train.py") + 1 :])
+        assert cfg.shard in ("optim", "hybrid") and cfg.compile == "blocks"
+        flags = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--help"], capture_output=True, text=True).stdout.replace("-", "_")
+        assert all(word.split("=")[0].replace("-", "_") in flags for word in words[1 : words.index("train.py")])
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +134,10 @@ def test_what_can_be_installed():
 def test_nobody_imports_what_the_readme_says_they_do_not():
     import ast
 
-    library = {"engine", "memory", "model", "diffusion", "kernels", "data", "sources", "configurator"}
+    library = {"engine", "memory", "model", "diffusion", "kernels", "data", "sources", "configurator", "parallel", "checkpoint", "metrics", "cost"}
     allowed = {"train": library, "sample": library, "bench": library, "prepare": {"data", "sources", "configurator"}, "sources": set(), "memory": {"engine", "model", "diffusion", "kernels"},
-               "engine": {"diffusion"}, "model": {"kernels"}, "diffusion": {"kernels"}, "kernels": set(),
+               "cost": {"memory", "engine", "model", "diffusion", "parallel", "checkpoint"}, "checkpoint": {"model", "parallel"}, "parallel": set(), "metrics": set(),
+               "engine": {"diffusion", "parallel"}, "model": {"kernels"}, "diffusion": {"kernels"}, "kernels": set(),
                "data": {"prepare"},  # run as a script it prepares
                "configurator/__init__": set()}
     ours = library | {"train", "sample", "bench", "prepare"}

@@ -123,19 +123,6 @@ def test_accumulation_changes_nothing_but_rounding(run_main, flags):
             torch.testing.assert_close(weights(run)[name], w, rtol=1e-3, atol=1e-4)
 
 
-def test_two_ranks_equal_one(corpus, tmp_path, run_main):
-    """1×8 against 2×4 and 2×2×2 (ranks × accumulation × rows), real processes over gloo."""
-    one = run_main("--steps=10", "--log_every=1")
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    for i, more in enumerate(([], ["--micro_batch=2"])):
-        process = start(corpus, tmp_path / f"two{i}", "--steps=10", "--log_every=1", *more, launcher=torchrun)
-        output = process.communicate(timeout=200)[0]
-        assert process.returncode == 0, output
-        assert_close(one, tmp_path / f"two{i}", 1e-4)
-        for name, w in weights(one).items():
-            torch.testing.assert_close(weights(tmp_path / f"two{i}")[name], w, rtol=1e-3, atol=1e-4)
-
-
 # (f) crash and resume ---------------------------------------------------------------------------------------
 
 
