@@ -380,7 +380,7 @@ def test_slurm_array(config, tmp_path):
 
 
 def figures(run):
-    return [{k: v for k, v in m.items() if k != "tokens_per_s"} for m in read_metrics(run)]
+    return [{k: v for k, v in m.items() if k != "tokens_per_s"} for m in read_metrics(run) if "event" not in m]
 
 
 def train_here(monkeypatch, *argv):
