@@ -10,6 +10,7 @@ torch.distributed.checkpoint writes and reads them as safetensors, none of its p
 otherwise when it was saved.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -149,11 +150,12 @@ def parts(network, optimizer, updates=None):
 class Saver:
     """Writes checkpoints in a thread while training goes on. Every rank calls the same methods in the same order."""
 
-    def __init__(self, run, network, optimizer, ranks, keep, keep_every=0, kept_steps=()):
+    def __init__(self, run, network, optimizer, ranks, keep, keep_every=0, kept_steps=(), alive=lambda: None):
+        """`alive` is called while something is waited for that makes progress."""
         from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions  # it takes a second to import
 
         self.run, self.network, self.optimizer, self.ranks = Path(run), network, optimizer, ranks
-        self.keep, self.keep_every, self.kept_steps = keep, keep_every, kept_steps
+        self.keep, self.keep_every, self.kept_steps, self.alive, self.files_done = keep, keep_every, kept_steps, alive, 0
         gpu = network.embed.weight.device.type == "cuda"
         self.stager = DefaultStager(StagingOptions(use_pinned_memory=gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=gpu))
         self.thread = self.failure = self.unheard = None  # dict(of=step, why=…) of the last save, if it failed
@@ -170,9 +172,21 @@ class Saver:
 
     def wait(self):
         """Until nothing is being written."""
-        if self.thread:
-            self.thread.join()
-            self.thread = None
+        before = None
+        while self.thread and self.thread.is_alive():
+            self.thread.join(timeout=1)
+            if (now := self.progress()) != before:
+                before = now
+                self.alive()
+        self.thread = None
+
+    def progress(self):
+        """Changes while the thread gets on."""
+        sizes = 0
+        for path in self.run.glob(".step_*/**/*"):
+            with contextlib.suppress(OSError):
+                sizes += path.stat().st_size
+        return self.files_done, sizes
 
     def news(self):
         """A failure that was not heard of yet, or None."""
@@ -195,11 +209,23 @@ class Saver:
 
         rank, world, group = self.ranks.rank, self.ranks.world, self.ranks.saving
         building, alone = self.run / f".step_{step:08d}", world == 1
+
+        def settle(problem):
+            """Raises on all ranks what has gone wrong on rank 0."""
+            verdict = [problem]
+            if not alone:
+                dist.broadcast_object_list(verdict, src=0, group=group)
+            if verdict[0]:
+                raise OSError(verdict[0])
+
+        problem = None
         if rank == 0:
-            shutil.rmtree(building, ignore_errors=True)
-            building.mkdir()
-        if not alone:
-            dist.barrier(group=group)
+            try:
+                shutil.rmtree(building, ignore_errors=True)
+                building.mkdir()
+            except OSError as error:
+                problem = f"{type(error).__name__}: {error}"
+        settle(problem)
 
         def put(values, where):
             writer = dcp.HuggingFaceStorageWriter(str(where), save_distributed=True)
@@ -210,7 +236,7 @@ class Saver:
         divided = any(hasattr(value, "placements") for value in weights.values())
         if divided:
             put(weights, building / "shards")
-        mine, problem = {}, None
+        mine = {}
         try:
             for number, (name, inside) in enumerate(names.items()):
                 if number % world == rank and divided:  # one file's tensors at a time are whole, on one rank, from what all have written
@@ -222,8 +248,10 @@ class Saver:
                 else:
                     continue
                 mine[name] = digest_on_disk(building / name)
+                self.files_done += 1
             for file in (building / "optimizer").glob(f"shard-{rank + 1:05d}-*"):
                 mine[f"optimizer/{file.name}"] = digest_on_disk(file)
+                self.files_done += 1
         except Exception as error:  # the others must hear of it, or they would wait
             problem = f"{type(error).__name__}: {error}"
         everyone = [None] * world if rank == 0 else None
@@ -238,12 +266,7 @@ class Saver:
                     self.commit(step, building, dict(record, sha256={k: v for files, _ in everyone for k, v in files.items()}), names)
                 except Exception as error:
                     problem = f"{type(error).__name__}: {error}"
-        if not alone:
-            verdict = [problem]
-            dist.broadcast_object_list(verdict, src=0, group=group)
-            problem = verdict[0]
-        if problem:
-            raise OSError(problem)
+        settle(problem)
 
     def commit(self, step, building, record, names):
         """What rank 0 does when all files are there."""
@@ -258,16 +281,23 @@ class Saver:
         final = self.run / f"step_{step:08d}"
         discard(final)  # a damaged one of the same step
         building.rename(final)
-        pointer = self.run / ".latest"
-        pointer.write_text(final.name + "\n")
-        flush_to_disk(pointer)
-        pointer.replace(self.run / "latest")
         flush_to_disk(self.run)
+        point_to(final)
         written = checkpoints(self.run)
         place = written.index(final)  # a later one is damaged, or of a course that was given up
         stay = lambda number: number in self.kept_steps or self.keep_every and number % self.keep_every == 0  # noqa: E731
-        for old in written[:place] + [p for p in written[place:] if not stay(int(p.name[5:]))][self.keep :]:
+        keep = self.keep + bool(record.get("streak"))  # one saved amid skipped steps is none to go back to
+        for old in written[:place] + [p for p in written[place:] if not stay(int(p.name[5:]))][keep:]:
             discard(old)
+
+    def forget_after(self, folder):
+        """Drop the checkpoints of a course that was given up at `folder`."""
+        if self.ranks.rank == 0:
+            point_to(folder)
+            for later in checkpoints(self.run):
+                if later == folder:
+                    break
+                discard(later)
 
 
 def file_names(weights):
@@ -283,6 +313,15 @@ def file_names(weights):
     if len(groups) == 1:
         return {"model.safetensors": groups[0]}
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def point_to(folder):
+    """Let run/latest name this checkpoint. On a disk too full for that it goes on naming the one before: nothing depends on it."""
+    pointer = folder.with_name(".latest")
+    with contextlib.suppress(OSError):
+        pointer.write_text(folder.name + "\n")
+        flush_to_disk(pointer)
+        pointer.replace(folder.with_name("latest"))
 
 
 def flush_to_disk(path):

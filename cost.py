@@ -41,7 +41,7 @@ def memory_of(cfg, process, model_config, dtype, on_gpu):
     batch = batch._replace(positions=documents if cfg.reset_positions else None)
     return memory.predict(model_config, batch, cfg.loss == "paper", dtype, on_gpu, cfg.compile, cfg.recompute, cfg.fp8,
                           lasting_gradients=parts > world or world > 1 or cfg.cuda_graphs, layout=cfg.layout(),
-                          shards=parallel.shard_ranks(cfg.layout(), world, min(world, cfg.gpus_per_node), cfg.shard_size), accumulating=parts > world)
+                          shards=parallel.shard_ranks(cfg.layout(), world, cfg.node(), cfg.shard_size), accumulating=parts > world)
 
 
 # ------------------------------------------------------------------------------------------------------ communication
@@ -118,7 +118,7 @@ def report(cfg, process, model_config, steps, n_blocks, dtype, on_gpu):
     n_params, share = network.n_params(), noisy_share(process)
     tokens, flops = cfg.batch_size * cfg.block_len, network.flops_per_token(share)
     micro = cfg.micro_batch or cfg.batch_size // world
-    shards = parallel.shard_ranks(layout, world, min(world, cfg.gpus_per_node), cfg.shard_size)
+    shards = parallel.shard_ranks(layout, world, cfg.node(), cfg.shard_size)
     lines = [
         f"{n_params:,} parameters on {world} rank{'s' * (world > 1)}, shard={layout}" + (f" over {shards}" if shards > 1 else "")
         + f", micro-batches of {micro} × {cfg.block_len} tokens, {str(dtype)[6:]}, compile={cfg.compile}, recompute={cfg.recompute}, {'as on a GPU' if on_gpu else 'on a CPU'}",
@@ -130,11 +130,13 @@ def report(cfg, process, model_config, steps, n_blocks, dtype, on_gpu):
     kept = cfg.keep + len(cfg.kept_steps()) + (steps // cfg.keep_every if cfg.keep_every else 0)
     lines.append(f"a checkpoint has {units(size)}; {kept} kept and one in the making {units((kept + 1) * size + more)}")
     if on_gpu:
-        moved = traffic(n_params, layout, world, cfg.gpus_per_node, shards, cfg.batch_size // (micro * world), 2 if dtype == torch.bfloat16 else 4)
+        moved = traffic(n_params, layout, world, cfg.node(), shards, cfg.batch_size // (micro * world), 2 if dtype == torch.bfloat16 else 4)
         total, _, exposed = step_seconds(flops * tokens, moved, world)
         if world > 1:
             lines.append(f"a rank sends {units(moved.within)} within its node and {units(moved.between)} between nodes per step: {moved.seconds:.3g} s, of which {exposed:.3g} s not hidden")
         lines.append(f"on {world} H100{'s' * (world > 1)} at {EFFICIENCY:.0%} of their bf16 peak: {total:.3g} s per step, {tokens / total:,.0f} tokens/s, {duration(steps * total)} in all")
+    else:
+        lines.append("a CPU's speed is not known: a few steps tell how long it takes")
     return "\n".join(lines)
 
 
@@ -203,7 +205,9 @@ def choices(config, gpus, per_node, batch_rows, estimates):
             if batch_rows % (gpus * micro) == 0:
                 parts = batch_rows // (gpus * micro)
                 for recompute, estimate in estimates.items():
-                    need = memory.weigh([(estimate(micro), 0)], config, torch.bfloat16, True, True, layout, shards, parts > 1)
+                    every = 2 * network.n_params()  # bytes of all gradients, in bf16
+                    moments = [(estimate(micro), 0), (estimate(micro) + 1, 1), (every, every)]  # before, at the begin and at the end of the backward pass
+                    need = memory.weigh(moments, config, torch.bfloat16, True, True, layout, shards, parts > 1)
                     if need.peak < HEADROOM * H100:
                         moved = traffic(network.n_params(), layout, gpus, per_node, shards, parts, 2)
                         total, _, exposed = step_seconds(flops * (1 + AGAIN[recompute]), moved, gpus)

@@ -35,7 +35,7 @@ def predict(model_config, batch, posterior, dtype, on_gpu, how="whole", recomput
             layout="no", shards=1, accumulating=False):
     """The `Need` of one step on micro-batches like `batch` (arrays), in autocast to `dtype`.
 
-    `how` and `recompute` as in engine.compiled and Transformer.use. Without recomputation it agrees with what torch
+    `how` and `recompute` as in engine.prepared and Transformer.use. Without recomputation it agrees with what torch
     allocates to 1 %; with it, it can be 7 % low, 20 % where the whole model is one graph (the compiler moves things).
 
     `lasting_gradients`: they outlive the backward pass that adds to them (accumulation, DDP's buckets, CUDA graphs).

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -16,8 +17,10 @@ def open_tracker(cfg, run):
         raise ValueError("--wandb needs the wandb package: pip install wandb") from None
     known = run / "wandb_id.txt"
     try:
-        return wandb.init(project=cfg.wandb, name=run.name, config=asdict(cfg), resume="allow",
-                          id=known.read_text() if known.is_file() else None)
+        tracker = wandb.init(project=cfg.wandb, name=run.name, config=asdict(cfg), resume="allow",
+                             id=known.read_text() if known.is_file() else None)
+        tracker.define_metric("*", step_metric="step")  # its own counter would drop what comes again after the run went back
+        return tracker
     except wandb.Error as problem:
         reason = str(problem).partition("\n")[0] or type(problem).__name__
         raise ValueError(f"wandb: {reason}; log in with 'wandb login' or set WANDB_MODE=offline") from None
@@ -27,26 +30,33 @@ class Journal:
     """metrics.jsonl and Weights & Biases. A full disk costs lines that can't be written, not the run."""
 
     def __init__(self, run, tracker):
-        self.path, self.tracker, self.complained = Path(run) / "metrics.jsonl", tracker, False
-        self.file = open(self.path, "a", buffering=1)
+        self.path, self.tracker, self.complained, self.torn = Path(run) / "metrics.jsonl", tracker, False, False
+        self.file = open(self.path, "ab", buffering=0)
 
     def back_to(self, step):
         """Forget the lines of later steps: they are about to come again."""
-        self.file.close()
-        trim_metrics(self.path, step)
-        self.file = open(self.path, "a", buffering=1)
+        try:
+            trim_metrics(self.path, step)
+            self.file.close()
+            self.file = open(self.path, "ab", buffering=0)
+        except OSError as problem:
+            self.complain(problem)
+
+    def complain(self, problem):
+        if not self.complained:
+            print(f"warning: {self.path} can't be written ({problem.strerror}); training goes on", file=sys.stderr, flush=True)
+        self.complained = True
 
     def write(self, **values):
         """One line; figures that JSON does not know (not finite) become text."""
         values = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        line = ("\n" * self.torn + json.dumps(values) + "\n").encode()
         try:
-            self.file.write(json.dumps(values) + "\n")
+            self.torn = self.file.write(line) < len(line)
         except OSError as problem:
-            if not self.complained:
-                print(f"warning: {self.path} can't be written ({problem.strerror}); training goes on", file=sys.stderr, flush=True)
-            self.complained = True
+            self.complain(problem)
         if self.tracker:
-            self.tracker.log(values, step=values["step"])
+            self.tracker.log(values)
 
 
 def read_metrics(run):
@@ -61,11 +71,15 @@ def read_metrics(run):
 def trim_metrics(path, step, events=True):
     """Drop what an interrupted run logged after its last checkpoint: those steps are about to be repeated.
 
-    What was decided about them (lines with an `event`) stays, if `events`: it happened.
+    What was decided about them (lines with an `event`, but for the comparison of ranks) stays, if `events`: it happened.
     """
     if path.is_file():
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(m) + "\n" for m in read_metrics(path.parent) if m["step"] <= step or events and "event" in m))
+        kept = [m for m in read_metrics(path.parent) if m["step"] <= step or events and m.get("event", "ranks") != "ranks"]
+        with open(temporary, "w") as file:
+            file.write("".join(json.dumps(m) + "\n" for m in kept))
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
 
 

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ class Ranks(NamedTuple):
     control: dist.ProcessGroup | None = None  # agreements of the training loop
     saving: dist.ProcessGroup | None = None  # checkpoints, which are written in a thread of their own
     store: tuple = ()  # address of the key-value store through which the ranks found each other
+    limit: timedelta | None = None  # of a collective
 
 
 ALONE = Ranks(0, 1)
@@ -50,7 +52,7 @@ def join(device, timeout):
     store = meet(rank, world, limit)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world, timeout=limit)
     control, saving = dist.new_group(backend="gloo", timeout=limit), dist.new_group(backend="gloo", timeout=timedelta(days=1))
-    return Ranks(rank, world, control, saving, (store.host, store.port))
+    return Ranks(rank, world, control, saving, (store.host, store.port), limit)
 
 
 def meet(rank, world, limit):
@@ -72,8 +74,10 @@ def meet(rank, world, limit):
         port = int(board.get(name))
         try:
             socket.create_connection((host, port), timeout=10).close()
-            return dist.TCPStore(host, port, is_master=False, timeout=limit)
-        except OSError as problem:
+            store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))
+            store.set_timeout(limit)
+            return store
+        except (OSError, dist.DistError) as problem:  # nobody there, or somebody else
             if time.monotonic() > end:
                 raise TimeoutError(f"rank 0 was not met at {host}:{port} ({problem})") from None
             time.sleep(0.2)
@@ -97,6 +101,16 @@ def agree(ranks, *flags):
     votes = torch.tensor(flags, dtype=torch.float32)
     dist.all_reduce(votes, group=ranks.control)
     return tuple(vote > 0 for vote in votes.tolist())
+
+
+def appears(folder, seconds=60):
+    """Whether a folder that another rank has made is there; a network file system may take its time to show it."""
+    end = time.monotonic() + seconds
+    while not folder.is_dir():
+        if time.monotonic() > end:
+            return False
+        time.sleep(1)
+    return True
 
 
 def gathered(ranks, thing):
@@ -123,12 +137,14 @@ def shard(objective, kind, ranks, device, size, dtype):
     between, and gradients stay whole over the micro-batches of a step (ZeRO-1). hybrid: full among `size` ranks
     (0: a node's), and copies of that. In bfloat16 parameters travel in bf16; gradients are always summed in fp32, weights kept in it.
     """
-    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     if kind == "hybrid":
         within = shard_ranks(kind, ranks.world, int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world)), size)
-        mesh = init_device_mesh(device.type, (ranks.world // within, within), mesh_dim_names=("replicate", "shard"))
+        grid = torch.arange(ranks.world).view(-1, within)  # groups by hand: those that a mesh makes have torch's own timeout
+        groups = [dist.new_subgroups_by_enumeration(lists, timeout=ranks.limit)[0] for lists in (grid.T.tolist(), grid.tolist())]
+        mesh = DeviceMesh.from_group(groups, device.type, mesh=grid, mesh_dim_names=("replicate", "shard"))
     else:
         mesh = init_device_mesh(device.type, (ranks.world,), mesh_dim_names=("shard",))
     low = dtype if dtype != torch.float32 else None
@@ -191,6 +207,7 @@ class Watch:
         self.ranks, self.timeout, self.stop, self.every = ranks, timeout, stop, min(5.0, timeout / 4)
         self.step, self.moved, self.beats, self.leaving = 0, time.monotonic(), 0, threading.Event()
         if ranks.world > 1:
+            self.asking = ThreadPoolExecutor(2)  # rank 0 may have stopped while it is asked
             self.store = dist.PrefixStore("watch", dist.TCPStore(*ranks.store, is_master=False, timeout=timedelta(seconds=30)))
             threading.Thread(target=self.run, daemon=True).start()
 
@@ -201,17 +218,22 @@ class Watch:
     def close(self):
         self.leaving.set()
 
+    def ask(self, work):
+        """work(), which asks the store; ends the process if rank 0, which keeps it, does not answer."""
+        try:
+            return self.asking.submit(work).result(timeout=2 * self.every + 5)
+        except Exception:
+            if not self.leaving.wait(0.1):
+                self.end(f"rank 0 at {self.ranks.store[0]} is dead or stopped: its store does not answer")
+
     def beat(self):
         self.beats += 1
         self.store.set(str(self.ranks.rank), f"{self.beats} {self.step} {socket.gethostname()}")
+        return self.store.check([str(self.ranks.rank)])  # waits for an answer, which `set` does not
 
     def run(self):
         while not self.leaving.wait(self.every if self.beats else 0):
-            try:
-                self.beat()
-            except RuntimeError:  # the process that keeps the store is gone, and with it the job
-                if not self.leaving.is_set():
-                    self.end(f"rank 0 at {self.ranks.store[0]} is dead: its store does not answer")
+            self.ask(self.beat)
             if time.monotonic() - self.moved > self.timeout:
                 self.report(f"no progress for {self.timeout:g} s")
 
@@ -222,15 +244,12 @@ class Watch:
 
     def report(self, why):
         """Find out who is silent and who is behind, say so, and end the process."""
-        try:
-            before = self.heard()
-            for _ in range(6):
-                if self.stop.wait(self.every / 2):  # the launcher is ending all ranks: it knows why, and waits for this one
-                    self.end(why)
-                self.beat()
-            after = self.heard()
-        except RuntimeError:
-            self.end(f"{why}; rank 0 at {self.ranks.store[0]} is dead: its store does not answer")
+        before = self.ask(self.heard)
+        for _ in range(6):
+            if self.stop.wait(self.every / 2):  # the launcher is ending all ranks: it knows why, and waits for this one
+                self.end(why)
+            self.ask(self.beat)
+        after = self.ask(self.heard)
         silent = [rank for rank in range(self.ranks.world) if rank != self.ranks.rank and (after[rank] is None or after[rank] == before[rank])]
         steps = [0 if said is None else int(said[1]) for said in after]
         behind = [rank for rank in range(self.ranks.world) if rank not in silent and steps[rank] < max(steps)]

@@ -183,8 +183,10 @@ class Config:
         gpu = self.device != "cpu" and torch.cuda.is_available() or self.device == "cuda" and self.dry_run
         if self.shard != "no" and self.compile == "whole" and world > 1:
             say(f"shard={self.shard} works between blocks, which compile=whole joins; add --compile=blocks")
-        if self.shard_size and (self.shard != "hybrid" or world % self.shard_size):
-            say(f"shard_size={self.shard_size} is for shard=hybrid and must divide the {world} ranks")
+        if self.shard == "hybrid" and world % (self.shard_size or self.node()):
+            say(f"shard=hybrid needs copies of one size: {self.shard_size or self.node()} does not divide the {world} ranks; set --shard_size")
+        if self.shard_size and self.shard != "hybrid":
+            say(f"shard_size={self.shard_size} is for shard=hybrid")
         if self.gpus and not self.dry_run:
             say("gpus is for a dry run: add --dry_run, or start that many processes with torchrun")
         if self.cuda_graphs and (self.compile != "whole" or world > 1 or not gpu):
@@ -200,6 +202,10 @@ class Config:
     def world(self):
         """Ranks that train, or that a dry run is for."""
         return self.dry_run and self.gpus or int(os.environ.get("WORLD_SIZE", 1))
+
+    def node(self):
+        """Ranks on this node, or on one of a dry run."""
+        return min(self.world(), self.gpus_per_node) if self.dry_run else int(os.environ.get("LOCAL_WORLD_SIZE", self.world()))
 
     def layout(self):
         """`shard`, where there are several ranks to share."""
@@ -276,7 +282,7 @@ def open_inputs(cfg):
         raise FileExistsError(f"{run} is not empty; continue it with --resume=auto or choose another --run_dir")
     if cfg.compare and not Path(cfg.compare).is_dir():
         raise FileNotFoundError(f"compare={cfg.compare}: no such run")
-    if not cfg.dry_run:
+    if not cfg.dry_run and not (run / f"step_{steps:08d}").is_dir():
         kept = cfg.keep + len(cfg.kept_steps()) + (steps // cfg.keep_every if cfg.keep_every else 0)
         saved = steps // cfg.save_every + 1 + len(cfg.kept_steps()) if cfg.save_every else 1 + len(cfg.kept_steps())
         with torch.device("meta"):
@@ -302,6 +308,8 @@ def find_checkpoint(cfg, inputs, ranks, warn):
 
 def check_resumable(record, model_config, corpus_record):
     """Raises ValueError, naming each difference, if a checkpoint is of another architecture or corpus."""
+    if "updates" not in record:
+        raise ValueError("cannot resume a checkpoint of an older format, which kept the optimizer's state otherwise; sample.py reads its weights")
     initial = ("dropout", "init_std", "scaled_init", "local_init")  # of no consequence to the weights' shapes
     for what, old, new in (("architecture", record["model"], asdict(model_config)), ("corpus", record["corpus"], corpus_record)):
         differ = [f"{k} {old.get(k)} → {new.get(k)}" for k in new if old.get(k) != new.get(k) and k not in initial]
@@ -496,15 +504,16 @@ def train(cfg, device, ranks, watch, stop):
         network.to_empty(device=device).tables()
     objective = engine.prepared(plain, cfg.compile, ranks, cfg.layout(), cfg.shard_size, dtype, device, cfg.cuda_graphs)
     optimizer = engine.make_optimizer(network, cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
-    saver = checkpoint.Saver(run, network, optimizer, ranks, cfg.keep, cfg.keep_every, kept_steps)
+    saver = checkpoint.Saver(run, network, optimizer, ranks, cfg.keep, cfg.keep_every, kept_steps, alive=lambda: watch.at(step))
     peak = engine.peak_flops(device) if bf16 else None
     n_parts = 2 if cfg.loss == "paper" else 1
-    course, step, pending, streak = Course(), 0, [], 0  # `pending`: losses of no line yet; `streak`: steps skipped in a row
+    # `pending`: losses of no line yet; `streak`: steps skipped in a row up to now, `longest`: at any time since a checkpoint was read
+    course, step, pending, streak, longest = Course(), 0, [], 0, 0
 
     def restore(folder, record):
-        nonlocal step, pending, streak
+        nonlocal step, pending, streak, longest
         together(checkpoint.restore, folder, record, network, optimizer, ranks)
-        step, streak = record["step"], record["streak"]
+        step, streak, longest = record["step"], record["streak"], record["streak"]
         pending = [row for row in record["pending"] if len(row) == n_parts + 1]  # another loss has other parts
         return Course(step, record["samples"], record["passed"])
 
@@ -513,9 +522,11 @@ def train(cfg, device, ranks, watch, stop):
     else:
         network.init_weights(torch.Generator().manual_seed(cfg.seed))
     to_do = step < steps  # else nothing changes
+    watch.at(step)
     if rank == 0:
         run.mkdir(parents=True, exist_ok=True)
-    seen = parallel.gathered(ranks, None) and parallel.gathered(ranks, run.is_dir())
+    parallel.gathered(ranks, "made")
+    seen = parallel.gathered(ranks, parallel.appears(run))
     if not all(seen):
         configurator.fail(f"rank {seen.index(False)} does not see {run}, which rank 0 has made: --run_dir must be on a file system that all nodes share")
     if rank == 0 and to_do:
@@ -600,7 +611,7 @@ def train(cfg, device, ranks, watch, stop):
 
     def receive(wait=False):
         """Log what has arrived (with `wait`: all that was sent)."""
-        nonlocal streak
+        nonlocal streak, longest
         while arriving and arriving[0][2].here(wait):
             first, last, arrived, line = arriving.popleft()
             rows = arrived.values.tolist()
@@ -609,6 +620,7 @@ def train(cfg, device, ranks, watch, stop):
             for number, row in enumerate(rows, first + 1):
                 if engine.is_bad(row[-1], cfg.skip_norm):
                     streak += 1
+                    longest = max(longest, streak)
                     warn(f"step {number}: skipped, its gradient's norm is {row[-1]:.4g} (loss {sum(row[:-1]):.4g}; {streak} in a row)")
                     log(number, event="skipped", loss_then=sum(row[:-1]), norm=row[-1], in_a_row=streak, first_sample=course.at(number - 1, cfg.batch_size).samples)
                 else:
@@ -659,12 +671,13 @@ def train(cfg, device, ranks, watch, stop):
         try:
             folder, record = load_newest(run, warn, ranks, fit=lambda record: record["streak"] == 0)
         except FileNotFoundError:
-            configurator.fail(f"step {step}: the gradient was not finite or above skip_norm in {streak} steps in a row, and there is no checkpoint from before; lower --lr")
+            configurator.fail(f"step {step}: the gradient was not finite or above skip_norm in {longest} steps in a row, and there is no checkpoint from before; lower --lr")
         returns[folder] += 1
         if returns[folder] > 3:
             configurator.fail(f"step {step}: went back to {folder} three times, and again the gradient is not finite or above skip_norm; lower --lr")
-        now, bad = course.at(step, cfg.batch_size), streak
+        now, bad = course.at(step, cfg.batch_size), longest
         old = restore(folder, record)
+        saver.forget_after(folder)
         decide("back", f"{bad} steps skipped in a row by step {now.step}: back to {folder}, past samples {old.samples:,} to {now.samples - 1:,}",
                from_step=now.step, first_sample=old.samples, last_sample=now.samples - 1)
         if journal:
@@ -702,13 +715,14 @@ def train(cfg, device, ranks, watch, stop):
             need = None
         warm = True
 
-        stopping, giving_up = parallel.agree(ranks, stop.is_set(), streak >= cfg.max_skips)
+        stopping, giving_up = parallel.agree(ranks, stop.is_set(), longest >= cfg.max_skips)
         if giving_up:
+            send(flushed, step, None)
             receive(wait=True)
             course = go_back()
             batches.close()
             batches, flushed = stream(), step
-            recent.zero_()
+            laps.clear()
             start, clock_tokens = engine.moment(device), 0
             continue
         logging, evaluating, saving = (step == steps or every and step % every == 0
@@ -724,7 +738,7 @@ def train(cfg, device, ranks, watch, stop):
             compare_ranks()
         if evaluating:
             validate()
-        if saving:
+        if saving and (not streak or stopping or step == steps or step in kept_steps):  # amid skipped steps there is nothing good to keep
             save()
         if evaluating or saving:  # the next line's speed is of training alone
             start, clock_tokens = engine.moment(device), 0

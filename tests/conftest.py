@@ -25,6 +25,19 @@ def prepared(folder, *names, **settings):
     return prepare.prepare(sources.find_sources([str(name) for name in names], cfg), folder, cfg)
 
 
+def call_main(monkeypatch, *argv):
+    """train.main() in this process, which gets its signal handlers back."""
+    import train
+
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        train.main()
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """A small corpus of regular sentences, in bytes."""

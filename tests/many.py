@@ -14,6 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import checkpoint  # noqa: E402
 import configurator  # noqa: E402
 import model  # noqa: E402
 import parallel  # noqa: E402
@@ -25,6 +26,16 @@ if __name__ == "__main__":
     ranks = parallel.join(device, 60)
     stop = threading.Event()
     watch = parallel.Watch(ranks, 60, stop)
+    checkpoint.FILE_BYTES = float(os.environ.get("FILE_BYTES", checkpoint.FILE_BYTES))
+    if os.environ.get("NO_ROOM_FOR") and ranks.rank == 0:
+        mkdir = Path.mkdir
+
+        def refuse(path, *arguments, **more):
+            if path.name == os.environ["NO_ROOM_FOR"]:
+                raise OSError(28, "No space left on device")
+            return mkdir(path, *arguments, **more)
+
+        Path.mkdir = refuse
     if os.environ.get("SLOW_RANK") == str(ranks.rank):
         compute = model.Block.compute
         model.Block.compute = lambda *arguments: time.sleep(0.02) or compute(*arguments)

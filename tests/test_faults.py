@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, call_main
 from safetensors.torch import load_file
 from test_parallel import TINY, TORCHRUN, environment, figures, weights
 
@@ -191,6 +191,22 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along(corpus, tmp_path):
     assert newest(tmp_path / "run") >= last_step(tmp_path / "run") - 10 > 0
 
 
+def test_rank_0_that_hangs_is_named(corpus, tmp_path):
+    """It keeps the store through which the others would look: they must not wait for its answer."""
+    with open(tmp_path / "log", "w") as log:
+        process = start("--steps=100000", f"--corpus={corpus}", f"--run_dir={tmp_path / 'run'}", "--timeout=8", ranks=2, log=log)
+        until(lambda: last_step(tmp_path / "run") > 20)
+        stopped = workers(process.pid)[0]
+        os.kill(stopped, signal.SIGSTOP)
+        try:
+            until(lambda: "rank 0 at " in (tmp_path / "log").read_text(), 60)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(stopped, signal.SIGKILL)
+        assert process.wait(timeout=90) != 0
+    assert "rank 1: rank 0 at localhost is dead or stopped: its store does not answer" in (tmp_path / "log").read_text()
+
+
 def test_a_rank_that_hangs_is_named(corpus, tmp_path):
     with open(tmp_path / "log", "w") as log:
         process = start("--steps=100000", f"--corpus={corpus}", "--batch_size=9", f"--run_dir={tmp_path / 'run'}", "--timeout=8", ranks=3, log=log)
@@ -220,6 +236,7 @@ def test_two_launchers_train_together_and_one_may_come_back(corpus, tmp_path):
     first = start(*flags, nodes=[*nodes, "--local_addr=localhost"], restarts=3, log=logs[0])
     time.sleep(1)
     second = start(*flags, nodes=[*nodes, "--local_addr=localhost"], restarts=3, log=logs[1])
+    launchers = [first, second]
     try:
         until(lambda: newest(tmp_path / "run") >= 40)
         os.kill(second.pid, signal.SIGKILL)
@@ -227,12 +244,14 @@ def test_two_launchers_train_together_and_one_may_come_back(corpus, tmp_path):
         reached = until(lambda: newest(tmp_path / "run"))
         time.sleep(8)  # the rendezvous must have noticed (keep_alive_interval × keep_alive_max_attempt, 15 s by default), or it counts the dead one in
         third = start(*flags, nodes=[*nodes, "--local_addr=localhost"], restarts=3, log=logs[2])
+        launchers.append(third)
         until(lambda: newest(tmp_path / "run") > reached + 100)
         assert "resumed from" in (tmp_path / "node0.log").read_text() + (tmp_path / "node2.log").read_text()
     finally:
-        for process in (first, third):
-            os.killpg(process.pid, signal.SIGTERM)
-        for process in (first, third):
+        for process in launchers:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+        for process in launchers:
             process.wait(timeout=60)
     assert newest(tmp_path / "run") > reached + 100
 
@@ -291,13 +310,7 @@ def test_too_small_a_disk_is_refused_before_training(corpus, small_disk, tmp_pat
 @pytest.fixture
 def run_main(monkeypatch, corpus, tmp_path):
     def call(*flags, run="run"):
-        monkeypatch.setattr(sys, "argv", ["train.py", *FLAGS, f"--corpus={corpus}", f"--run_dir={tmp_path / run}", *flags])
-        handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            train.main()
-        finally:
-            for signum, handler in handlers.items():
-                signal.signal(signum, handler)
+        call_main(monkeypatch, *FLAGS, f"--corpus={corpus}", f"--run_dir={tmp_path / run}", *flags)
         return tmp_path / run
 
     return call
@@ -438,6 +451,25 @@ def test_after_several_in_a_row_the_run_goes_back_and_past_the_data(run_main, po
     (again / "step_00000020/checkpoint.json").write_text(json.dumps(record | {"record_sha256": checkpoint.record_digest(record)}))
     run_main("--steps=60", "--save_every=10", "--keep=9", "--log_every=1", "--max_skips=4", "--resume=yes", run="again")
     assert equal(again, run)
+
+
+def test_bad_steps_between_two_lines_are_seen(run_main, poisoned):
+    """The figures of ten steps arrive at once, good ones last: still the run goes back, and every skip is logged."""
+    poisoned(*(8 * k for k in range(22, 27)))  # steps 23 to 27; the line is due at 30
+    run = run_main("--steps=60", "--save_every=20", "--keep=9", "--log_every=10", "--max_skips=5")
+    log = events(run)
+    assert [(m["event"], m["step"]) for m in log] == [("skipped", k) for k in range(23, 28)] + [("back", 20)]
+    assert (log[-1]["from_step"], log[-1]["first_sample"], log[-1]["last_sample"]) == (31, 160, 8 * 31 - 1)
+    assert [m["step"] for m in figures(run) if "loss" in m] == [10, 20, 30, 40, 50, 60]
+    assert read_checkpoint(run / "step_00000060")["passed"] == 88
+
+
+def test_skipped_steps_cost_no_good_checkpoint(run_main, poisoned):
+    """With a checkpoint every step and one to keep, the one from before the skipped steps stays."""
+    poisoned(*(8 * k for k in range(22, 27)))
+    run = run_main("--steps=40", "--save_every=1", "--keep=1", "--log_every=1", "--max_skips=5")
+    assert [(m["event"], m["step"]) for m in events(run)] == [("skipped", k) for k in range(23, 28)] + [("back", 22)]
+    assert (run / "latest").read_text() == "step_00000040\n" and [p.name for p in checkpoints(run)] == ["step_00000040"]
 
 
 def test_a_run_that_goes_back_in_vain_ends(run_main, poisoned, capsys):

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
-from checkpoint import checkpoints
+from checkpoint import checkpoints, load_model, load_newest
 from metrics import read_metrics
 
 TINY = ["--n_layer=2", "--n_head=2", "--d_model=32", "--block_len=32", "--batch_size=8", "--compile=no", "--warmup=5", "--eval_rows=16",
@@ -32,13 +32,13 @@ def finish(process, timeout=300):
     return output
 
 
-def run_jobs(folder, jobs):
+def run_jobs(folder, jobs, **variables):
     """Run {run folder: (world, arguments)}: those of one world in one set of processes."""
     for world in sorted({world for world, _ in jobs.values()}):
         mine = [[*TINY, f"--run_dir={run}", *flags] for run, (n, flags) in jobs.items() if n == world]
         (folder / f"jobs{world}.json").write_text(json.dumps(mine))
         finish(subprocess.Popen([*TORCHRUN, "--standalone", f"--nproc_per_node={world}", "tests/many.py", str(folder / f"jobs{world}.json")], cwd=ROOT,
-                                env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+                                env=environment(**variables), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
 
 
 def figures(run, after=0):
@@ -65,7 +65,7 @@ FLAGS = ["--steps=20", "--save_every=10", "--keep=9", "--local_init", "--micro_b
 
 @pytest.fixture(scope="module")
 def trained(corpus, tmp_path_factory):
-    """A run in every layout, 20 steps with accumulation (one more of a uniform model with untied head and dropout-free blocks)."""
+    """A run in every layout, 20 steps with accumulation (and in three of a uniform model with an untied head)."""
     folder = tmp_path_factory.mktemp("layouts")
     jobs = {folder / name: (world, [*FLAGS, f"--corpus={corpus}", *flags]) for name, (world, *flags) in LAYOUTS.items()}
     jobs |= {folder / f"uniform_{name}": (world, [*FLAGS, f"--corpus={corpus}", "--objective=uniform", "--loss=paper", "--tied=False", "--n_kv_head=1",
@@ -117,6 +117,49 @@ def test_resumed_under_any_layout(trained, corpus, tmp_path, pairs):
             for file in (checkpoints(run)[0]).rglob("*.safetensors"):
                 again, before = load_file(file), load_file(trained / saved / file.relative_to(run))
                 assert again.keys() == before.keys() and all(torch.equal(again[k], before[k]) for k in again), (saved, file.name)
+
+
+def test_weights_in_several_files(corpus, tmp_path):
+    """Files of 20 kB at most, put together from shards by two ranks or written by one; all read alike."""
+    flags = ["--steps=10", "--save_every=5", f"--corpus={corpus}", "--tied=False"]
+    jobs = {tmp_path / "divided": (2, [*flags, "--shard=full"]), tmp_path / "whole": (2, flags), tmp_path / "one": (1, flags)}
+    run_jobs(tmp_path, jobs, FILE_BYTES="2e4")
+    networks = []
+    for run in jobs:
+        folder, record = load_newest(run, pytest.fail)
+        files = sorted(p.name for p in folder.glob("*.safetensors"))
+        assert len(files) > 3 and files[0] == f"model-00001-of-{len(files):05d}.safetensors" and not (folder / "shards").exists()
+        index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+        assert all(name in load_file(folder / file) for name, file in index.items()) and set(index.values()) == set(files)
+        networks.append(dict(load_model(folder, record).named_parameters()))
+    for other in networks[1:]:
+        assert other.keys() == networks[0].keys()
+        for name, w in other.items():
+            torch.testing.assert_close(w, networks[0][name], rtol=1e-4, atol=1e-5)
+    run_jobs(tmp_path, {run: (3 - world, [*flags, "--steps=12", "--resume=yes"]) for run, (world, flags) in jobs.items()})
+
+
+def test_a_folder_that_cannot_be_made_stops_no_rank(corpus, tmp_path):
+    """A full disk may refuse the very folder, to rank 0 alone: all go on, and save the next time."""
+    run_jobs(tmp_path, {tmp_path / "run": (2, ["--steps=20", "--save_every=5", f"--corpus={corpus}", "--shard=full"])}, NO_ROOM_FOR=".step_00000010")
+    assert [m["of"] for m in read_metrics(tmp_path / "run") if m.get("event") == "not saved"] == [10]
+    assert [p.name[-2:] for p in checkpoints(tmp_path / "run")] == ["20", "15"]
+
+
+@pytest.mark.parametrize("more", (["--dtype=bfloat16", "--compile=no"], pytest.param(["--dtype=bfloat16", "--compile=blocks", "--recompute=elementwise"], marks=pytest.mark.slow)), ids=str)
+def test_divided_networks_in_bfloat16_learn_alike(corpus, tmp_path, more):
+    """FSDP computes with weights rounded to bf16, norms' too, where autocast rounds those of matrices: as close as bf16 is."""
+    flags = ["--steps=20", f"--corpus={corpus}", *more]
+    run_jobs(tmp_path, {tmp_path / "one": (1, flags), tmp_path / "full": (2, [*flags, "--shard=full"]), tmp_path / "optim": (2, [*flags, "--shard=optim", "--micro_batch=2"])})
+    for name in ("full", "optim"):
+        assert differ(tmp_path / "one", tmp_path / name) < 2**-8
+
+
+def test_divided_blocks_compile(corpus, tmp_path):
+    """compile=blocks under FSDP, in fp32: the losses of the uncompiled run."""
+    flags = ["--steps=20", f"--corpus={corpus}"]
+    run_jobs(tmp_path, {tmp_path / "eager": (2, [*flags, "--shard=full"]), tmp_path / "compiled": (2, [*flags, "--shard=full", "--compile=blocks"])})
+    assert differ(tmp_path / "eager", tmp_path / "compiled") < 1e-4
 
 
 # memory, and who is slow -------------------------------------------------------------------------------------------

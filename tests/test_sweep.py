@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, call_main
 from safetensors.torch import load_file
 
 import configurator
@@ -384,15 +384,11 @@ def figures(run):
 
 
 def train_here(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
-        train.main()
+        call_main(monkeypatch, *argv)
     finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
         torch.set_num_threads(threads)
 
 

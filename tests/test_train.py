@@ -7,13 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, prepared
+from conftest import ROOT, call_main, prepared
 from safetensors.torch import load_file
 
 import checkpoint
@@ -34,13 +35,7 @@ def run_main(monkeypatch, corpus, tmp_path):
     """Call train.main() in this process with the tiny settings; returns the run folder."""
 
     def call(*flags, run="run"):
-        monkeypatch.setattr(sys, "argv", ["train.py", *TINY, f"--corpus={corpus}", f"--run_dir={tmp_path / run}", *flags])
-        handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            train.main()
-        finally:
-            for signum, handler in handlers.items():
-                signal.signal(signum, handler)
+        call_main(monkeypatch, *TINY, f"--corpus={corpus}", f"--run_dir={tmp_path / run}", *flags)
         return tmp_path / run
 
     return call
@@ -180,6 +175,41 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(run_main, capsys, name,
     assert f"step_00000040/{name} {damage}" in captured.err
     assert "resumed from" in captured.out and "step_00000020" in captured.out
     assert losses(run) == whole
+
+
+def test_every_nth_checkpoint_stays(run_main):
+    run = run_main("--steps=60", "--save_every=5", "--keep=2", "--keep_every=20", "--save_at=7")
+    assert [int(p.name[5:]) for p in checkpoints(run)] == [60, 55, 50, 40, 20, 7]
+
+
+def test_a_checkpoint_of_an_older_format_is_refused_in_one_line(run_main, capsys):
+    run = run_main("--steps=5")
+    path = checkpoints(run)[0] / "checkpoint.json"
+    record = json.loads(path.read_text())
+    for key in ("record_sha256", "updates", "streak", "passed"):
+        del record[key]
+    path.write_text(json.dumps(record | {"record_sha256": checkpoint.record_digest(record)}))
+    assert "an older format" in refused(run_main, capsys, "--steps=9", "--resume=auto")
+
+
+def test_a_slow_write_is_no_standstill(tmp_path):
+    """Whoever waits for a checkpoint hears that it grows, and nothing once it does not."""
+    network = train.Transformer(train.ModelConfig(1, 2, 2, 8, 16, 64, 50, 50, 8, causal=False)).init_weights()
+    heard = []
+    saver = checkpoint.Saver(tmp_path, network, None, parallel.ALONE, 2, alive=lambda: heard.append(time.monotonic()))
+
+    def write():
+        (tmp_path / ".step_00000001").mkdir()
+        for i in range(3):
+            (tmp_path / f".step_00000001/{i}").write_bytes(b"x")
+            time.sleep(1)
+        time.sleep(3)
+
+    saver.thread = threading.Thread(target=write)
+    begin = time.monotonic()
+    saver.thread.start()
+    saver.wait()
+    assert 3 <= len(heard) <= 5 and heard[-1] - begin < 4.5
 
 
 def test_unfinished_checkpoint_is_no_checkpoint(run_main):
