@@ -435,8 +435,9 @@ def test_after_several_in_a_row_the_run_goes_back_and_past_the_data(run_main, po
     poisoned(*(8 * k for k in range(23, 30)))  # steps 24 to 30
     run = run_main("--steps=60", "--save_every=10", "--keep=9", "--log_every=1", "--max_skips=4")
     log = events(run)
-    assert [m["event"] for m in log] == ["skipped"] * 4 + ["back"] + ["skipped"] * 2  # two more bad steps are met behind
-    back = log[4]
+    # Four in a row, a fifth while the ranks agree to go back; two more bad steps are met behind.
+    assert [(m["event"], m["step"]) for m in log] == [("skipped", k) for k in range(24, 29)] + [("back", 20), ("skipped", 21), ("skipped", 22)]
+    back = log[5]
     assert (back["step"], back["from_step"], back["first_sample"], back["last_sample"]) == (20, 28, 160, 8 * 28 - 1)
     assert [m["step"] for m in figures(run) if "loss" in m] == [k for k in range(1, 61) if k not in (21, 22)]
     record = read_checkpoint(run / "step_00000060")
