@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections import Counter, deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -420,11 +421,17 @@ def main():
         attention_order = contextlib.ExitStack()  # entered for as long as this variable lives
         attention_order.enter_context(kernels.preferring_cudnn(device))
     ranks = parallel.ALONE if cfg.dry_run else parallel.join(device, cfg.timeout)  # waiting for the others, a signal ends it at once
-    stop = threading.Event()
+    stop, first = threading.Event(), None
 
     def request_stop(signum, _):
+        nonlocal first
+        first = first or time.monotonic()
         stop.set()
-        signal.signal(signum, signal.SIG_DFL)  # a second one ends the process at once
+        # A later one ends the process at once. Those within two seconds are the same again: from the terminal and from torchrun,
+        # which passes it on; or from the kernel, which says of each of a dead launcher's threads that the parent has died.
+        if time.monotonic() - first > 2:
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
 
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, request_stop)

@@ -191,6 +191,27 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along(corpus, tmp_path):
     assert newest(tmp_path / "run") >= last_step(tmp_path / "run") - 10 > 0
 
 
+def test_a_terminal_that_stops_launcher_and_ranks_at_once(corpus, tmp_path):
+    """Ctrl-C reaches every process, and torchrun passes it on: the ranks hear it twice, and mean to save."""
+    process = start("--steps=100000", "--save_every=0", f"--corpus={corpus}", f"--run_dir={tmp_path / 'run'}", ranks=2)
+    until(lambda: last_step(tmp_path / "run") > 20)
+    os.killpg(process.pid, signal.SIGINT)
+    process.wait(timeout=60)
+    assert newest(tmp_path / "run") >= last_step(tmp_path / "run") > 20
+
+
+def test_a_signal_after_the_first_ends_the_run_at_once(corpus, tmp_path):
+    process = start("--steps=2", "--batch_size=65536", "--micro_batch=8", f"--corpus={corpus}", f"--run_dir={tmp_path / 'run'}")  # a step of minutes
+    until(lambda: last_step(tmp_path / "run") or read_metrics(tmp_path / "run"))
+    for _ in range(3):  # these are one
+        process.terminate()
+        time.sleep(0.2)
+    time.sleep(2)
+    assert process.poll() is None
+    process.terminate()
+    assert process.wait(timeout=20) == -signal.SIGTERM
+
+
 def test_rank_0_that_hangs_is_named(corpus, tmp_path):
     """It keeps the store through which the others would look: they must not wait for its answer."""
     with open(tmp_path / "log", "w") as log:
