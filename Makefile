@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUNS ?= runs
+JOBS ?= 2
 RUN = $(VENV)/bin/python
 
 .PHONY: quickstart test test-all clean
@@ -26,10 +27,10 @@ quickstart: $(VENV)/ready corpora/docs/meta.json
 	$(RUN) sample.py --run_dir=$(RUNS)/quickstart --text="Return the [MASK:20] of the list."
 
 test: $(VENV)/ready-to-test
-	$(RUN) -m pytest -q -m "not slow" tests
+	$(RUN) -m pytest -q -n $(JOBS) --dist loadfile -m "not slow" tests
 
 test-all: $(VENV)/ready-to-test
-	$(RUN) -m pytest -q tests
+	$(RUN) -m pytest -q -n $(JOBS) --dist loadfile tests
 
 clean:
 	rm -rf $(VENV)

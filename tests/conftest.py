@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job that a script starts in the background ignores it, and so would what it starts
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as scaling.py does
 if not os.path.exists("/dev/nvidiactl"):  # before triton is imported: without a GPU its interpreter runs the kernels
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -155,7 +156,7 @@ def test_killing_the_job_loses_nothing_but_the_last_steps(corpus, tmp_path):
 
 
 def test_killing_one_rank_under_torchrun(corpus, tmp_path):
-    kill_ranks(corpus, tmp_path, 2, random.Random(2))
+    kill_ranks(corpus, tmp_path, 1, random.Random(2))
 
 
 def test_stop_signals_lose_nothing(corpus, tmp_path):
@@ -241,7 +242,7 @@ def test_a_rank_that_hangs_is_named(corpus, tmp_path):
                 os.kill(stopped, signal.SIGKILL)
         assert process.wait(timeout=90) != 0
     text = (tmp_path / "log").read_text()
-    assert "no progress for 8 s; rank 1 on " in text and "is dead or stopped (last heard of after step" in text
+    assert re.search(r"no progress for 8 s; .*\brank 1 on \S+ is dead or stopped \(last heard of after step", text), text[-3000:]
     assert "rank 0 on" not in text and "rank 2 on" not in text  # they answer
 
 
@@ -291,7 +292,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("ranks", (pytest.param(1, marks=pytest.mark.slow), 2))
+@pytest.mark.parametrize("ranks", (1, pytest.param(2, marks=pytest.mark.slow)))
 def test_a_full_disk_ends_no_run(corpus, small_disk, tmp_path, ranks):
     flags = ["--steps=300", "--save_every=50", "--keep=2", f"--corpus={corpus}", "--log_every=10"]
     assert start(*flags, f"--run_dir={tmp_path / 'whole'}", ranks=ranks).wait() == 0

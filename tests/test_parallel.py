@@ -119,6 +119,7 @@ def test_resumed_under_any_layout(trained, corpus, tmp_path, pairs):
                 assert again.keys() == before.keys() and all(torch.equal(again[k], before[k]) for k in again), (saved, file.name)
 
 
+@pytest.mark.slow
 def test_weights_in_several_files(corpus, tmp_path):
     """Files of 20 kB at most, put together from shards by two ranks or written by one; all read alike."""
     flags = ["--steps=10", "--save_every=5", f"--corpus={corpus}", "--tied=False"]
@@ -146,7 +147,8 @@ def test_a_folder_that_cannot_be_made_stops_no_rank(corpus, tmp_path):
     assert [p.name[-2:] for p in checkpoints(tmp_path / "run")] == ["20", "15"]
 
 
-@pytest.mark.parametrize("more", (["--dtype=bfloat16", "--compile=no"], pytest.param(["--dtype=bfloat16", "--compile=blocks", "--recompute=elementwise"], marks=pytest.mark.slow)), ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("more", (["--dtype=bfloat16", "--compile=no"], ["--dtype=bfloat16", "--compile=blocks", "--recompute=elementwise"]), ids=str)
 def test_divided_networks_in_bfloat16_learn_alike(corpus, tmp_path, more):
     """FSDP computes with weights rounded to bf16, norms' too, where autocast rounds those of matrices: as close as bf16 is."""
     flags = ["--steps=20", f"--corpus={corpus}", *more]
@@ -155,6 +157,7 @@ def test_divided_networks_in_bfloat16_learn_alike(corpus, tmp_path, more):
         assert differ(tmp_path / "one", tmp_path / name) < 2**-8
 
 
+@pytest.mark.slow
 def test_divided_blocks_compile(corpus, tmp_path):
     """compile=blocks under FSDP, in fp32: the losses of the uncompiled run."""
     flags = ["--steps=20", f"--corpus={corpus}"]
@@ -166,8 +169,8 @@ def test_divided_blocks_compile(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("layout, accumulation, shape", [
-    ("full", 1, dict(rows=8)), ("optim", 2, dict(rows=8)), *(pytest.param(*more, marks=pytest.mark.slow) for more in (
-        ("full", 2, dict(rows=64)), ("optim", 1, dict(rows=64)), ("full", 1, dict(rows=2, d_model=256, n_layer=6)), ("optim", 2, dict(rows=2, d_model=256, n_layer=6))))])
+    ("optim", 2, dict(rows=8)), *(pytest.param(*more, marks=pytest.mark.slow) for more in (
+        ("full", 1, dict(rows=8)), ("full", 2, dict(rows=64)), ("optim", 1, dict(rows=64)), ("full", 1, dict(rows=2, d_model=256, n_layer=6)), ("optim", 2, dict(rows=2, d_model=256, n_layer=6))))])
 def test_a_rank_needs_the_memory_that_was_predicted(layout, accumulation, shape):
     """States exactly; what a step takes beyond them to 5 % where activations dominate, and never much too little."""
     done = finish(subprocess.Popen([*TORCHRUN, "--standalone", "--nproc_per_node=2", "tests/shard_memory.py", layout, str(accumulation), json.dumps(shape)],
@@ -176,10 +179,11 @@ def test_a_rank_needs_the_memory_that_was_predicted(layout, accumulation, shape)
     need = got["predicted"]
     assert (got["parameters"], got["optimizer"]) == (need["parameters"], need["optimizer"])
     ratio = (need["peak"] - need["parameters"] - need["optimizer"]) / got["beyond"]
+    print(f"{layout} {accumulation} {shape}: measured {got['beyond']:,}, predicted {ratio:.3f} of it: {need}")
     assert 0.95 < ratio < (1.15 if shape["rows"] == 2 else 1.05)
 
 
-@pytest.mark.parametrize("layout", ("no", "full"))
+@pytest.mark.parametrize("layout", (pytest.param("no", marks=pytest.mark.slow), "full"))
 def test_a_slow_rank_is_found(corpus, tmp_path, layout):
     """Rank 1's blocks take 20 ms more; the others wait for it in FSDP's gathering, and still it is the one that is named."""
     (tmp_path / "jobs.json").write_text(json.dumps([[*TINY, "--log_every=5", f"--run_dir={tmp_path / 'run'}", "--steps=10", f"--shard={layout}", f"--corpus={corpus}"]]))
