@@ -494,6 +494,7 @@ def train(cfg, device, ranks, watch, stop):
         print(cost.report(cfg, process, model_config, steps, blocks.n, dtype, on_gpu))
         return 0
     need = None
+    watch.at(0)
     if rank == 0 and on_gpu:
         try:
             need = cost.memory_of(cfg, process, model_config, dtype, on_gpu)
@@ -502,6 +503,7 @@ def train(cfg, device, ranks, watch, stop):
 
     # ------------------------------------------------------------------------------ the network, from nothing or from disk
 
+    watch.at(0)
     folder, record = together(find_checkpoint, cfg, inputs, ranks, warn)
     tracker = together(lambda: open_tracker(cfg, run) if cfg.wandb and rank == 0 else None)
     with torch.device("meta"):

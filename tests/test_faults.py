@@ -213,6 +213,20 @@ def test_a_signal_after_the_first_ends_the_run_at_once(corpus, tmp_path):
     assert process.wait(timeout=20) == -signal.SIGTERM
 
 
+@pytest.mark.parametrize("code, saved, again", ((0, "2", False), (1, "2", True), (1, "1", False), (2, "", False)))
+def test_the_batch_file_goes_on_as_long_as_it_gets_further(tmp_path, code, saved, again):
+    """docs/train.sbatch with stand-ins for SLURM's two commands, after a start that ended with `code` and left this as `latest`."""
+    (tmp_path / "runs/paper").mkdir(parents=True)
+    if saved:
+        (tmp_path / "runs/paper/latest").write_text("step_00000001\n")
+    for name, does in dict(srun=f"[ -z '{saved}' ] || echo step_0000000{saved} > runs/paper/latest; exit {code}", scontrol='[ $1 = show ] && echo node0 || echo "$@" >> asked').items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(["bash", ROOT / "docs/train.sbatch"], cwd=tmp_path, env=environment(PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="7"))
+    assert done.returncode == code
+    assert (tmp_path / "asked").exists() == again and (not again or (tmp_path / "asked").read_text() == "requeue 7\n")
+
+
 def test_rank_0_that_hangs_is_named(corpus, tmp_path):
     """It keeps the store through which the others would look: they must not wait for its answer."""
     with open(tmp_path / "log", "w") as log:
