@@ -14,7 +14,7 @@ import cost
 import diffusion
 import memory
 import parallel
-from model import ModelConfig
+from model import ModelConfig, Transformer
 
 
 def test_traffic_is_what_rings_send():
@@ -80,5 +80,7 @@ def test_a_dry_run_of_the_largest_model_on_64_gpus(tmp_path, corpus):
     done = subprocess.run([sys.executable, "train.py", "--dry_run", "--gpus=64", "--device=cuda", "--model=14785M", "--block_len=2048", "--batch_size=1024", "--micro_batch=2",
                            "--shard=full", "--compile=blocks", "--recompute=full", "--steps=1000", f"--corpus={corpus}", f"--run_dir={tmp_path / 'run'}"],
                           cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "14,771,2" in done.stdout and "on 64 H100s" in done.stdout, done.stdout + done.stderr
+    with torch.device("meta"):
+        n_params = Transformer(dataclasses.replace(cost.masked_model("14785M"), n_vocab=257, mask_id=257)).n_params()  # in bytes
+    assert n_params == 14_771_657_472 and done.returncode == 0 and f"{n_params:,} parameters" in done.stdout and "on 64 H100s" in done.stdout, done.stdout + done.stderr
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 8 * 2**20 and not (tmp_path / "run").exists()

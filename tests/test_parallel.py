@@ -172,7 +172,7 @@ def test_divided_blocks_compile(corpus, tmp_path):
     ("optim", 2, dict(rows=8)), *(pytest.param(*more, marks=pytest.mark.slow) for more in (
         ("full", 1, dict(rows=8)), ("full", 2, dict(rows=64)), ("optim", 1, dict(rows=64)), ("full", 1, dict(rows=2, d_model=256, n_layer=6)), ("optim", 2, dict(rows=2, d_model=256, n_layer=6))))])
 def test_a_rank_needs_the_memory_that_was_predicted(layout, accumulation, shape):
-    """States exactly; what a step takes beyond them to 5 % where activations dominate, and never much too little."""
+    """States exactly; what a step takes beyond them to 2 % where activations dominate, up to 14 % high where what is gathered does."""
     done = finish(subprocess.Popen([*TORCHRUN, "--standalone", "--nproc_per_node=2", "tests/shard_memory.py", layout, str(accumulation), json.dumps(shape)],
                                    cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True))
     got = json.loads(done.splitlines()[-1])
@@ -180,7 +180,7 @@ def test_a_rank_needs_the_memory_that_was_predicted(layout, accumulation, shape)
     assert (got["parameters"], got["optimizer"]) == (need["parameters"], need["optimizer"])
     ratio = (need["peak"] - need["parameters"] - need["optimizer"]) / got["beyond"]
     print(f"{layout} {accumulation} {shape}: measured {got['beyond']:,}, predicted {ratio:.3f} of it: {need}")
-    assert 0.95 < ratio < (1.15 if shape["rows"] == 2 else 1.05)
+    assert 0.98 < ratio < (1.14 if shape["rows"] == 2 else 1.02)
 
 
 @pytest.mark.parametrize("layout", (pytest.param("no", marks=pytest.mark.slow), "full"))
