@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -51,7 +52,8 @@ def record_digest(record):
 
 
 def read_checkpoint(folder, part=0, parts=1):
-    """The JSON record of a checkpoint folder, after checking it and its files by SHA-256; raises ValueError.
+    """The JSON record of a checkpoint folder, after checking it and its files by SHA-256; raises ValueError, or OSError where the
+    disk or the network fails: then nothing is known of the checkpoint.
 
     Of `parts` ranks that share the work, number `part` checks every parts-th file.
     """
@@ -68,7 +70,7 @@ def read_checkpoint(folder, part=0, parts=1):
                 raise ValueError(f"{folder / name} is missing or damaged")
         if strange := [p for p in (*folder.glob("*.safetensors"), *folder.glob("optimizer/*")) if p.relative_to(folder).as_posix() not in files]:
             raise ValueError(f"{strange[0]} is no part of this checkpoint")
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as problem:
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as problem:
         raise ValueError(f"{folder} is no complete checkpoint ({type(problem).__name__}: {problem})") from None
     return record
 
@@ -81,15 +83,20 @@ def checkpoints(run):
 def load_newest(run, warn, ranks=ALONE, fit=lambda record: True):
     """(folder, record) of the newest undamaged checkpoint whose record is `fit`; every damaged one is passed to `warn`.
 
-    All ranks choose the same. Raises FileNotFoundError if there is none.
+    All ranks choose the same. Raises FileNotFoundError if there is none, OSError if one can't be read, which need not be damage.
     """
     for folder in gathered(ranks, checkpoints(run))[0]:
-        record = problem = None
+        record = problem = failure = None
         try:
             record = read_checkpoint(folder, ranks.rank, ranks.world)
         except ValueError as damage:
             problem = str(damage)
-        if problem := next(filter(None, gathered(ranks, problem)), None):
+        except OSError as error:
+            failure = f"{folder} can't be read: {error}"
+        said = gathered(ranks, (problem, failure))
+        if failure := next((failure for _, failure in said if failure), None):
+            raise OSError(failure)
+        if problem := next((problem for problem, _ in said if problem), None):
             warn(f"{problem}; falling back to the checkpoint before it")
         elif fit(record):
             return folder, record
@@ -164,6 +171,9 @@ class Saver:
         """Copy the state, then let it be written as run/step_<step>/; waits for the one before, if that is still being written."""
         self.wait()
         weights, moments = parts(self.network, self.optimizer)
+        if not any(hasattr(value, "placements") for value in weights.values()):  # all ranks have all: each keeps a copy of its part alone
+            rank, world = self.ranks.rank, self.ranks.world
+            weights, moments = weights if rank == 0 else {}, dict(list(moments.items())[rank::world])
         updates = int(next(iter(self.optimizer.state.values()))["step"])
         staged = self.stager.stage(dict(weights=weights, moments=moments))
         record = json.loads(json.dumps(dict(record, step=step, updates=updates)))  # what it holds goes on changing
@@ -288,7 +298,8 @@ class Saver:
         stay = lambda number: number in self.kept_steps or self.keep_every and number % self.keep_every == 0  # noqa: E731
         keep = self.keep + bool(record.get("streak"))  # one saved amid skipped steps is none to go back to
         for old in written[:place] + [p for p in written[place:] if not stay(int(p.name[5:]))][keep:]:
-            discard(old)
+            with contextlib.suppress(OSError):  # this one is safe, whatever keeps an old one from going
+                discard(old)
 
     def forget_after(self, folder):
         """Drop the checkpoints of a course that was given up at `folder`."""
@@ -346,6 +357,32 @@ def discard(folder):
         shutil.rmtree(going)
 
 
+HELD = {}  # locks of runs, until this process ends
+
+
+def lock(run, seconds):
+    """Let no other process write into a run as long as this one lives; raises OSError if another does so for `seconds`."""
+    path = Path(run).resolve() / ".lock"
+    if path in HELD:
+        return
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    file, end = open(path, "w"), time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            HELD[path] = file
+            return
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise OSError(f"{run}: another process is training into it; stop that one, or choose another --run_dir") from None
+            time.sleep(0.2)
+        except OSError:  # a file system without locks
+            return
+
+
 def tidy(run):
     """Remove what a crash left half written or half removed."""
     for folder in (*Path(run).glob(".step_*"), *Path(run).glob(".gone_*")):
@@ -366,7 +403,7 @@ def check_space(run, n_params, divided, n_kept):
     folder = Path(run).absolute()
     while not folder.exists():
         folder = folder.parent
-    there = sum(p.stat().st_size for p in Path(run).glob("step_*/**/*") if p.is_file())
+    there = sum(p.stat().st_size for pattern in ("step_*", ".step_*", ".gone_*") for p in Path(run).glob(f"{pattern}/**/*") if p.is_file())  # what a crash has left goes
     need, free = (n_kept + 1) * size + more - there, shutil.disk_usage(folder).free
     if need > free:
         raise OSError(f"{run}: {n_kept} checkpoints of {size / 1e9:.3g} GB and one in the making need {need / 1e9:.3g} GB more, but only {free / 1e9:.3g} GB are free; "

@@ -124,14 +124,14 @@ def report(cfg, process, model_config, steps, n_blocks, dtype, on_gpu):
         + f", micro-batches of {micro} × {cfg.block_len} tokens, {str(dtype)[6:]}, compile={cfg.compile}, recompute={cfg.recompute}, {'as on a GPU' if on_gpu else 'on a CPU'}",
         f"peak memory of a rank {units(need.peak)}: " + ", ".join(f"{what} {units(getattr(need, what))}" for what in need._fields[:-1]),
         f"{steps:,} steps of {tokens:,} tokens: {steps * tokens:,} tokens, {steps * cfg.batch_size / n_blocks:.2f} epochs",
-        f"a step of {tokens:,} tokens takes {flops * tokens:.3g} FLOP, forward and backward ({flops / 1e6:.1f} MFLOP per token; {share:.1%} of the positions get a head); recomputation not counted",
+        f"a step of {tokens:,} tokens takes {flops * tokens:.3g} FLOP, forward and backward ({flops / 1e6:.1f} MFLOP per token; {share:.1%} of the positions get a head); with recomputation {1 + AGAIN[cfg.recompute]:.2f} × that",
     ]
     size, more = checkpoint.checkpoint_bytes(n_params, layout != "no")
     kept = cfg.keep + len(cfg.kept_steps()) + (steps // cfg.keep_every if cfg.keep_every else 0)
     lines.append(f"a checkpoint has {units(size)}; {kept} kept and one in the making {units((kept + 1) * size + more)}")
     if on_gpu:
         moved = traffic(n_params, layout, world, cfg.node(), shards, cfg.batch_size // (micro * world), 2 if dtype == torch.bfloat16 else 4)
-        total, _, exposed = step_seconds(flops * tokens, moved, world)
+        total, _, exposed = step_seconds(flops * tokens * (1 + AGAIN[cfg.recompute]), moved, world)
         if world > 1:
             lines.append(f"a rank sends {units(moved.within)} within its node and {units(moved.between)} between nodes per step: {moved.seconds:.3g} s, of which {exposed:.3g} s not hidden")
         lines.append(f"on {world} H100{'s' * (world > 1)} at {EFFICIENCY:.0%} of their bf16 peak: {total:.3g} s per step, {tokens / total:,.0f} tokens/s, {duration(steps * total)} in all")

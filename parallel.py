@@ -48,7 +48,7 @@ def join(device, timeout):
         return ALONE
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: a rank whose launcher was killed saves and leaves
-    limit = timedelta(seconds=timeout + 30)
+    limit = timedelta(seconds=timeout + 120)
     store = meet(rank, world, limit)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world, timeout=limit)
     control, saving = dist.new_group(backend="gloo", timeout=limit), dist.new_group(backend="gloo", timeout=timedelta(days=1))
@@ -218,10 +218,10 @@ class Watch:
     def close(self):
         self.leaving.set()
 
-    def ask(self, work):
-        """work(), which asks the store; ends the process if rank 0, which keeps it, does not answer."""
+    def ask(self, work, patience):
+        """work(), which asks the store; ends the process if rank 0, which keeps it, does not answer for so many seconds."""
         try:
-            return self.asking.submit(work).result(timeout=2 * self.every + 5)
+            return self.asking.submit(work).result(timeout=patience)
         except Exception:
             if not self.leaving.wait(0.1):
                 self.end(f"rank 0 at {self.ranks.store[0]} is dead or stopped: its store does not answer")
@@ -233,7 +233,7 @@ class Watch:
 
     def run(self):
         while not self.leaving.wait(self.every if self.beats else 0):
-            self.ask(self.beat)
+            self.ask(self.beat, max(self.timeout, 2 * self.every + 5))
             if time.monotonic() - self.moved > self.timeout:
                 self.report(f"no progress for {self.timeout:g} s")
 
@@ -244,12 +244,13 @@ class Watch:
 
     def report(self, why):
         """Find out who is silent and who is behind, say so, and end the process."""
-        before = self.ask(self.heard)
+        patience = 2 * self.every + 5
+        before = self.ask(self.heard, patience)
         for _ in range(6):
             if self.stop.wait(self.every / 2):  # the launcher is ending all ranks: it knows why, and waits for this one
                 self.end(why)
-            self.ask(self.beat)
-        after = self.ask(self.heard)
+            self.ask(self.beat, patience)
+        after = self.ask(self.heard, patience)
         silent = [rank for rank in range(self.ranks.world) if rank != self.ranks.rank and (after[rank] is None or after[rank] == before[rank])]
         steps = [0 if said is None else int(said[1]) for said in after]
         behind = [rank for rank in range(self.ranks.world) if rank not in silent and steps[rank] < max(steps)]

@@ -532,20 +532,23 @@ def train(cfg, device, ranks, watch, stop):
         network.init_weights(torch.Generator().manual_seed(cfg.seed))
     to_do = step < steps  # else nothing changes
     watch.at(step)
-    if rank == 0:
-        run.mkdir(parents=True, exist_ok=True)
-    parallel.gathered(ranks, "made")
+    together(lambda: rank == 0 and run.mkdir(parents=True, exist_ok=True))
     seen = parallel.gathered(ranks, parallel.appears(run))
     if not all(seen):
         configurator.fail(f"rank {seen.index(False)} does not see {run}, which rank 0 has made: --run_dir must be on a file system that all nodes share")
-    if rank == 0 and to_do:
-        checkpoint.tidy(run)
-        (run / "settings.json").write_text(configurator.dump(cfg) + "\n")
-        if corpora[0].tokenizer_file:
-            shutil.copyfile(corpora[0].tokenizer_file, run / "tokenizer.json")  # sampling needs it
-        if tracker:
-            (run / "wandb_id.txt").write_text(tracker.id)
-    journal = Journal(run, tracker) if rank == 0 else None
+
+    def take_folder():
+        if rank == 0 and to_do:
+            checkpoint.lock(run, min(30.0, cfg.timeout))
+            checkpoint.tidy(run)
+            (run / "settings.json").write_text(configurator.dump(cfg) + "\n")
+            if corpora[0].tokenizer_file:
+                shutil.copyfile(corpora[0].tokenizer_file, run / "tokenizer.json")  # sampling needs it
+            if tracker:
+                (run / "wandb_id.txt").write_text(tracker.id)
+        return Journal(run, tracker) if rank == 0 else None
+
+    journal = together(take_folder)
     if journal and to_do:
         journal.back_to(step if record else -1)
     say(configurator.dump(cfg))
@@ -724,9 +727,14 @@ def train(cfg, device, ranks, watch, stop):
             need = None
         warm = True
 
+        if step == steps:  # nothing comes after these figures in which they could be seen
+            send(flushed, step, None)
+            receive(wait=True)
+            flushed = step
         stopping, giving_up = parallel.agree(ranks, stop.is_set(), longest >= cfg.max_skips)
         if giving_up:
-            send(flushed, step, None)
+            if flushed < step:
+                send(flushed, step, None)
             receive(wait=True)
             course = go_back()
             batches.close()

@@ -227,6 +227,62 @@ def test_the_batch_file_goes_on_as_long_as_it_gets_further(tmp_path, code, saved
     assert (tmp_path / "asked").exists() == again and (not again or (tmp_path / "asked").read_text() == "requeue 7\n")
 
 
+def test_two_runs_never_write_into_one_folder(corpus, tmp_path):
+    flags = ["--steps=100000", f"--corpus={corpus}", f"--run_dir={tmp_path / 'run'}", "--resume=auto", "--timeout=2"]
+    first = start(*flags)
+    until(lambda: last_step(tmp_path / "run") > 20)
+    with open(tmp_path / "log", "w") as log:
+        assert start(*flags, log=log).wait(timeout=60) == 2
+    error = (tmp_path / "log").read_text()
+    assert "another process is training into it" in error and "Traceback" not in error and first.poll() is None
+    first.kill()
+    first.wait()
+    process = start(*flags)  # the lock went with it
+    reached = last_step(tmp_path / "run")
+    until(lambda: last_step(tmp_path / "run") > reached)
+    process.terminate()
+    assert process.wait(timeout=60) == parallel.STOPPED
+
+
+def test_a_run_folder_that_cannot_be_is_one_line(corpus, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = subprocess.run([sys.executable, "train.py", *FLAGS, "--steps=3", f"--corpus={corpus}", f"--run_dir={tmp_path / 'file/run'}"], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Not a directory" in done.stderr
+
+
+def test_what_cannot_be_read_is_not_taken_for_damaged(run_main, monkeypatch, capsys):
+    """A network file system may fail for a moment: then nothing is resumed, and above all no newer checkpoint dropped."""
+    run = run_main("--steps=20", "--save_every=10", "--keep=9")
+    real = checkpoint.file_digest
+    monkeypatch.setattr(checkpoint, "file_digest", lambda path: (_ for _ in ()).throw(OSError(116, "Stale file handle")) if "00000020" in str(path) else real(path))
+    with pytest.raises(SystemExit):
+        run_main("--steps=30", "--resume=auto")
+    assert "can't be read: [Errno 116] Stale file handle" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert [p.name[-2:] for p in checkpoints(run)] == ["20", "10"]
+
+
+@pytest.mark.parametrize("left", ("step_00000001", ".step_00000002", ".gone_step_00000000"))
+def test_what_goes_is_room(tmp_path, left):
+    """Old checkpoints, and what a crash has left, are removed before the disk is full."""
+    n_params = (shutil.disk_usage(tmp_path).free + 10**9) // 24  # one checkpoint kept, one in the making: a gigabyte too much
+    with pytest.raises(OSError, match="lower --keep"):
+        checkpoint.check_space(tmp_path, n_params, False, 1)
+    (tmp_path / left).mkdir()
+    with open(tmp_path / left / "x", "wb") as file:
+        file.truncate(3 * 10**9)  # a hole: it takes no room
+    checkpoint.check_space(tmp_path, n_params, False, 1)
+
+
+def test_no_good_step_at_the_end_goes_back_too(run_main, poisoned, capsys):
+    """The last figures come in after the last step: they are looked at before the run is called complete."""
+    poisoned(*(8 * k for k in range(36, 40)))  # steps 37 to 40
+    run = run_main("--steps=40", "--save_every=10", "--keep=9", "--log_every=10", "--max_skips=4")
+    log = events(run)
+    assert [m["event"] for m in log] == ["skipped"] * 4 + ["back"] and log[4]["step"] == 30
+    assert newest(run) == 40 and read_checkpoint(checkpoints(run)[0])["streak"] == 0
+
+
 def test_rank_0_that_hangs_is_named(corpus, tmp_path):
     """It keeps the store through which the others would look: they must not wait for its answer."""
     with open(tmp_path / "log", "w") as log:

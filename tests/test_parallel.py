@@ -50,9 +50,9 @@ def weights(run):
     return load_file(checkpoints(run)[0] / "model.safetensors")
 
 
-def differ(one, other, after=0):
+def differ(one, other, after=0, keys=("loss", "val_loss")):
     """The largest relative difference of two runs' losses."""
-    a, b = ([m[k] for m in figures(run, after) for k in ("loss", "val_loss") if k in m] for run in (one, other))
+    a, b = ([m[k] for m in figures(run, after) for k in keys if k in m] for run in (one, other))
     assert len(a) == len(b) > 10
     return max(abs(x / y - 1) for x, y in zip(a, b))
 
@@ -80,13 +80,15 @@ def test_every_layout_has_the_losses_of_one_process(trained, name):
     """20 steps in fp32, the same data and noise: to 1e-5."""
     one = trained / ("uniform_one" if "uniform" in name else "one")
     assert differ(one, trained / name) < 1e-5
+    assert differ(one, trained / name, keys=("grad_norm", "param_norm")) < 1e-4  # AdamW and clipping would hide a wrong factor from the losses
     for key, w in weights(one).items():
         torch.testing.assert_close(weights(trained / name)[key], w, rtol=1e-4, atol=1e-5)
 
 
-def test_a_layout_that_is_wrong_would_be_seen(trained):
-    """What a gradient averaged once too often would do: another seed's losses differ by far more than the tolerance."""
-    assert differ(trained / "one", trained / "uniform_one") > 1e-3
+def test_a_layout_that_is_wrong_would_be_seen(trained, corpus, tmp_path):
+    """Gradients that are averaged over two ranks where they should be summed: seen in their norm at once, and in the losses by clipping."""
+    run_jobs(tmp_path, {tmp_path / "run": (1, [*FLAGS, f"--corpus={corpus}"])}, GRADIENTS_TIMES="0.5")
+    assert differ(trained / "one", tmp_path / "run", keys=("grad_norm",)) > 0.1 and differ(trained / "one", tmp_path / "run") > 1e-5
 
 
 # saved under one layout, resumed under another --------------------------------------------------------------------
@@ -192,6 +194,20 @@ def test_a_slow_rank_is_found(corpus, tmp_path, layout):
     seen = [m for m in read_metrics(tmp_path / "run") if m.get("event") == "ranks"]
     assert [m["step"] for m in seen] == [5, 10] and all((m["slowest"], m["fastest"]) == (1, 0) and m["slowest_s"] > m["fastest_s"] + 0.03 for m in seen), seen
     assert "rank 1 is slow" in output
+
+
+@pytest.mark.parametrize("layout", ("full", pytest.param("optim", marks=pytest.mark.slow)))
+def test_divided_runs_go_back_alike(corpus, tmp_path, layout):
+    """No gradient passes: all ranks skip, read the checkpoint of before into their shards, and end where DDP ends."""
+    flags = ["--steps=12", "--save_every=4", "--keep=9", f"--corpus={corpus}"]
+    before = {tmp_path / name: (2, [*flags, f"--shard={shard}"]) for name, shard in (("ddp", "no"), ("divided", layout))}
+    run_jobs(tmp_path, before)
+    again = {run: (world, [*f, "--steps=30", "--resume=yes", "--max_skips=3", "--skip_norm=1e-9", "--log_every=3"]) for run, (world, f) in before.items()}
+    run_jobs(tmp_path, again, MAY_FAIL="1")
+    logs = [[(m["event"], m["step"]) for m in read_metrics(run) if m.get("event") in ("skipped", "back")] for run in before]
+    assert logs[0] == logs[1] and [kind for kind, _ in logs[0]].count("back") == 3
+    assert weights(tmp_path / "ddp").keys() == weights(tmp_path / "divided").keys()
+    assert all(p.name == "step_00000012" for run in before for p in checkpoints(run)[:1])
 
 
 def test_settings_that_do_not_go_together(corpus, tmp_path):
