@@ -235,15 +235,15 @@ class Watch:
         while not self.leaving.wait(self.every if self.beats else 0):
             self.ask(self.beat, max(self.timeout, 2 * self.every + 5))
             if time.monotonic() - self.moved > self.timeout:
-                self.report(f"no progress for {self.timeout:g} s")
+                self.report(f"no progress for {self.timeout:g} s", self.moved)
 
     def heard(self):
         """What each rank last said: [beats, step, host], or None if nothing."""
         names = map(str, range(self.ranks.world))
         return [self.store.get(name).decode().split(" ", 2) if self.store.check([name]) else None for name in names]
 
-    def report(self, why):
-        """Find out who is silent and who is behind, say so, and end the process."""
+    def report(self, why, since=None):
+        """Find out who is silent and who is behind, say so, and end the process; unless it has moved on from where it was `since`."""
         patience = 2 * self.every + 5
         before = self.ask(self.heard, patience)
         for _ in range(6):
@@ -257,6 +257,8 @@ class Watch:
         named = [f"rank {rank}{f' on {after[rank][2]}' if after[rank] else ''} is dead or stopped (last heard of after step {steps[rank]})" for rank in silent]
         named += [f"rank {rank} on {after[rank][2]} hangs after step {steps[rank]} (the furthest: {max(steps)})" for rank in behind]
         self.stop.wait(2 * self.every)  # others are still looking
+        if since not in (None, self.moved):
+            return  # it was slow, as on a machine that has too much to do
         self.end(f"{why}; " + ("; ".join(named[:8]) or f"all ranks answer and stand at step {max(steps)}: a collective hangs, or a step takes longer than timeout"))
 
     def end(self, message):

@@ -69,7 +69,7 @@ def weights(run):
 
 
 def wait_for_step(run, step):
-    for _ in range(600):
+    for _ in range(2400):
         done = [int(line.split('"step": ')[1].split(",")[0]) for line in
                 ((run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").is_file() else []) if line.endswith("}")]
         if done and done[-1] >= step:
