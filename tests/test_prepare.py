@@ -1333,7 +1333,7 @@ def test_damaged_compressed_files(refused, tmp_path, ending, layout):
 
 @pytest.mark.parametrize("name, raw, message", [
     ("x.txt", b"", "x.txt: no text for the train split; use more text or another --val"),
-    ("x.txt.gz", gzip.compress(b""), "x.txt.gz: no text for the train split"),
+    ("x.txt.gz", gzip.compress(b"", mtime=0), "x.txt.gz: no text for the train split"),
     ("x.jsonl", b"", "x.jsonl: no text for the train split"),
     ("x.jsonl", b"\n \n\n", "x.jsonl: no text for the train split"),
     ("x.jsonl", jsonl(["", "", ""]), "x.jsonl: no text for the train split (left out: 3 empty); use more text or another --val"),
