@@ -38,6 +38,7 @@ def test_a_step_is_never_faster_than_its_parts():
         assert total == computing + exposed and exposed >= 0.0999 * moved.seconds and total >= max(computing, 0.1 * moved.seconds)
 
 
+@pytest.mark.slow
 def test_activations_are_linear_in_blocks_and_rows():
     """The estimate from 3 and 5 blocks at one and two rows is the trace of all, to 3 %."""
     config = ModelConfig(9, 4, 4, 32, 128, 320, 2000, 2000, 128, causal=False)

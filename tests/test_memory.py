@@ -94,6 +94,7 @@ def plain_loss(hidden, head, batch, n_vocab, posterior=False):
     return (nats * batch.weights[:, 0]).sum(), (nats.detach()[:, None] * batch.weights).sum(0)
 
 
+@pytest.mark.slow
 def test_masked_step_at_135m_needs_under_half_of_the_plain_full_logits_step(monkeypatch):
     """On a GPU, in bf16, 32 rows of 2048: ours as it is, against the plain step (fp32 logits everywhere, not compiled), and with
     `elementwise` recomputation against the plain one compiled. At equal compilation and recomputation it is about three quarters."""
