@@ -257,6 +257,7 @@ class Saver:
                     save_file({key: weights[key].contiguous() for key in inside}, building / name, metadata=dict(format="pt"))
                 else:
                     continue
+                (building / name).chmod(0o644)  # safetensors writes for its owner alone
                 mine[name] = digest_on_disk(building / name)
                 self.files_done += 1
             for file in (building / "optimizer").glob(f"shard-{rank + 1:05d}-*"):

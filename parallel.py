@@ -254,7 +254,7 @@ class Watch:
         silent = [rank for rank in range(self.ranks.world) if rank != self.ranks.rank and (after[rank] is None or after[rank] == before[rank])]
         steps = [0 if said is None else int(said[1]) for said in after]
         behind = [rank for rank in range(self.ranks.world) if rank not in silent and steps[rank] < max(steps)]
-        named = [f"rank {rank}{f' on {after[rank][2]}' if after[rank] else ''} is dead or stopped (last heard of after step {steps[rank]})" for rank in silent]
+        named = [f"rank {rank}{f' on {after[rank][2]}' if after[rank] else ''} is dead or stopped (its last sign of life came at step {steps[rank]})" for rank in silent]
         named += [f"rank {rank} on {after[rank][2]} hangs after step {steps[rank]} (the furthest: {max(steps)})" for rank in behind]
         self.stop.wait(2 * self.every)  # others are still looking
         if since not in (None, self.moved):
@@ -284,5 +284,5 @@ def guarded(ranks, watch):
         if not is_silence(problem):
             traceback.print_exc()
         else:
-            watch.report(str(problem).splitlines()[0])
+            watch.report("the connection to another rank is broken or silent")
         leave(ranks, 1)

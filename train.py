@@ -113,7 +113,7 @@ class Config:
     shard_size: int = setting(0, "of hybrid: ranks that share one copy of the state (0: those of a node)", low=0)
     timeout: float = setting(600.0, "seconds without progress after which a rank is given up and the job ends; above the time to compile", above=0, high=1e6)
     skip_norm: float = setting(0.0, "skip updates whose gradient norm is above this, as those whose norm is not finite (0: only these)", low=0)
-    max_skips: int = setting(5, "skipped updates in a row after which the run goes back to its last good checkpoint, and past those data", low=1)
+    max_skips: int = setting(5, "skipped updates in a row after which the run goes back to its last good checkpoint, and past those data; looked at with each line of progress", low=1)
     dry_run: bool = setting(False, "print what the run will need: memory, time, communication, disk; and stop. --device=cuda needs no GPU then")
     gpus: int = setting(0, "of a dry run: ranks to plan for (0: as many as started)", low=0)
     gpus_per_node: int = setting(8, "of a dry run: how many of them share a node", low=1)
@@ -184,8 +184,8 @@ class Config:
         gpu = self.device != "cpu" and torch.cuda.is_available() or self.device == "cuda" and self.dry_run
         if self.shard != "no" and self.compile == "whole" and world > 1:
             say(f"shard={self.shard} works between blocks, which compile=whole joins; add --compile=blocks")
-        if self.shard == "hybrid" and world % (self.shard_size or self.node()):
-            say(f"shard=hybrid needs copies of one size: {self.shard_size or self.node()} does not divide the {world} ranks; set --shard_size")
+        if self.shard == "hybrid" and world > 1 and world % (self.shard_size or self.node()):
+            say(f"shard=hybrid needs copies of one size: {self.shard_size or self.node()} does not divide the {world} ranks; give a --shard_size that does")
         if self.shard_size and self.shard != "hybrid":
             say(f"shard_size={self.shard_size} is for shard=hybrid")
         if self.gpus and not self.dry_run:
@@ -279,7 +279,7 @@ def open_inputs(cfg):
     eval_rows = min(cfg.eval_rows or val_blocks.available, val_blocks.available)
     bytes_per_token = float(corpora[0].token_bytes[val_blocks.read(spread(eval_rows, val_blocks.available))[:, 1:]].mean())
     corpus_record |= {f"{split}_sha256": " ".join(corpus.meta[split]["sha256"] for corpus in corpora) for split in ("train", "val")}
-    if run.exists() and any(run.iterdir()) and cfg.resume == "no" and not cfg.dry_run:
+    if run.exists() and any(path.name != ".lock" for path in run.iterdir()) and cfg.resume == "no" and not cfg.dry_run:
         raise FileExistsError(f"{run} is not empty; continue it with --resume=auto or choose another --run_dir")
     if cfg.compare and not Path(cfg.compare).is_dir():
         raise FileNotFoundError(f"compare={cfg.compare}: no such run")
@@ -503,7 +503,13 @@ def train(cfg, device, ranks, watch, stop):
 
     # ------------------------------------------------------------------------------ the network, from nothing or from disk
 
+    def claim():
+        if rank == 0 and (cfg.resume != "yes" or run.is_dir()):
+            run.mkdir(parents=True, exist_ok=True)
+            checkpoint.lock(run, min(30.0, cfg.timeout))  # what is there now stays the newest
+
     watch.at(0)
+    together(claim)
     folder, record = together(find_checkpoint, cfg, inputs, ranks, warn)
     tracker = together(lambda: open_tracker(cfg, run) if cfg.wandb and rank == 0 else None)
     with torch.device("meta"):
@@ -532,14 +538,12 @@ def train(cfg, device, ranks, watch, stop):
         network.init_weights(torch.Generator().manual_seed(cfg.seed))
     to_do = step < steps  # else nothing changes
     watch.at(step)
-    together(lambda: rank == 0 and run.mkdir(parents=True, exist_ok=True))
     seen = parallel.gathered(ranks, parallel.appears(run))
     if not all(seen):
         configurator.fail(f"rank {seen.index(False)} does not see {run}, which rank 0 has made: --run_dir must be on a file system that all nodes share")
 
     def take_folder():
         if rank == 0 and to_do:
-            checkpoint.lock(run, min(30.0, cfg.timeout))
             checkpoint.tidy(run)
             (run / "settings.json").write_text(configurator.dump(cfg) + "\n")
             if corpora[0].tokenizer_file:

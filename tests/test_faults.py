@@ -235,11 +235,14 @@ def test_two_runs_never_write_into_one_folder(corpus, tmp_path):
         assert start(*flags, log=log).wait(timeout=60) == 2
     error = (tmp_path / "log").read_text()
     assert "another process is training into it" in error and "Traceback" not in error and first.poll() is None
-    first.kill()
-    first.wait()
-    process = start(*flags)  # the lock went with it
-    reached = last_step(tmp_path / "run")
-    until(lambda: last_step(tmp_path / "run") > reached)
+    with open(tmp_path / "log", "w") as log:
+        process = start(*flags, "--timeout=60", log=log)  # waits half a minute
+        time.sleep(8)
+        first.terminate()
+        assert first.wait(timeout=60) == parallel.STOPPED
+        saved = newest(tmp_path / "run")
+        until(lambda: last_step(tmp_path / "run") > saved + 20)
+    assert f"resumed from {tmp_path / 'run'}/step_{saved:08d}" in (tmp_path / "log").read_text()  # what was saved meanwhile
     process.terminate()
     assert process.wait(timeout=60) == parallel.STOPPED
 
@@ -312,7 +315,7 @@ def test_a_rank_that_hangs_is_named(corpus, tmp_path):
                 os.kill(stopped, signal.SIGKILL)
         assert process.wait(timeout=90) != 0
     text = (tmp_path / "log").read_text()
-    assert re.search(r"no progress for 8 s; .*\brank 1 on \S+ is dead or stopped \(last heard of after step", text), text[-3000:]
+    assert re.search(r"no progress for 8 s; .*\brank 1 on \S+ is dead or stopped \(its last sign of life came at step", text), text[-3000:]
     assert "rank 0 on" not in text and "rank 2 on" not in text  # they answer
 
 
