@@ -123,6 +123,7 @@ def kill_ranks(corpus, folder, times, rng):
             os.kill(until(lambda: workers(process.pid))[rng.randrange(2)], signal.SIGKILL)
             until(lambda: len(workers(process.pid)) == 0 or last_step(run) < reached or process.poll() is not None)  # noqa: B023
         assert process.wait(timeout=600) == 0, (folder / "ranks.log").read_text()[-5000:]
+    assert len(re.findall(r"exitcode: -9\) local_rank: [01]", (folder / "ranks.log").read_text())) == times  # torchrun names the dead one
     assert equal(run, folder / "two")
 
 
@@ -199,6 +200,18 @@ def test_a_terminal_that_stops_launcher_and_ranks_at_once(corpus, tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     process.wait(timeout=60)
     assert newest(tmp_path / "run") >= last_step(tmp_path / "run") > 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds, saved", (("1", False), ("60", True)))
+def test_torchrun_waits_as_long_as_it_is_told(corpus, tmp_path, monkeypatch, seconds, saved):
+    """TORCH_ELASTIC_SHUTDOWN_TIMEOUT (torch 2.13): steps of several seconds are finished and saved, or not."""
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", seconds)
+    process = start("--steps=1000", "--save_every=0", "--log_every=1", "--batch_size=8192", "--micro_batch=8", f"--corpus={corpus}", f"--run_dir={tmp_path / 'run'}", ranks=2)
+    until(lambda: last_step(tmp_path / "run") > 0)
+    process.terminate()
+    process.wait(timeout=120)
+    assert (newest(tmp_path / "run") > 0) == saved
 
 
 def test_a_signal_after_the_first_ends_the_run_at_once(corpus, tmp_path):
