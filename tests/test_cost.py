@@ -1,6 +1,7 @@
 """What a run will cost: the arithmetic against counts by hand, the shortcuts against whole traces."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -14,7 +15,8 @@ import cost
 import diffusion
 import memory
 import parallel
-from model import ModelConfig, Transformer
+import train
+from model import ModelConfig, Transformer, swiglu_width
 
 
 def test_traffic_is_what_rings_send():
@@ -71,6 +73,28 @@ def test_choices_fit_and_are_sorted():
     assert {c.layout for c in found} == {"no", "optim", "hybrid", "full"} and all(c.need.peak < 0.9 * cost.H100 for c in found)
     assert [c.seconds for c in found] == sorted(c.seconds for c in found)
     assert not cost.choices(config, 8, 8, 256, {"no": lambda micro: 80 << 30})
+
+
+@pytest.mark.parametrize("n_layer, d_model, says", ((48, 7168, "8 GiB at 30B"), (80, 8192, "11 GiB at 65B")))
+def test_what_larger_models_gather(n_layer, d_model, says):
+    """As docs/scaling-out.md has it, whatever the number of ranks."""
+    config = dataclasses.replace(cost.masked_model("14785M"), n_layer=n_layer, n_head=d_model // 128, n_kv_head=d_model // 128, d_model=d_model, d_ff=swiglu_width(d_model))
+    with torch.device("meta"):
+        billions = Transformer(config).n_params() / 1e9
+    gathered = memory.weigh([(1, 1)], config, torch.bfloat16, True, True, "full", 256, True).gathered / 2**30
+    assert f"{gathered:.0f} GiB at {billions:.0f}B" == says and says in (ROOT / "docs/scaling-out.md").read_text()
+
+
+def test_a_dry_run_counts_recomputation(monkeypatch, corpus):
+    """Its time is that of the docs' table, where computing takes most of it."""
+    monkeypatch.setattr(cost, "memory_of", lambda *_: memory.Need(0, 0, 0, 0, 0, 0))
+    process, seconds = diffusion.Process("masked", 50257, 50257, 2048), {}
+    for recompute in cost.AGAIN:
+        cfg = train.Config(dry_run=True, device="cuda", gpus=64, shard="full", compile="blocks", batch_size=1024, micro_batch=4, block_len=2048, recompute=recompute, steps=1)
+        said = cost.report(cfg, process, cost.masked_model("14785M"), 1, 10**6, torch.bfloat16, True)
+        seconds[recompute] = float(re.search(r"peak: ([\d.]+) s per step", said)[1])
+    for recompute, more in cost.AGAIN.items():
+        assert seconds[recompute] / seconds["no"] == pytest.approx(1 + more, rel=0.02)  # the communication that shows is the same; printed to three digits
 
 
 @pytest.mark.slow

@@ -182,6 +182,28 @@ def test_every_nth_checkpoint_stays(run_main):
     assert [int(p.name[5:]) for p in checkpoints(run)] == [60, 55, 50, 40, 20, 7]
 
 
+def test_whoever_can_read_the_folder_can_read_the_weights(run_main):
+    files = [p for p in checkpoints(run_main("--steps=3"))[0].rglob("*") if p.is_file()]
+    assert len(files) == 3 and all(p.stat().st_mode & 0o044 == 0o044 for p in files)
+
+
+def test_ranks_that_all_hold_all_copy_only_what_they_write(tmp_path, monkeypatch):
+    """DDP: the weights on rank 0, every moment on one rank."""
+    network = train.Transformer(train.ModelConfig(1, 2, 2, 8, 16, 64, 50, 50, 8, causal=False)).init_weights()
+    optimizer = torch.optim.AdamW(network.parameters())
+    network(torch.zeros(1, 8, dtype=torch.int64)).sum().backward()
+    optimizer.step()
+    copies = []
+    monkeypatch.setattr(checkpoint.Saver, "work", lambda self, step, staged, record: copies.append(staged))
+    for rank in range(3):
+        saver = checkpoint.Saver(tmp_path, network, optimizer, parallel.Ranks(rank, 3), 2)
+        saver.save(1, {})
+        saver.wait()
+    names = [name for name, _ in network.named_parameters()]
+    assert [list(copy["weights"]) for copy in copies] == [names, [], []]
+    assert sorted(key for copy in copies for key in copy["moments"]) == sorted(f"{name}.{key}" for name in names for key in ("exp_avg", "exp_avg_sq"))
+
+
 def test_a_checkpoint_of_an_older_format_is_refused_in_one_line(run_main, capsys):
     run = run_main("--steps=5")
     path = checkpoints(run)[0] / "checkpoint.json"
