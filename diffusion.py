@@ -46,7 +46,7 @@ def schedule(name):
 
 # ----------------------------------------------------------------------------------- counter-based randomness
 
-MASK, REPLACE, LEVEL, OFFSET, LENGTH = range(5)  # independent streams
+MASK, REPLACE, LEVEL, OFFSET, LENGTH, ORDER, TOKEN, CHANGE, START = range(9)  # independent streams
 
 
 def mix(x):
@@ -303,7 +303,8 @@ def loss_and_parts(hidden, head, batch, n_vocab, posterior=False):
 
 
 # -------------------------------------------------------------------------------------------- reverse steps
-# Each step is factored into WHICH positions change and WHAT they become; then fp32 is enough (SPEC §7).
+# Each step is factored into WHICH positions change and WHAT they become; then fp32 is enough (SPEC §7): a single draw over
+# {every token times the chance of opening, staying masked} has to resolve probabilities down to 1e-9, which fp32's numbers near 1 can't.
 
 
 def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
@@ -322,31 +323,81 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
     return logits
 
 
-def draw_tokens(logits, temperature, generator):
-    """One token per position, the likeliest at temperature 0. (…, V) → (…)."""
+def draw_tokens(logits, u, temperature=1.0):
+    """One token per position, the likeliest at temperature 0. logits (C, V), u (C, 2) uniform in (0, 1] → (C,).
+
+    By inverting the distribution function in two stages, first over groups of 256 tokens, then within one. Neither stage adds
+    more than a few hundred numbers, so a token of probability 1e-7 at the end of the vocabulary keeps its share in fp32;
+    one running sum over 50 257 would round it away. A token of probability 0 is never drawn.
+    """
     if temperature == 0:
         return logits.argmax(-1)
-    probs = logits.softmax(-1)
-    race = torch.empty_like(probs).exponential_(generator=generator)
-    return (probs / race).argmax(-1)  # p_j/E_j is largest at j with probability p_j
+    weights = (logits - logits.amax(-1, keepdim=True)).exp()
+    groups = F.pad(weights, (0, -weights.shape[-1] % 256)).unflatten(-1, (-1, 256))  # (C, V/256, 256)
+    group = first_above(groups.sum(-1), u[:, 0])
+    members = groups.gather(1, group[:, None, None].expand(-1, 1, 256))[:, 0]  # (C, 256)
+    return 256 * group + first_above(members, u[:, 1])
 
 
-def reveal_ancestral(masked, ratio, next_ratio, generator):
-    """WHICH masked positions open between noise ratios: each with probability (α_s − α_t)/(1 − α_t)."""
-    chance = (ratio - next_ratio) / ratio
-    return masked & (torch.rand(masked.shape, generator=generator, device=masked.device) < chance)
+def first_above(weights, u):
+    """The first index whose running sum reaches u times the total: never one of weight 0. (C, n), u (C,) in (0, 1] → (C,)."""
+    running = weights.cumsum(-1)
+    return (running < u[:, None] * running[:, -1:]).sum(-1)
 
 
-def reveal_confident(masked, confidence, steps_left):
-    """WHICH masked positions open: in each row its most confident 1/steps_left (rounded up), so all in the end."""
-    count = -(-masked.sum(-1, keepdim=True) // steps_left)
-    order = confidence.masked_fill(~masked, float("-inf")).argsort(dim=-1, descending=True)
-    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
-    return masked & (rank < count)
+def draws(seed, stream, row, step, length):
+    """Two independent uniforms in (0, 1] per position, fp32: a pure function of (seed, stream, row, step, position). (B, length, 2).
+
+    row and step: (B,) or scalars. Rows know their own steps, so they come out the same in any batch.
+    """
+    sample = np.asarray(row, np.uint64) * np.uint64(1 << 40) + np.asarray(step, np.uint64)
+    bits = random_bits(seed, stream, np.atleast_1d(sample), length)
+    halves = np.stack((bits >> np.uint64(32), bits & np.uint64(0xFFFFFFFF)), axis=-1)
+    return ((halves.astype(np.float64) + 1) * 2.0**-32).astype(np.float32)
 
 
-def uniform_step(logits, z, ratio, next_ratio, generator, temperature=1.0, top_k=0, top_p=1.0):
-    """z at noise ratio `next_ratio` from z at `ratio`, given leave-one-out logits (B, L, V).
+def shares(count, steps):
+    """How many of `count` positions open at each of `steps` steps: equally many, those over at the first. (B,), (B,) → (B, max steps)."""
+    step = np.arange(max(1, steps.max(initial=1)))
+    base, over = np.divmod(count, np.maximum(steps, 1))
+    return np.where(step < steps[:, None], base[:, None] + (step < over[:, None]), 0)
+
+
+def rank_within(keys, among):
+    """The place of each position among those of its row, smallest key first; elsewhere the row's length. (B, L) → (B, L)."""
+    order = np.argsort(np.where(among, keys, np.inf), axis=1, kind="stable")
+    rank = np.empty_like(order)
+    np.put_along_axis(rank, order, np.arange(keys.shape[1])[None], axis=1)
+    return np.where(among, rank, keys.shape[1])
+
+
+def opening_steps(u, hole, steps, s):
+    """WHEN each masked position opens, as steps of the reverse process on the grid t_i = 1 − i/S (schedule s). (B, L) → (B, L).
+
+    A position is masked at t exactly if its u ≤ r(t): the step from t to t′ opens it with probability
+    (α_t′ − α_t)/(1 − α_t), independently, as it should. Nothing here depends on the network, so the steps at which
+    nothing opens need no pass. Elsewhere −1.
+    """
+    time = np.clip(s.inverse(u.astype(np.float64)), 0, 1)
+    return np.where(hole, np.clip(np.floor((1 - time) * steps[:, None]), 0, steps[:, None] - 1), -1).astype(np.int64)
+
+
+def remasking_chance(kind, eta, ratio, next_ratio):
+    """σ, the chance that a written position is masked again between noise ratios (ReMDM's eq. 9, capped or rescaled).
+
+    At most σ_max = min(1, (1 − α_s)/α_t): with it the marginals stay those of the forward process.
+    """
+    most = np.minimum(1, next_ratio / np.maximum(1 - ratio, 1e-12))
+    return np.minimum(eta, most) if kind == "capped" else eta * most
+
+
+def opening_chance(ratio, next_ratio, sigma=0.0):
+    """The chance that a masked position opens between noise ratios: (α_s − (1 − σ)α_t)/(1 − α_t)."""
+    return ((1 - next_ratio) - (1 - sigma) * (1 - ratio)) / ratio
+
+
+def uniform_step(logits, z, ratio, next_ratio, u, temperature=1.0, top_k=0, top_p=1.0):
+    """z (C,) at noise ratio `next_ratio` (C,) from z at `ratio` (C,), given leave-one-out logits (C, V) and u (C, 5) in (0, 1].
 
     q(z_s = j | z_t) ∝ (a·1[j = z_t] + (1 − a)/V)·q_j with q_j = α_s x̂_j + (1 − α_s)/V, a = α_t/α_s:
     stay with probability a·q_z/(a·q_z + (1 − a)/V), else draw from q, which is x̂ with probability α_s
@@ -354,17 +405,16 @@ def uniform_step(logits, z, ratio, next_ratio, generator, temperature=1.0, top_k
     """
     V = logits.shape[-1]
     logits = filter_logits(logits, temperature, top_k, top_p)
-    token = draw_tokens(logits, temperature, generator)
+    token = draw_tokens(logits, u[:, :2], temperature)
     probs = F.one_hot(token, V).float() if temperature == 0 else logits.softmax(-1)
     alpha_s, a = 1 - next_ratio, (1 - ratio) / (1 - next_ratio)
-    q_z = alpha_s * probs.gather(-1, z[..., None])[..., 0] + (1 - alpha_s) / V
+    q_z = alpha_s * probs.gather(-1, z[:, None])[:, 0] + (1 - alpha_s) / V
     stay = a * q_z / (a * q_z + (1 - a) / V)
-    u = torch.rand((3, *z.shape), generator=generator, device=z.device)
-    anything = (u[2] * V).long().clamp_max(V - 1)
-    return torch.where(u[0] < stay, z, torch.where(u[1] < alpha_s, token, anything))
+    anything = (u[:, 4] * V).ceil().long() - 1
+    return torch.where(u[:, 2] <= stay, z, torch.where(u[:, 3] <= alpha_s, token, anything))
 
 
 def leave_one_out(logits, z, ratio):
-    """Leave-one-out logits from full-posterior ones: log(1 + Vα/(1−α)) lower at the noisy token (SPEC §6)."""
-    shift = math.log1p(logits.shape[-1] * (1 - ratio) / ratio)
-    return logits.scatter_add(-1, z[..., None], torch.full_like(z[..., None], -shift, dtype=logits.dtype))
+    """Leave-one-out logits from full-posterior ones: log(1 + Vα/(1−α)) lower at the noisy token (SPEC §6). (C, V), (C,), (C,)."""
+    shift = torch.log1p(logits.shape[-1] * (1 - ratio) / ratio)
+    return logits.scatter_add(-1, z[:, None], -shift[:, None].to(logits.dtype))

@@ -134,17 +134,52 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(c.n_head * c.head_dim, c.d_model, bias=False)
         self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.norm_eps), RMSNorm(c.head_dim, c.norm_eps)
 
-    def forward(self, x, cos, sin, mask, index):
+    def forward(self, x, cos, sin, mask, index, recall=None):
         B, L, _ = x.shape
         c = self.c
         qkv = joint_linear(x, self.q_proj, self.k_proj, self.v_proj, fp8=self.fp8).view(B, L, -1, c.head_dim)
         q, k, v = qkv.split((c.n_head, c.n_kv_head, c.n_kv_head), dim=2)
         q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)  # (B, H, L, head_dim)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if recall is not None:
+            y = recall.attend(q, k, v, mask)
+            return joint_linear(pick(y.transpose(1, 2).reshape(B, L, -1), index), self.o_proj)
         if c.n_kv_head < c.n_head:
             k, v = (t.repeat_interleave(c.n_head // c.n_kv_head, dim=1) for t in (k, v))
         y = attention(q, k, v, mask, c.causal, c.dropout if self.training else 0.0)
         return joint_linear(pick(y.transpose(1, 2).reshape(B, L, -1), index), self.o_proj, fp8=self.fp8)
+
+
+class Memory:
+    """Keys and values of every layer and position, so that a pass needs to compute only the positions that are asked for.
+
+    For a causal network that is exact. A bidirectional one's positions all depend on each other: what isn't computed
+    anew is as old as the pass that wrote it, and whoever decodes decides when to write all of it again.
+    """
+
+    def __init__(self, config, rows, length, device, dtype=torch.float32):
+        c = config
+        shape = c.n_layer, rows, c.n_kv_head, length + 1, c.head_dim  # one column more, never read: writing there is writing nowhere
+        self.keys, self.values = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
+        self.length = length
+
+
+class Recall:
+    """One layer's part of a Memory during one pass over `columns` (B, W), of which `stored` (B, W) are to be written."""
+
+    def __init__(self, memory, layer, stored, upto):
+        self.keys, self.values, self.stored, self.upto = memory.keys[layer], memory.values[layer], stored, upto
+
+    def attend(self, q, k, v, mask):
+        """Write this pass's keys and values, then attend to the first `upto` columns. q (B, H, W, head_dim), mask (B or 1, 1, W or 1, upto) → as q."""
+        into = self.stored[:, None, :, None].expand_as(k)
+        keys = self.keys.scatter_(2, into, k.to(self.keys.dtype))[:, :, : self.upto].to(q.dtype)
+        values = self.values.scatter_(2, into, v.to(self.values.dtype))[:, :, : self.upto].to(q.dtype)
+        B, H, W, head_dim = q.shape
+        group = H // keys.shape[1]  # the heads that share keys stand beside each other: more rows of one product, no copies
+        if mask is not None and mask.shape[2] > 1:
+            mask = mask.repeat(1, 1, group, 1)
+        return attention(q.reshape(B, -1, group * W, head_dim), keys, values, mask, False, 0.0).view(B, H, W, head_dim)
 
 
 def pick(x, index):
@@ -193,14 +228,14 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = RMSNorm(c.d_model, c.norm_eps), MLP(c)
         self.drop = nn.Dropout(c.dropout)
 
-    def forward(self, x, cos, sin, mask, index=None):
+    def forward(self, x, cos, sin, mask, index=None, recall=None):
         if self.recompute == "no" or not torch.is_grad_enabled():
-            return self.compute(x, cos, sin, mask, index)
+            return self.compute(x, cos, sin, mask, index, recall)
         keeping = {"elementwise": dict(context_fn=keeping_all_products), "selective": dict(context_fn=keeping_most_products), "full": {}}
         return checkpoint(self.compute, x, cos, sin, mask, index, use_reentrant=False, **keeping[self.recompute])
 
-    def compute(self, x, cos, sin, mask, index):
-        x = pick(x, index) + self.drop(self.attn(self.attn_norm(x), cos, sin, mask, index))
+    def compute(self, x, cos, sin, mask, index, recall=None):
+        x = pick(x, index) + self.drop(self.attn(self.attn_norm(x), cos, sin, mask, index, recall))
         return x + self.drop(self.mlp(self.mlp_norm(x)))
 
 
@@ -317,6 +352,27 @@ class Transformer(nn.Module):
         for block in self.blocks[:-1]:
             x = block(x, cos, sin, mask)
         return self.norm(self.blocks[-1](x, cos, sin, mask, index))
+
+    def read(self, ids, memory, columns, mine=None, index=None, positions=None, real=None, upto=None):
+        """Like `forward`, for the `columns` (B, W) of a canvas that hold `ids` (B, W); keys and values of the others come from
+        `memory`, into which those of `mine` (B, W) (None: all of them) go. real (B, L): the columns that exist; positions (B, W)
+        if they are not the columns; upto: the number of columns that are looked at (a causal network sees none after its own)."""
+        c = self.config
+        upto = upto or memory.length
+        x = self.embed(ids)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        at = columns if positions is None else positions
+        cos, sin = self.cos[at][:, None], self.sin[at][:, None]
+        stored = columns if mine is None else torch.where(mine, columns, memory.length)
+        key = torch.arange(upto, device=ids.device)
+        mask = None if real is None else real[:, None, None, :upto] | (key == columns[:, None, :, None])  # padding sees itself: no row without a key
+        if c.causal and (columns.shape[1] > 1 or upto == memory.length):
+            seen = key <= columns[:, None, :, None]  # (B, 1, W, upto)
+            mask = seen if mask is None else mask & seen
+        for i, block in enumerate(self.blocks):
+            x = block(x, cos, sin, mask, index if i == c.n_layer - 1 else None, Recall(memory, i, stored, upto))
+        return self.norm(x)
 
     def use(self, recompute="no", fp8=False):
         """How to train: what the backward pass computes again to save memory (no; elementwise: all but attention

@@ -1,9 +1,11 @@
 """Write text with a trained model.
 
-    python sample.py --run_dir=runs/quickstart --prompt="Return the " --length=80 --show
-    python sample.py --run_dir=runs/quickstart --text="def [MASK:20](self):[MASK:60]"
+    python sample.py --run_dir=runs/quickstart --prompt="Return the " --length=40 --show
+    python sample.py --run_dir=runs/quickstart --text="def [MASK:20](self):[MASK:30]" --order=threshold
+    python sample.py --frontier --run_dir=runs/quickstart --judge=runs/quickstart_ar   # speed against quality: --frontier --help
 """
 
+import json
 import re
 import sys
 import time
@@ -15,194 +17,264 @@ import torch
 
 import configurator
 import data
+import decode
 import diffusion
+import film
 from checkpoint import load_model, load_newest, read_checkpoint
 from configurator import setting
-from kernels import linear_greedy
+from engine import has_bf16
+
+# what the same thing is called in the seeds' and LLaDA's `generate`
+ALIASES = dict(sample_steps="steps", inference_block_size="block", max_new_tokens="length", cfg="guidance", remasking="order", verbose="show",
+               gen_length="length", block_length="block", cfg_scale="guidance", sampler="order")
 
 
 @dataclass
 class Config:
     run_dir: str = setting("runs/quickstart", "a run folder (its newest checkpoint is used) or one checkpoint folder")
+    # what is given
     prompt: str = setting("", "text to continue")
     prompt_file: str = setting("", "a UTF-8 file with the text to continue")
+    prompts: str = setting("", "a file of many: a prompt per line, or .jsonl with prompt, suffix and length, or text, in each line")
+    suffix: str = setting("", "text that is to follow after what is written (needs length)")
     text: str = setting("", "text with holes to fill: [MASK] is one token, [MASK:12] is twelve")
     length: int = setting(0, "new tokens after the prompt (0: as many as fit)", low=0)
-    batch: int = setting(1, "samples", low=1)
-    steps: int = setting(0, "denoising steps of a diffusion model (0: one per new token)", low=0)
-    sampler: Literal["ancestral", "low_confidence"] = setting("ancestral", "order in which a masked model reveals: the reverse process, or surest first")
+    max_length: int = setting(0, "tokens of prompt, new text and suffix together (0: the model's context)", low=0)
+    stop: bool = setting(True, "a text that nothing follows ends at its first separator of documents; holes get no separator")
+    min_length: int = setting(0, "new tokens before it may end", low=0)
+    batch: int = setting(1, "samples of each prompt", low=1)
+    micro_batch: int = setting(64, "rows decoded at once; makes no difference to any of them", low=1)
+    seed: int = setting(0, "of the samples", low=0, high=2**62)
+    # which positions of a diffusion model change
+    order: Literal["ancestral", "first_hitting", "random", "low_confidence", "entropy", "margin", "threshold"] = setting(
+        "ancestral", "the reverse process; the same one token at a time; at random; surest first by probability, entropy or lead; all that are sure enough")
+    steps: int = setting(0, "denoising steps (0: one per new token)", low=0)
+    threshold: float = setting(0.9, "of order=threshold: probability of the likeliest token from which on a position opens", above=0, high=1)
+    block: int = setting(0, "new tokens that are finished before the next ones begin (0: all at once)", low=0)
+    remask: Literal["no", "capped", "rescaled", "confidence"] = setting("no", "mask again what was written (ReMDM), so that more steps than tokens pay")
+    eta: float = setting(0.04, "of remask=capped and rescaled: how much", above=0, high=1)
+    # what they become
     temperature: float = setting(1.0, "of the softmax; 0 takes the likeliest token", low=0)
     top_k: int = setting(0, "keep the k likeliest tokens (0: all)", low=0)
     top_p: float = setting(1.0, "keep the likeliest tokens that hold this probability together", above=0, high=1)
-    seed: int = setting(0, "of the samples", low=0, high=2**62)
-    show: bool = setting(False, "draw the denoising in the terminal, step by step")
+    guidance: float = setting(0.0, "classifier-free: w in un + (w + 1)·(cond − un), un with the prompt masked", low=0)
+    # how fast
+    cache: Literal["auto", "no", "prefix", "dual"] = setting("auto", "keep keys and values of what is before the block, or of all but it (approximate; AR: exact, and auto)")
+    refresh: int = setting(0, "passes after which a cache is written anew (0: at each block)", low=0)
+    compile: bool = setting(False, "torch.compile the passes: pays for long outputs")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "of the blocks' matrix products (auto: bfloat16 on a GPU); the head's are float32")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one")
+    # what is seen of it
+    show: bool = setting(False, "draw the first sample in the terminal, pass by pass, coloured by when tokens appeared")
+    gif: str = setting("", "write that as an animated GIF")
+    html: str = setting("", "write that as a page with a slider")
+    out: str = setting("", "write all samples as .jsonl, too")
 
     def problems(self):
-        wrong = []
-        if sum(map(bool, (self.prompt, self.prompt_file, self.text))) > 1:
-            wrong.append("give one of prompt, prompt_file and text")
-        if self.text and self.length:
-            wrong.append("length belongs to a prompt; with text the holes say how much is new")
+        wrong, changed = [], {name for name, field in self.__dataclass_fields__.items() if getattr(self, name) != field.default}
+        if len(given := [name for name in ("prompt", "prompt_file", "prompts", "text") if getattr(self, name)]) > 1:
+            wrong.append("give one of prompt, prompt_file, prompts and text")
+        if "text" in given and {"length", "suffix", "max_length"} & changed:
+            wrong.append(f"{', '.join(sorted({'length', 'suffix', 'max_length'} & changed))} belongs to a prompt; with text the holes say how much is new")
+        if self.length and self.max_length:
+            wrong.append("give length or max_length: one follows from the other")
+        if self.suffix and not (self.length or self.max_length):
+            wrong.append("suffix needs length: how many tokens come before it")
+        if self.min_length and not self.stop:
+            wrong.append("min_length needs stop=True: without it nothing ends early")
+        if self.min_length and self.suffix:
+            wrong.append("min_length is of a text with an open end, and suffix closes it")
+        if self.length and self.min_length > self.length:
+            wrong.append(f"min_length={self.min_length} is more than length={self.length}")
+        if "threshold" in changed and self.order != "threshold":
+            wrong.append("threshold needs order=threshold")
+        if self.steps and self.order in ("threshold", "first_hitting"):
+            wrong.append(f"order={self.order} takes as many steps as it needs; leave steps out")
+        if self.remask != "no" and self.order != "ancestral":
+            wrong.append(f"remask={self.remask} changes the reverse process, so it needs order=ancestral, not {self.order}")
+        if "eta" in changed and self.remask not in ("capped", "rescaled"):
+            wrong.append("eta needs remask=capped or rescaled")
+        if self.cache == "dual" and not self.block:
+            wrong.append("cache=dual needs block: what is outside of it is kept")
+        if self.refresh and not self.block:
+            wrong.append("refresh needs a cache, and block")
+        if self.temperature == 0 and {"top_k", "top_p"} & changed:
+            wrong.append("top_k and top_p change nothing at temperature=0, which takes the likeliest token")
+        if self.guidance and not given:
+            wrong.append("guidance needs a prompt or text: it is what guides")
         if self.device == "cuda" and not torch.cuda.is_available():
             wrong.append("device=cuda, but this machine has no usable GPU; use --device=cpu")
+        for name in ("gif", "html", "out"):
+            if getattr(self, name) and not Path(getattr(self, name)).resolve().parent.is_dir():
+                wrong.append(f"{name}={getattr(self, name)}: there is no such folder")
+        if self.gif and Path(self.gif).suffix != ".gif":
+            wrong.append(f"gif={self.gif}: the name has to end in .gif")
         return wrong
+
+
+DIFFUSION_ONLY = ("steps", "order", "threshold", "block", "remask", "eta", "guidance", "refresh", "suffix")
+MASKED_ONLY = ("order", "threshold", "block", "remask", "eta", "refresh", "cache", "guidance")
 
 
 def check_meaning(cfg, objective):
     """Raises ValueError if a setting says nothing to a model of this objective."""
-    for name in {"ar": ("steps", "sampler"), "uniform": ("sampler",), "masked": ()}[objective]:
-        if getattr(cfg, name) != getattr(Config(), name):
-            raise ValueError(f"{name}={getattr(cfg, name)} has no meaning for objective={objective}, which this checkpoint was trained with")
+    for name in {"ar": DIFFUSION_ONLY, "uniform": MASKED_ONLY, "masked": ()}[objective]:
+        if getattr(cfg, name) != cfg.__dataclass_fields__[name].default:
+            raise ValueError(f"{name}={getattr(cfg, name)} has no meaning for objective={objective}")
+    if objective == "ar" and cfg.cache == "dual":
+        raise ValueError("cache=dual has no meaning for objective=ar: there is nothing after the position that is written")
+    if objective == "masked" and cfg.cache == "prefix" and not cfg.block:
+        raise ValueError("cache=prefix needs block: what is before it is kept")
+    if cfg.refresh and cfg.cache in ("auto", "no"):
+        raise ValueError("refresh needs cache=prefix or dual")
 
 
-def template(cfg, tokens, block_len, causal):
-    """Token ids with the mask id wherever something is to be written; raises ValueError if it can't be."""
-    if cfg.text:
-        ids = []
-        for part in re.split(r"(\[MASK(?::\d+)?\])", cfg.text):
-            hole = re.fullmatch(r"\[MASK(?::(\d+))?\]", part)
-            if wrong := re.search(r"\[MASK:([^\]]*)\]", "" if hole else part):
-                raise ValueError(f"{wrong[0]}: '{wrong[1]}' is not a number; write [MASK] or [MASK:12]")
-            ids += [tokens.mask_id] * int(hole[1] or 1) if hole else tokens.encode(part).tolist()
-    else:
-        text = Path(cfg.prompt_file).read_text(encoding="utf-8") if cfg.prompt_file else cfg.prompt
-        ids = tokens.encode(text).tolist()
-        if len(ids) >= block_len:
-            raise ValueError(f"the prompt has {len(ids)} tokens, and the model's context is {block_len}: no room for a new one")
-        ids += [tokens.mask_id] * (cfg.length or block_len - len(ids))
-    if len(ids) > block_len:
-        raise ValueError(f"prompt and new tokens are {len(ids)} together, more than the model's context of {block_len}")
-    first = ids.index(tokens.mask_id) if tokens.mask_id in ids else None
-    if first is None:
+# ------------------------------------------------------------------------------------------------- what is given
+
+
+def holes(text, tokens):
+    """Ids of a text in which [MASK] is one token to be written, [MASK:12] twelve; raises ValueError."""
+    ids = []
+    for part in re.split(r"(\[MASK(?::\d+)?\])", text):
+        hole = re.fullmatch(r"\[MASK(?::(\d+))?\]", part)
+        if wrong := re.search(r"\[MASK:([^\]]*)\]", "" if hole else part):
+            raise ValueError(f"{wrong[0]}: '{wrong[1]}' is not a number; write [MASK] or [MASK:12]")
+        ids += [tokens.mask_id] * int(hole[1] or 1) if hole else tokens.encode(part).tolist()
+    if tokens.mask_id not in ids:
         raise ValueError("nothing to write: the text has no [MASK]")
+    return ids
+
+
+def template(cfg, tokens, block_len, causal, prompt="", suffix="", length=0, text=""):
+    """Token ids with the mask's id wherever something is to be written; raises ValueError if it can't be."""
+    if text:
+        ids = holes(text, tokens)
+        if len(ids) > block_len:
+            raise ValueError(f"the text has {len(ids)} tokens with its holes, more than the model's context of {block_len}")
+    else:
+        most = min(cfg.max_length or block_len, block_len)
+        before, after = (tokens.encode(part).tolist() for part in (prompt, suffix))
+        if len(before) + len(after) >= most:
+            raise ValueError(f"the prompt has {len(before) + len(after)} tokens, and "
+                             + (f"max_length is {most}" if cfg.max_length else f"the model's context is {block_len}") + ": no room for a new one")
+        ids = before + [tokens.mask_id] * (length or most - len(before) - len(after)) + after
+        if len(ids) > block_len:
+            raise ValueError(f"prompt and new tokens are {len(ids)} together, more than the model's context of {block_len}")
+    first = ids.index(tokens.mask_id)
     if causal and any(i != tokens.mask_id for i in ids[first:]):
         raise ValueError("an autoregressive model can't fill holes before given text; put [MASK] at the end")
-    return torch.tensor(ids)
+    return ids
 
 
-@torch.no_grad()
-def sample_ar(model, z, cfg, eos_id, generator, watch):
-    """Fill the masked tail of z (B, L), left to right."""
-    c = model.config
-    context = torch.cat((torch.full_like(z[:, :1], eos_id), z), dim=1)  # documents begin after a separator
-    for i in range(int((z[0] == c.mask_id).nonzero()[0]), z.shape[1]):
-        logits = model.logits(model(context[:, : i + 1])[:, -1])
-        token = diffusion.draw_tokens(diffusion.filter_logits(logits, cfg.temperature, cfg.top_k, cfg.top_p), cfg.temperature, generator)
-        context[:, i + 1] = token
-        watch(context[:, 1:])
-    return context[:, 1:]
+def templates(cfg, tokens, block_len, causal):
+    """One list of ids for each prompt; raises ValueError, for a file of them with the line."""
+    if not cfg.prompts:
+        prompt = Path(cfg.prompt_file).read_text(encoding="utf-8") if cfg.prompt_file else cfg.prompt
+        return [template(cfg, tokens, block_len, causal, prompt, cfg.suffix, cfg.length, cfg.text)]
+    rows = []
+    with open(cfg.prompts, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                asked = json.loads(line) if cfg.prompts.endswith(".jsonl") else dict(prompt=line.rstrip("\r\n"))
+                if not isinstance(asked, dict) or set(asked) - {"prompt", "suffix", "length", "text"} or not {"prompt", "text"} & set(asked):
+                    raise ValueError('expected {"prompt": "…"}, also with "suffix" and "length", or {"text": "… [MASK:12] …"}')
+                if not all(isinstance(value, int if name == "length" else str) for name, value in asked.items()) or asked.get("length", 0) < 0:
+                    raise ValueError("prompt, suffix and text are text, length is a whole number")
+                rows.append(template(cfg, tokens, block_len, causal, **{"suffix": cfg.suffix, "length": cfg.length} | asked))
+            except ValueError as problem:  # json's errors are ValueErrors
+                raise ValueError(f"{cfg.prompts}, line {number}: {problem}") from None
+    if not rows:
+        raise ValueError(f"{cfg.prompts} holds no prompt")
+    return rows
 
 
-@torch.no_grad()
-def sample_masked(model, z, cfg, steps, schedule, generator, watch):
-    """Reveal the masked positions of z (B, L) in `steps` steps; what is given is never altered."""
-    c = model.config
-    for i in range(steps):
-        masked = z == c.mask_id
-        hidden = model(z)
-        if cfg.temperature == 0:
-            token, confidence = (t.view(z.shape) for t in linear_greedy(hidden.flatten(0, 1), model.head, model.config.n_vocab))
+# ------------------------------------------------------------------------------------------------- what writes
+
+
+class Writer:
+    """A checkpoint that can write: its network, tokenizer and settings. Raises ValueError or OSError."""
+
+    def __init__(self, run_dir, device, dtype="auto"):
+        run = Path(run_dir)
+        if (run / "checkpoint.json").is_file():
+            folder, self.record = run, read_checkpoint(run)
         else:
-            logits = model.logits(hidden)
-            token = diffusion.draw_tokens(diffusion.filter_logits(logits, cfg.temperature, cfg.top_k, cfg.top_p), cfg.temperature, generator)
-            # the model's own probability: temperature, top-k and top-p choose tokens, not the order
-            confidence = logits.softmax(-1).gather(-1, token[..., None])[..., 0]
-        if cfg.sampler == "low_confidence":
-            reveal = diffusion.reveal_confident(masked, confidence, steps - i)
-        else:
-            ratio, next_ratio = float(schedule.r(1 - i / steps)), float(schedule.r(1 - (i + 1) / steps))
-            reveal = diffusion.reveal_ancestral(masked, ratio, next_ratio, generator)
-        z = torch.where(reveal, token, z)
-        watch(z)
-    return z
+            folder, self.record = load_newest(run, lambda warning: print(f"warning: {warning}", file=sys.stderr))
+        self.tokens = data.tokenizer(self.record["corpus"]["tokenizer"], (folder.parent, folder))
+        model = self.record["model"]
+        if (self.tokens.n_vocab, self.tokens.mask_id) != (model["n_vocab"], model["mask_id"]):
+            raise ValueError(f"the checkpoint's vocabulary is not that of tokenizer '{self.tokens.name}'")
+        self.objective, self.block_len, self.causal = self.record["settings"]["objective"], model["block_len"], model["causal"]
+        self.posterior = self.record["settings"]["loss"] == "paper"
+        self.schedule = diffusion.schedule(self.record["settings"]["schedule"])
+        self.device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+        self.bf16 = dtype == "bfloat16" or (dtype == "auto" and self.device.type == "cuda" and has_bf16(self.device))
+        self.load = lambda: load_model(folder, self.record, self.device).eval()
+        self.model = None
+
+    def generate(self, rows, how, first=0, watch=lambda z: None):
+        """`decode.generate` with this model."""
+        self.model = self.model or self.load()
+        special = {i for i in self.tokens.specials.values() if i < self.tokens.n_vocab and i != self.tokens.eos_id}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return decode.generate(self.model, rows, how._replace(banned=tuple(sorted(special))), self.tokens.eos_id, self.schedule,
+                                   self.posterior, first, watch)
 
 
-@torch.no_grad()
-def sample_uniform(model, z, cfg, steps, schedule, posterior, generator, watch):
-    """Denoise the masked positions of z (B, L), which start as uniform noise; what is given stays clean."""
-    c = model.config
-    free = z == c.mask_id
-    z = torch.where(free, torch.randint(c.n_vocab, z.shape, generator=generator, device=z.device), z)
-    for i in range(steps):
-        t, s = 1 - i / steps, 1 - (i + 1) / steps
-        ratio, next_ratio = float(schedule.r(t)), float(schedule.r(s))
-        logits = model.logits(model(z, torch.full((len(z),), t, device=z.device)))
-        if posterior:
-            logits = diffusion.leave_one_out(logits, z, ratio)
-        new = diffusion.uniform_step(logits, z, ratio, next_ratio, generator, cfg.temperature, cfg.top_k, cfg.top_p)
-        z = torch.where(free, new, z)
-        watch(z)
-    return z
-
-
-def readable(ids, given, tokens, Text):
-    """The first sample as rich text: what was given is bold, holes are blocks."""
-    text, start = Text(), 0
-    while start < len(ids):  # runs of one kind, so that multi-token characters decode
-        kind, end = (ids[start] == tokens.mask_id, given[start]), start
-        while end < len(ids) and (ids[end] == tokens.mask_id, given[end]) == kind:
-            end += 1
-        hole, fixed = kind
-        text.append("░" * (end - start) if hole else tokens.decode(ids[start:end]), style="dim" if hole else "bold" if fixed else "cyan")
-        start = end
-    return text
+def how_of(cfg, objective):
+    """The settings that say how to decode."""
+    shared = {name: getattr(cfg, name) for name in decode.How._fields if hasattr(cfg, name)}
+    cache = ("prefix" if objective == "ar" else "no") if cfg.cache == "auto" else cfg.cache
+    return decode.How(**shared | dict(cache=cache, end=cfg.stop))
 
 
 def main():
-    cfg = configurator.load(Config, about=__doc__)
-    device = torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if "--frontier" in sys.argv:
+        import frontier
+
+        return frontier.main([arg for arg in sys.argv[1:] if arg != "--frontier"])
+    cfg = configurator.load(Config, about=__doc__, aliases=ALIASES)
     try:
-        run = Path(cfg.run_dir)
-        if (run / "checkpoint.json").is_file():
-            folder, record = run, read_checkpoint(run)
-        else:
-            folder, record = load_newest(run, lambda warning: print(f"warning: {warning}", file=sys.stderr))
-        tokens = data.tokenizer(record["corpus"]["tokenizer"], (folder.parent, folder))
-        if (tokens.n_vocab, tokens.mask_id) != (record["model"]["n_vocab"], record["model"]["mask_id"]):
-            raise ValueError(f"the checkpoint's vocabulary is not that of tokenizer '{tokens.name}'")
-        check_meaning(cfg, record["settings"]["objective"])
-        ids = template(cfg, tokens, record["model"]["block_len"], record["model"]["causal"])
-        model = load_model(folder, record, device).eval()
+        writer = Writer(cfg.run_dir, cfg.device, cfg.dtype)
+        check_meaning(cfg, writer.objective)
+        asked = templates(cfg, writer.tokens, writer.block_len, writer.causal)
+        writer.model = writer.load()
     except (ValueError, OSError) as problem:
         configurator.fail(str(problem))
-    settings = record["settings"]
-    schedule = diffusion.schedule(settings["schedule"])
-    generator = torch.Generator(device).manual_seed(cfg.seed)
-    z = ids.to(device).repeat(cfg.batch, 1)
-    given = (ids != tokens.mask_id).tolist()
-    new = given.count(False)
-    steps = cfg.steps or new
-    passes = 0
-
-    def generate(watch):
-        def counted(z):
-            nonlocal passes
-            passes += 1
-            watch(z)
-
-        if settings["objective"] == "ar":
-            return sample_ar(model, z, cfg, tokens.eos_id, generator, counted)
-        if settings["objective"] == "masked":
-            return sample_masked(model, z, cfg, steps, schedule, generator, counted)
-        return sample_uniform(model, z, cfg, steps, schedule, settings["loss"] == "paper", generator, counted)
-
-    start = time.perf_counter()
-    if cfg.show:
-        from rich.live import Live
-        from rich.text import Text
-
-        with Live(readable(z[0].tolist(), given, tokens, Text), auto_refresh=False) as live:
-            result = generate(lambda z: live.update(readable(z[0].tolist(), given, tokens, Text), refresh=True))
-    else:
-        result = generate(lambda z: None)
-    seconds = time.perf_counter() - start
-    for i, row in enumerate(result.tolist()):
-        if cfg.batch > 1:
-            print(f"--- sample {i + 1}")
-        if not cfg.show or i:
+    how, tokens = how_of(cfg, writer.objective), writer.tokens
+    rows = [row for row in asked for _ in range(cfg.batch)]
+    reel = film.Reel(rows[0], tokens) if cfg.show or cfg.gif or cfg.html else None
+    written, new, seconds, row_passes, passes, gaps = [], 0, 0.0, 0, 0, []
+    for first in range(0, len(rows), cfg.micro_batch):
+        part = rows[first : first + cfg.micro_batch]
+        start = time.perf_counter()
+        with film.playing(reel, cfg.show and first == 0) as watch:
+            result = writer.generate(part, how, first, watch if first == 0 else lambda z: None)
+        seconds += time.perf_counter() - start
+        written += result.rows
+        new, passes, row_passes = new + result.new, passes + result.passes, row_passes + result.passes * len(part)
+        gaps += [result.gap] if result.gap else []
+    for number, row in enumerate(written):
+        if len(rows) > 1:
+            print(f"--- sample {number % cfg.batch + 1}" + (f" of prompt {number // cfg.batch + 1}" if len(asked) > 1 else ""))
+        if not cfg.show or number:
             print(tokens.decode(row))
-    print(f"[{cfg.batch * new / seconds:.0f} new tokens/s, {passes} forward passes, {new / passes:.2f} tokens per pass]", file=sys.stderr)
+    if cfg.out:
+        with open(cfg.out, "w", encoding="utf-8") as file:
+            for number, (row, given) in enumerate(zip(written, rows)):
+                fresh = [i for i, was in zip(row, given) if was == tokens.mask_id]
+                line = dict(prompt=number // cfg.batch, sample=number % cfg.batch, text=tokens.decode(row), new=tokens.decode(fresh))
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    if cfg.gif:
+        reel.gif(cfg.gif)
+    if cfg.html:
+        reel.html(cfg.html)
+    print(f"[{new / seconds:.0f} new tokens/s, {passes} forward passes, {new / row_passes:.2f} tokens per pass]", file=sys.stderr)
+    if gaps:
+        kl, other, count = (sum(gap[i] * gap[2] for gap in gaps) / sum(gap[2] for gap in gaps) for i in range(3))
+        print(f"[cache={how.cache} against no cache, at {sum(gap[2] for gap in gaps)} positions: KL {kl:.2g} nats, {other:.1%} other likeliest tokens]", file=sys.stderr)
 
 
 if __name__ == "__main__":

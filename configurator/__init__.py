@@ -34,8 +34,10 @@ def fail(*problems, everywhere=False):
     raise SystemExit(2)
 
 
-def load(settings, argv=None, about=""):
+def load(settings, argv=None, about="", aliases=None):
     """Build `settings` (a dataclass type) from override files and flags; exit on --help or bad input.
+
+    aliases: {other name: setting}, names that users know from elsewhere.
 
     If the dataclass has a method `problems()`, the lines it returns (incompatible settings) are
     reported together with unknown names, wrong types and values out of range. Not if an override file
@@ -44,12 +46,15 @@ def load(settings, argv=None, about=""):
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
         if os.environ.get("RANK", "0") == "0":
-            print(usage(settings, about))
+            print(usage(settings, about, aliases or {}))
         raise SystemExit(0)
     fields, types_ = {f.name: f for f in dataclasses.fields(settings)}, typing.get_type_hints(settings)
-    values, problems, unread = {}, [], False
+    values, problems, unread, called = {}, [], False, {}
 
     def assign(name, value, where):
+        said, name = name, (aliases or {}).get(name, name)
+        if called.setdefault(name, said) != said and where.startswith("--"):
+            return problems.append(f"{where}: '{said}' and '{called[name]}' are one setting; give one of them")
         if name not in fields:
             near = difflib.get_close_matches(name, fields, n=1)
             hint = f"did you mean '{near[0]}'?" if near else "see --help for all settings"
@@ -63,7 +68,8 @@ def load(settings, argv=None, about=""):
         if arg.startswith("--"):
             name, equals, value = arg[2:].partition("=")
             name = name.replace("-", "_")
-            if not equals and name in fields and types_[name] is not bool:
+            meant = (aliases or {}).get(name, name)
+            if not equals and meant in fields and types_[meant] is not bool:
                 problems.append(f"{arg}: write --{name}=VALUE")
             else:
                 assign(name, value if equals else "True", arg)  # a bare --flag switches a bool on
@@ -161,14 +167,15 @@ def within(field, value):
     return value
 
 
-def usage(settings, about):
-    """The text of --help: every setting with its type, default and doc."""
+def usage(settings, about, aliases):
+    """The text of --help: every setting with its type, default and doc, and its other names."""
     hints = typing.get_type_hints(settings)
     lines = [about.strip(), "", "settings (--key=value, or key = value in a Python override file):"]
     for f in dataclasses.fields(settings):
         kind = hints[f.name]
         name = "|".join(typing.get_args(kind)) if typing.get_origin(kind) is typing.Literal else kind.__name__
-        lines.append(f"  --{f.name}={f.default!r}  ({name})\n      {f.metadata['doc']}")
+        also = "".join(f", also --{other}" for other, meant in aliases.items() if meant == f.name)
+        lines.append(f"  --{f.name}={f.default!r}  ({name}{also})\n      {f.metadata['doc']}")
     return "\n".join(lines)
 
 

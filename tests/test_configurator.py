@@ -345,4 +345,24 @@ def test_sample_refuses(tmp_path):
     process = start(ROOT / "sample.py", "--prompt=a", "--text=[MASK]", cwd=tmp_path)
     out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (2, "")
-    assert err.splitlines() == ["sample.py: give one of prompt, prompt_file and text"]
+    assert err.splitlines() == ["sample.py: give one of prompt, prompt_file, prompts and text"]
+
+
+def test_other_names(capsys):
+    """A setting's other names are shown by --help, reach it from flags and files, and aren't given beside it."""
+    aliases = dict(rate="lr", quick="fast")
+
+    @dataclasses.dataclass
+    class Settings:
+        lr: float = configurator.setting(1.0, "the rate")
+        fast: bool = configurator.setting(False, "hurry")
+
+    assert configurator.load(Settings, ["--rate=2"], aliases=aliases).lr == 2 and configurator.load(Settings, ["--quick"], aliases=aliases).fast
+    assert configurator.load(Settings, ["--lr=3", "--lr=4"], aliases=aliases).lr == 4
+    for wrong, message in ((["--rate=2", "--lr=3"], "'lr' and 'rate' are one setting"), (["--rate"], "write --rate=VALUE"), (["--rate=x"], "expected a number")):
+        with pytest.raises(SystemExit):
+            configurator.load(Settings, wrong, aliases=aliases)
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        configurator.load(Settings, ["--help"], aliases=aliases)
+    assert "also --rate)" in capsys.readouterr().out

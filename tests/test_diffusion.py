@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 import diffusion as d
 import kernels
-import sample
 from model import ModelConfig, Transformer
 
 SCHEDULES = ("linear", "cosine", "poly2", "poly3")
@@ -31,13 +30,14 @@ class Denoiser(torch.nn.Module):
     def __init__(self, kind, schedule="linear", mistake=0.0):
         super().__init__()
         self.kind, self.schedule, self.mistake = kind, d.schedule(schedule), mistake
-        self.config = SimpleNamespace(n_vocab=V, mask_id=M)
+        self.config = SimpleNamespace(n_vocab=V, mask_id=M, causal=False, timed=kind != "masked")
+        self.embed = torch.nn.Embedding(1, 1)
         self.head = torch.eye(V, dtype=torch.float64)
 
     def logits(self, hidden):
         return hidden
 
-    def forward(self, z, t=None, documents=None, index=None):
+    def forward(self, z, t=None, documents=None, index=None, positions=None):
         """log p(x_i = v | what is known), (B, L, V) or (C, V): enumeration over all states."""
         states, prior = torch.tensor(STATES), torch.tensor(P)
         hit = z[:, None, :] == states[None]  # (B, 27, L)
@@ -467,51 +467,53 @@ def chi_square(samples):
     return ((np.bincount(index, minlength=len(P)) - expected) ** 2 / expected).sum(), bound
 
 
-OPTIONS = SimpleNamespace(temperature=1.0, top_k=0, top_p=1.0, sampler="ancestral")
-
-
-@pytest.mark.parametrize("schedule", ("linear", "cosine"))
-def test_masked_ancestral_sampler_reproduces_the_distribution(schedule):
-    z = torch.full((8000, L), M)
-    out = sample.sample_masked(Denoiser("masked"), z, OPTIONS, 500, d.schedule(schedule), torch.Generator().manual_seed(0), lambda z: None)
-    statistic, bound = chi_square(out)
-    assert statistic < bound
-
-
-@pytest.mark.parametrize("posterior", (False, True))
-def test_uniform_ancestral_sampler_reproduces_the_distribution(posterior):
-    z = torch.full((8000, L), M)
-    out = sample.sample_uniform(Denoiser("posterior" if posterior else "loo"), z, OPTIONS, 500, d.schedule("linear"), posterior,
-                                torch.Generator().manual_seed(0), lambda z: None)
-    statistic, bound = chi_square(out)
-    assert statistic < bound
-
-
-def test_uniform_sampler_needs_the_leave_one_out_posterior():
-    """The same sampler fed the full posterior is far off: the test above can fail."""
-    z = torch.full((8000, L), M)
-    out = sample.sample_uniform(Denoiser("posterior"), z, OPTIONS, 500, d.schedule("linear"), False, torch.Generator().manual_seed(0), lambda z: None)
-    statistic, bound = chi_square(out)
-    assert statistic > 3 * bound
-
-
 # reverse steps ----------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.integers(1, 12), st.integers(0, 1000))
-def test_confident_order_reveals_everything_after_its_steps(steps, seed):
-    g = torch.Generator().manual_seed(seed)
-    masked = torch.rand((5, 9), generator=g) < 0.7  # rows with different numbers of holes
-    for i in range(steps):
-        confidence = torch.rand((5, 9), generator=g)
-        reveal = d.reveal_confident(masked, confidence, steps - i)
-        assert not (reveal & ~masked).any()
-        for row in range(5):
-            if reveal[row].any() and (masked & ~reveal)[row].any():
-                assert confidence[row][reveal[row]].min() >= confidence[row][masked[row] & ~reveal[row]].max()
-        masked = masked & ~reveal
-    assert not masked.any()
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(1, 12))
+def test_shares_open_everything_as_evenly_as_can_be(counts, steps):
+    counts = np.array(counts)
+    shares = d.shares(counts, np.full(len(counts), steps))
+    assert shares.shape == (len(counts), steps) and (shares.sum(1) == counts).all()
+    assert (np.diff(shares, axis=1) <= 0).all() and (shares.max(1) - shares.min(1) <= 1).all()
+
+
+def test_ranks_are_those_of_a_sort_among_the_chosen():
+    rng = np.random.default_rng(0)
+    keys, among = rng.random((20, 30)), rng.random((20, 30)) < 0.5
+    rank = d.rank_within(keys, among)
+    for b in range(20):
+        assert (np.sort(rank[b][among[b]]) == np.arange(among[b].sum())).all() and (rank[b][~among[b]] == 30).all()
+        assert (np.argsort(keys[b][among[b]]) == np.argsort(rank[b][among[b]])).all()
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_positions_open_with_the_probability_of_the_reverse_process(name):
+    s, S = d.schedule(name), 10
+    u = (np.arange(100_000)[None] + 0.5) / 100_000
+    when = d.opening_steps(u, np.ones_like(u, bool), np.array([S]), s)[0]
+    left = 1.0
+    for i in range(S):
+        ratio, then = float(s.r(1 - i / S)), float(s.r(1 - (i + 1) / S))
+        opened = (when == i).mean()
+        assert abs(opened - left * d.opening_chance(ratio, then)) < 3e-5
+        left -= opened
+    assert abs(left) < 1e-9 and (d.opening_steps(u, np.zeros_like(u, bool), np.array([S]), s) == -1).all()
+
+
+@pytest.mark.parametrize("kind", ("capped", "rescaled"))
+def test_remasking_keeps_the_marginals(kind):
+    """After every step a position is masked with probability r(t), whatever σ: ReMDM's condition."""
+    s, S, eta = d.schedule("cosine"), 20, 0.3
+    masked = 1.0
+    for i in range(S):
+        ratio, then = float(s.r(1 - i / S)), float(s.r(1 - (i + 1) / S))
+        sigma = d.remasking_chance(kind, eta, ratio, then)
+        masked = masked * (1 - d.opening_chance(ratio, then, sigma)) + (1 - masked) * sigma
+        assert masked == pytest.approx(then, abs=1e-12) and 0 <= sigma <= 1
+    assert d.remasking_chance("rescaled", 1.0, 0.5, 0.4) == pytest.approx(0.8)  # (1 − α_s)/α_t
+    assert d.remasking_chance("capped", 0.1, 0.5, 0.4) == 0.1 and d.remasking_chance("capped", 0.9, 0.5, 0.4) == pytest.approx(0.8)
 
 
 def test_top_p_keeps_the_token_that_crosses_and_top_k_keeps_k():
@@ -521,9 +523,44 @@ def test_top_p_keeps_the_token_that_crosses_and_top_k_keeps_k():
     assert (d.filter_logits(logits, top_k=3) > -math.inf).tolist() == [True, True, True, False]
 
 
+def uniforms(n, seed=0):
+    return torch.from_numpy(d.draws(seed, d.TOKEN, 0, 0, n)[0])
+
+
 def test_draws_follow_the_probabilities():
     probs = torch.tensor([0.6, 0.3, 0.0999, 0.0001])
-    token = d.draw_tokens(probs.log().expand(200_000, 4), 1.0, torch.Generator().manual_seed(0))
+    token = d.draw_tokens(probs.log().expand(200_000, 4), uniforms(200_000))
     rate = torch.bincount(token, minlength=4) / 200_000
     assert ((rate - probs).abs() < 4 * (probs * (1 - probs) / 200_000).sqrt()).all()
-    assert d.draw_tokens(probs.log(), 0, None) == 0
+    assert d.draw_tokens(probs.log()[None], None, 0) == 0
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 1500), st.integers(0, 2**31))
+def test_what_has_no_probability_is_never_drawn(n_vocab, seed):
+    """Not even by the extreme uniform numbers; and each token that has some can be drawn."""
+    rng = np.random.default_rng(seed)
+    logits = torch.from_numpy(np.where(rng.random(n_vocab) < 0.2, rng.normal(size=n_vocab) * 4, -np.inf).astype(np.float32))
+    logits[rng.integers(n_vocab)] = 0.0
+    u = torch.cat((uniforms(500, seed), torch.tensor([[1.0, 1.0], [2**-32, 2**-32], [1.0, 2**-32], [2**-32, 1.0], [1 - 2**-24, 1 - 2**-24]])))
+    token = d.draw_tokens(logits.expand(len(u), -1), u)
+    assert (logits[token] > -math.inf).all() and (token < n_vocab).all()
+
+
+def test_random_numbers_belong_to_row_step_and_position():
+    many = d.draws(3, d.TOKEN, np.arange(5), 7, 9)
+    assert many.shape == (5, 9, 2) and many.dtype == np.float32 and many.min() > 0 and many.max() <= 1
+    assert np.array_equal(d.draws(3, d.TOKEN, np.array([4]), 7, 20)[0, :9], many[4])
+    assert len({d.draws(*key, 1).tobytes() for key in ((3, d.TOKEN, 4, 7), (4, d.TOKEN, 4, 7), (3, d.ORDER, 4, 7), (3, d.TOKEN, 5, 7), (3, d.TOKEN, 4, 8))}) == 5
+
+
+def test_uniform_step_follows_its_formula():
+    """Frequencies of one step against q(z_s | z_t) written out in fp64."""
+    n, n_vocab, ratio, then, z = 400_000, 5, 0.7, 0.4, 2
+    logits = torch.tensor([0.5, -1.0, 0.2, 0.0, 1.0])
+    u = torch.from_numpy(np.concatenate([d.draws(0, stream, 0, 0, n)[0] for stream in (d.TOKEN, d.CHANGE, d.START)], axis=1))
+    out = d.uniform_step(logits.expand(n, -1), torch.full((n,), z), torch.full((n,), ratio), torch.full((n,), then), u)
+    x, a = logits.double().softmax(0).numpy(), (1 - ratio) / (1 - then)
+    q = (a * (np.arange(n_vocab) == z) + (1 - a) / n_vocab) * ((1 - then) * x + then / n_vocab)
+    q /= q.sum()
+    assert (np.abs(np.bincount(out, minlength=n_vocab) / n - q) < 4.5 * np.sqrt(q * (1 - q) / n)).all()
