@@ -29,7 +29,8 @@ class How(NamedTuple):
 
     order: str = "ancestral"  # of PLANNED or CONFIDENT
     steps: int = 0
-    threshold: float = 0.9  # order=threshold opens every position whose likeliest token has this probability, at least one
+    threshold: float = 0.9  # order=threshold opens every position whose likeliest token has this probability,
+    beside: str = "random"  # and one more: any, as the exact sampler would; or the surest: of these, then, at least one
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -72,6 +73,7 @@ class Result(NamedTuple):
     rows: list  # lists of ids, as long as what was given
     new: int  # tokens that were written; of a text that ended, up to its end
     passes: int  # of the network over the batch; with guidance two each
+    own: float  # passes that a row would have needed by itself, on average
     gap: tuple | None  # of a cache: mean KL in nats of what it said from what an uncached pass says, share of other likeliest tokens, positions
 
 
@@ -84,14 +86,14 @@ def generate(model, rows, how, eos_id, schedule=None, posterior=False, first=0, 
     c = model.config
     where = canvas(rows, c.mask_id, model.embed.weight.device, first)
     if c.causal:
-        z, passes, gap = *write(model, where, how, eos_id, watch), None
+        (z, passes), own, gap = write(model, where, how, eos_id, watch), where.hole.sum(1).mean(), None
     else:
         reader = Reader(model, where, how, eos_id)
         if c.timed:
             z = denoise(reader, where, how, schedule, posterior, watch)
         else:
             z = fill(reader, where, how, schedule, watch)
-        passes, gap = reader.passes, reader.gap()
+        passes, own, gap = reader.passes, float(reader.turns.float().mean()) * reader.copies, reader.gap()
     out, new = [], 0
     tail = tails(where)
     for ids, real, hole, last in zip(z.tolist(), where.real, where.hole, tail):
@@ -101,7 +103,7 @@ def generate(model, rows, how, eos_id, schedule=None, posterior=False, first=0, 
             new -= int(hole[end:].sum())
             ids[end:] = [eos_id] * len(ids[end:])
         out.append([i for i, is_real in zip(ids, real) if is_real])
-    return Result(out, new, passes, gap)
+    return Result(out, new, passes, float(own), gap)
 
 
 def tails(where):
@@ -146,6 +148,7 @@ class Reader:
             self.memory = Memory(self.config, self.copies * self.B, self.L, self.device, dtype)
             self.read = torch.compile(model.read, dynamic=False) if how.compile else model.read
         self.evidence = Evidence()
+        self.turns = torch.zeros(self.B, dtype=torch.int64, device=self.device)  # passes in which a row had something to write
         ends = where.hole & (np.arange(self.L) >= tails(where)[:, None]) & (new_before(where) >= how.min_length)
         self.no_end = self.put(~ends).flatten() if how.end else None  # where the text can't end
         self.eos_id, self.banned = eos_id, torch.tensor(how.banned, dtype=torch.int64, device=self.device)
@@ -349,6 +352,7 @@ def plan_remasking(where, how, block, ratio, step):
 def fill_as_planned(reader, z, where, how, opens, shuts, step, watch):
     """Open what the plan opens; the head sees nothing else. z (B, L), opens (P, B, L), shuts (P, B, L) or None."""
     mask_id = reader.config.mask_id
+    reader.turns += reader.put(opens.any(2).sum(0))
     flat = [np.flatnonzero(opened) for opened in opens]
     room = max(map(len, flat))
     index = np.stack([np.pad(places, (0, room - len(places)), mode="edge") for places in flat])  # the last one again: the same token
@@ -385,14 +389,19 @@ def fill_surest(reader, z, where, how, block, step, watch):
             break
         K = bucket(room, int(n.max())) if how.compile else room
         masked = (z == reader.config.mask_id) & hole
+        reader.turns += masked.any(1)
         columns = (~masked).to(torch.uint8).sort(dim=1, stable=True).indices[:, :K]  # (B, K) masked ones first
         live, index = masked.gather(1, columns), (row + columns).flatten()
         hidden = reader.hidden(z, index, K)
         u = None if how.temperature == 0 else reader.put(chance(how, TOKEN, where, step + i)).flatten(0, 1)[index]
         token, sure = (x.view(B, K) for x in choose(reader, hidden, index, u, how, how.order))
         tie = reader.put(chance(how, ORDER, where, step + i)[..., 0]).gather(1, columns)
-        rank = place_by(sure.masked_fill(~live, float("-inf")), tie)
-        opened = live & (((sure > how.threshold) | (rank == 0)) if by_threshold else rank < here[:, i : i + 1])
+        if by_threshold and how.beside == "random":
+            first = tie.masked_fill(~live, 2).argmin(1, keepdim=True) == torch.arange(K, device=z.device)
+        else:
+            rank = place_by(sure.masked_fill(~live, float("-inf")), tie)
+            first = rank < (1 if by_threshold else here[:, i : i + 1])
+        opened = live & (first | (sure > how.threshold) if by_threshold else first)
         z = z.scatter(1, columns, torch.where(opened, token, z.gather(1, columns)))
         watch(z)
         if by_threshold or how.end:
@@ -425,6 +434,7 @@ def fill_unsure(reader, z, where, how, block, schedule, step, watch):
     places = reader.put(np.flatnonzero(block.hole))
     sure = torch.full(z.shape, float("inf"), device=z.device)
     of_first = int(block.hole[0].sum())
+    reader.turns += reader.put(block.steps)
     for i in range(ratio.shape[1] - 1):
         now, then = ratio[:, i : i + 1], ratio[:, i + 1 : i + 2]  # (B, 1)
         chances = diffusion.opening_chance(np.maximum(now, 1e-12), then) + 1e-7, diffusion.remasking_chance("rescaled", 1.0, now, then)
@@ -479,6 +489,7 @@ def denoise(reader, where, how, schedule, posterior, watch):
     n = hole.sum(1)
     steps = np.where(n > 0, how.steps or n, 0)
     block = Block(0, None, None, hole, steps)
+    reader.turns += reader.put(steps)
     ratio = grid(block, schedule)  # (B, S + 1)
     index = np.flatnonzero(hole)
     row, places = index // hole.shape[1], reader.put(index)

@@ -50,6 +50,7 @@ class Config:
         "ancestral", "the reverse process; the same one token at a time; at random; surest first by probability, entropy or lead; all that are sure enough")
     steps: int = setting(0, "denoising steps (0: one per new token)", low=0)
     threshold: float = setting(0.9, "of order=threshold: probability of the likeliest token from which on a position opens", above=0, high=1)
+    beside: Literal["random", "surest"] = setting("random", "of order=threshold: what opens beside these: one at random, as in the reverse process; or, where there are none, the surest (Fast-dLLM)")
     block: int = setting(0, "new tokens that are finished before the next ones begin (0: all at once)", low=0)
     remask: Literal["no", "capped", "rescaled", "confidence"] = setting("no", "mask again what was written (ReMDM), so that more steps than tokens pay")
     eta: float = setting(0.04, "of remask=capped and rescaled: how much", above=0, high=1)
@@ -86,8 +87,8 @@ class Config:
             wrong.append("min_length is of a text with an open end, and suffix closes it")
         if self.length and self.min_length > self.length:
             wrong.append(f"min_length={self.min_length} is more than length={self.length}")
-        if "threshold" in changed and self.order != "threshold":
-            wrong.append("threshold needs order=threshold")
+        if self.order != "threshold":
+            wrong += [f"{name} needs order=threshold" for name in ("threshold", "beside") if name in changed]
         if self.steps and self.order in ("threshold", "first_hitting"):
             wrong.append(f"order={self.order} takes as many steps as it needs; leave steps out")
         if self.remask != "no" and self.order != "ancestral":
@@ -112,8 +113,8 @@ class Config:
         return wrong
 
 
-DIFFUSION_ONLY = ("steps", "order", "threshold", "block", "remask", "eta", "guidance", "refresh", "suffix")
-MASKED_ONLY = ("order", "threshold", "block", "remask", "eta", "refresh", "cache", "guidance")
+DIFFUSION_ONLY = ("steps", "order", "threshold", "beside", "block", "remask", "eta", "guidance", "refresh", "suffix")
+MASKED_ONLY = ("order", "threshold", "beside", "block", "remask", "eta", "refresh", "cache", "guidance")
 
 
 def check_meaning(cfg, objective):

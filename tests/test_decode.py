@@ -36,7 +36,7 @@ def samples(how, kind="masked", n=6000, schedule="linear", posterior=False, firs
 # exactness ----------------------------------------------------------------------------------------------------------------------
 
 EXACT = [dict(order="first_hitting"), dict(order="random"), dict(order="entropy"), dict(order="margin"), dict(order="threshold", threshold=1.0),
-         dict(steps=400), dict(steps=400, block=2), dict(order="random", block=1),
+         dict(order="threshold", threshold=1.0, beside="surest"), dict(steps=400), dict(steps=400, block=2), dict(order="random", block=1),
          dict(steps=400, remask="rescaled", eta=0.02), dict(steps=400, remask="capped", eta=0.02)]
 
 
@@ -159,7 +159,7 @@ def everything(draw):
         rows.append(row + [MASK] * draw(st.integers(0 if MASK in row else 1, 20)))
     order = draw(st.sampled_from(PLANNED + CONFIDENT))
     block = draw(st.sampled_from((0, 1, 3, 8, 100)))
-    how = How(order=order, steps=draw(st.sampled_from((0, 1, 2, 5, 17, 90))), threshold=draw(st.sampled_from((0.05, 0.5, 1.0))),
+    how = How(order=order, steps=draw(st.sampled_from((0, 1, 2, 5, 17, 90))), threshold=draw(st.sampled_from((0.05, 0.5, 1.0))), beside=draw(st.sampled_from(("random", "surest"))),
               temperature=draw(st.sampled_from((0, 0.5, 1.0))), top_k=draw(st.sampled_from((0, 3))), top_p=draw(st.sampled_from((1.0, 0.8))),
               block=block, remask=draw(st.sampled_from(("no", "capped", "rescaled", "confidence"))) if order == "ancestral" else "no",
               eta=draw(st.sampled_from((0.05, 0.9))), guidance=draw(st.sampled_from((0, 1.5))), cache=draw(st.sampled_from(("no", "prefix", "dual"))) if block else "no",
@@ -266,8 +266,13 @@ def test_orders_open_what_they_say():
     for order, key in keys.items():
         assert first_opened(How(order=order, steps=10, temperature=0)) == set(key.topk(3).indices.tolist())
     threshold = float(p.amax(-1).sort().values[-6:-4].mean())  # between the sixth and the fifth
+    sure = set(p.amax(-1).topk(5).indices.tolist())
     for temperature in (0, 1.0):
-        assert first_opened(How(order="threshold", threshold=threshold, temperature=temperature)) == set(p.amax(-1).topk(5).indices.tolist())
+        how = How(order="threshold", threshold=threshold, temperature=temperature)
+        assert first_opened(how._replace(beside="surest")) == sure
+        assert all(sure <= first_opened(how._replace(seed=seed)) and len(first_opened(how._replace(seed=seed))) <= 6 for seed in range(4))
+        assert len(set.union(*(first_opened(how._replace(seed=seed)) for seed in range(4)))) > 6
+        assert first_opened(how._replace(threshold=1.0, beside="surest")) == set(p.amax(-1).topk(1).indices.tolist())
     assert opened([row], How(order="threshold", threshold=1.0))[0] == [[1]] * 30
 
 

@@ -172,6 +172,7 @@ def test_a_character_of_several_tokens_is_drawn_whole():
     (["--min_length=3", "--suffix=a", "--length=5"], "suffix closes it"),
     (["--min_length=9", "--length=5"], "min_length=9 is more than length=5"),
     (["--threshold=0.5"], "threshold needs order=threshold"),
+    (["--beside=surest"], "beside needs order=threshold"),
     (["--order=threshold", "--steps=4"], "order=threshold takes as many steps as it needs"),
     (["--order=first_hitting", "--steps=4"], "order=first_hitting takes as many steps as it needs"),
     (["--remask=capped", "--order=entropy"], "so it needs order=ancestral, not entropy"),
