@@ -32,7 +32,7 @@ class Config:
     corpus: str = setting("", "where the held-out text beside the samples comes from (empty: the writer's corpus, none: without)")
     orders: str = setting("", "of decoding, with commas; ancestral:capped, :rescaled and :confidence mask again (empty: all that suit the model)")
     steps: str = setting("", "with commas (empty: 1/16, 1/8, 1/4, 1/2 of the tokens and all of them; with remasking twice as many, too)")
-    thresholds: str = setting("0.5,0.7,0.9,0.95", "of order=threshold, with commas")
+    thresholds: str = setting("0.3,0.5,0.7,0.9", "of order=threshold, with commas")
     beside: Literal["random", "surest"] = setting("random", "of order=threshold: what opens beside what is sure enough")
     temperatures: str = setting("1.0", "with commas")
     caches: str = setting("no", "of no, prefix and dual, with commas; they need block")

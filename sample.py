@@ -253,6 +253,8 @@ def main():
         start = time.perf_counter()
         with film.playing(reel, cfg.show and first == 0) as watch:
             result = writer.generate(part, how, first, watch if first == 0 else lambda z: None)
+            if reel and first == 0 and result.rows[0] != reel.frames[-1]:
+                watch(torch.tensor(result.rows[:1]))  # what came after the end is gone
         seconds += time.perf_counter() - start
         written += result.rows
         new, passes, row_passes = new + result.new, passes + result.passes, row_passes + result.passes * len(part)

@@ -71,14 +71,19 @@ def test_cluster_commands(ranks, command, monkeypatch):
 
 @pytest.fixture(scope="module")
 def trained(corpus, tmp_path_factory):  # noqa: F811
-    run_dir = tmp_path_factory.mktemp("readme") / "run"
-    run("python train.py configurator/quickstart.py", *SHORT, f"--corpus={corpus}", f"--run_dir={run_dir}")
-    return run_dir
+    """The README's quickstart and quickstart_ar, but for a few steps."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name in ("quickstart", "quickstart_ar"):
+        run(f"python train.py configurator/{name}.py", *SHORT, f"--corpus={corpus}", f"--run_dir={folder / name}")
+    return folder
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "sample.py" in c])
 def test_sampling_commands(command, trained):
-    assert run(command, f"--run_dir={trained}", "--steps=4").strip()
+    few = ["--steps=4", "--samples=4", "--corpus=none", "--orders=ancestral,threshold"] if "--frontier" in command else []
+    assert run(command.replace("runs/", f"{trained}/"), *few).strip()
+    for file in re.findall(r"--(?:gif|html)=runs/(\S+)", command) + ["quickstart/frontier.json", "quickstart/frontier.png"] * ("--frontier" in command):
+        assert (trained / file).stat().st_size > 1000
 
 
 SCALING = [c for c in COMMANDS if "scaling.py" in c]
@@ -135,12 +140,12 @@ def test_nobody_imports_what_the_readme_says_they_do_not():
     import ast
 
     library = {"engine", "memory", "model", "diffusion", "kernels", "data", "sources", "configurator", "parallel", "checkpoint", "metrics", "cost", "decode", "film"}
-    allowed = {"train": library, "sample": library, "bench": library, "prepare": {"data", "sources", "configurator"}, "sources": set(), "memory": {"engine", "model", "diffusion", "kernels"},
+    allowed = {"train": library, "sample": library | {"frontier"}, "frontier": library | {"sample"}, "bench": library, "bench_sampling": library, "prepare": {"data", "sources", "configurator"}, "sources": set(), "memory": {"engine", "model", "diffusion", "kernels"},
                "cost": {"memory", "engine", "model", "diffusion", "parallel", "checkpoint"}, "checkpoint": {"model", "parallel"}, "parallel": set(), "metrics": set(), "film": set(), "decode": {"model", "diffusion", "kernels", "engine"},
                "engine": {"diffusion", "parallel"}, "model": {"kernels"}, "diffusion": {"kernels"}, "kernels": set(),
                "data": {"prepare"},  # run as a script it prepares
                "configurator/__init__": set()}
-    ours = library | {"train", "sample", "bench", "prepare"}
+    ours = library | {"train", "sample", "bench", "prepare", "frontier"}
     for name, may in allowed.items():
         nodes = list(ast.walk(ast.parse((ROOT / f"{name}.py").read_text())))
         found = {a.name.split(".")[0] for n in nodes if isinstance(n, ast.Import) for a in n.names}
