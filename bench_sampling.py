@@ -99,7 +99,9 @@ def network(cfg, n_vocab, length, causal):
     heads = max(1, cfg.d_model // 32)
     config = ModelConfig(n_layer=cfg.n_layer, n_head=heads, n_kv_head=heads, head_dim=32, d_model=cfg.d_model, d_ff=64 * (8 * cfg.d_model // 3 // 64),
                          n_vocab=n_vocab, mask_id=n_vocab, block_len=length, causal=causal, tied=False, init_std=0.1)
-    return Transformer(config).init_weights(torch.Generator().manual_seed(0)).eval().to(cfg.device)
+    model = Transformer(config).init_weights(torch.Generator().manual_seed(0)).eval().requires_grad_(False).to(cfg.device)
+    model.lm_head.weight *= 4
+    return model
 
 
 def turns(cfg, rivals, warm_up=True):

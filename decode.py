@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import diffusion
 from diffusion import CHANGE, ORDER, START, TOKEN, draws
 from engine import Arriving
-from kernels import linear_greedy
+from kernels import linear_certainty, linear_greedy
 from model import Memory
 
 PLANNED = ("ancestral", "first_hitting", "random")
@@ -152,7 +152,8 @@ class Reader:
         ends = where.hole & (np.arange(self.L) >= tails(where)[:, None]) & (new_before(where) >= how.min_length)
         self.no_end = self.put(~ends).flatten() if how.end else None  # where the text can't end
         self.eos_id, self.banned = eos_id, torch.tensor(how.banned, dtype=torch.int64, device=self.device)
-        self.unrestricted = not how.end and not how.banned
+        self.unrestricted = not how.end and not how.banned and not how.guidance  # the head alone says what is likeliest
+        self.rows_at_once = max(64, (1 << 26) // self.config.n_vocab)  # a quarter of a gigabyte of logits
 
     def put(self, array):
         return upload(array, self.device)
@@ -191,22 +192,55 @@ class Reader:
         return said
 
     def logits(self, hidden, index):
-        """Logits in fp32 over the text tokens, with −inf at what must not be written. (C or 2C, D), (C,) → (C, V)."""
-        with torch.autocast(hidden.device.type, enabled=False):  # 8 bits of bf16 leave ties among the likeliest
-            logits = self.model.logits(hidden.float())
-        if self.how.guidance:
-            with_given, without = logits.chunk(2)
-            logits = without + (self.how.guidance + 1) * (with_given - without)
-        if len(self.banned):
-            logits[:, self.banned] = float("-inf")
-        if self.no_end is not None:
-            logits[:, self.eos_id].masked_fill_(self.no_end[index], float("-inf"))
-        return logits
+        """Logits in fp32 over the text tokens, with −inf at what must not be written, in pieces that fit into memory:
+        (rows, logits (≤ rows_at_once, V)) for the hidden states (C or 2C, D) at index (C,)."""
+        parts = hidden.chunk(self.copies)
+        for start in range(0, len(index), self.rows_at_once):
+            rows = slice(start, start + self.rows_at_once)
+            with torch.autocast(hidden.device.type, enabled=False):  # 8 bits of bf16 leave ties among the likeliest
+                logits, *without = (self.model.logits(part[rows].float()) for part in parts)
+            if without:
+                logits = without[0] + (self.how.guidance + 1) * (logits - without[0])
+            if len(self.banned):
+                logits[:, self.banned] = float("-inf")
+            if self.no_end is not None:
+                logits[:, self.eos_id].masked_fill_(self.no_end[index[rows]], float("-inf"))
+            yield rows, logits
 
-    def greedy(self, hidden):
-        """The likeliest tokens and their probabilities, without forming these for any other."""
+    def of_head(self, function, hidden):
+        """A function of hidden states and the head that needs no logits, in fp32."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return linear_greedy(hidden.float(), self.model.head.float(), self.config.n_vocab)
+            return function(hidden.float(), self.model.head.float(), self.config.n_vocab)
+
+    def choose(self, hidden, index, u, log_probs=False):
+        """WHAT the positions index (C,) become, (C,) ids; with `log_probs` also the network's own log-probability of each:
+        temperature, top-k and top-p choose tokens, they say nothing of how sure it is."""
+        how, tokens, sure = self.how, [], []
+        if how.temperature == 0 and self.unrestricted and not log_probs:
+            return self.of_head(linear_greedy, hidden)[0]
+        for rows, logits in self.logits(hidden, index):
+            kept = diffusion.filter_logits(logits, how.temperature, how.top_k, how.top_p)
+            tokens.append(diffusion.draw_tokens(kept, None if u is None else u[rows], how.temperature))
+            if log_probs:
+                sure.append(logits.gather(1, tokens[-1][:, None])[:, 0] - logits.logsumexp(-1))
+        return (torch.cat(tokens), torch.cat(sure)) if log_probs else torch.cat(tokens)
+
+    def sureness(self, hidden, index, order):
+        """How sure the network is of the positions index (C,), whatever may be drawn there; larger is surer. (C,)
+
+        low_confidence (at temperature 0) and threshold: the probability of the likeliest token; entropy: −H; margin: its lead over the next.
+        """
+        if self.unrestricted and order in ("low_confidence", "threshold"):
+            return self.of_head(linear_certainty, hidden)
+        out = []
+        for _, logits in self.logits(hidden, index):
+            if order == "entropy":
+                log_probs = logits.log_softmax(-1)
+                out.append((log_probs.exp() * log_probs.masked_fill(log_probs == float("-inf"), 0)).sum(-1))
+            else:
+                top = logits.softmax(-1).topk(2, dim=-1).values if order == "margin" else logits.softmax(-1).amax(-1, keepdim=True)
+                out.append(top[:, 0] - (top[:, 1] if order == "margin" else 0))
+        return torch.cat(out)
 
     def gap(self):
         """What the cache cost: its words against an uncached pass's, at up to 32 passes of the first row. None without one."""
@@ -363,7 +397,7 @@ def fill_as_planned(reader, z, where, how, opens, shuts, step, watch):
             z = torch.where(reader.put(shuts[i]), mask_id, z)
         hidden = reader.hidden(z, places[i], of_first[i])
         u = reader.put(chance(how, TOKEN, where, step + i).reshape(-1, 2)[index[i]])
-        token, _ = choose(reader, hidden, places[i], u, how, "")
+        token = reader.choose(hidden, places[i], u)
         before = z.flatten()[places[i]]
         z = z.flatten().scatter(0, places[i], torch.where(before == mask_id, token, before)).view_as(z)
         watch(z)
@@ -378,6 +412,7 @@ def fill_surest(reader, z, where, how, block, step, watch):
     counts = diffusion.shares(n, block.steps)  # (B, S)
     left = n[:, None] - counts.cumsum(1) + counts  # (B, S) before each step
     by_threshold = how.order == "threshold"
+    draw_first = how.order == "low_confidence" and how.temperature > 0  # the published rule: it looks at the drawn token's probability
     room, waiting = int(n.max()), []
     here = reader.put(counts)
     for i in range(int(n.max()) if by_threshold else counts.shape[1]):
@@ -393,32 +428,46 @@ def fill_surest(reader, z, where, how, block, step, watch):
         columns = (~masked).to(torch.uint8).sort(dim=1, stable=True).indices[:, :K]  # (B, K) masked ones first
         live, index = masked.gather(1, columns), (row + columns).flatten()
         hidden = reader.hidden(z, index, K)
-        u = None if how.temperature == 0 else reader.put(chance(how, TOKEN, where, step + i)).flatten(0, 1)[index]
-        token, sure = (x.view(B, K) for x in choose(reader, hidden, index, u, how, how.order))
-        tie = reader.put(chance(how, ORDER, where, step + i)[..., 0]).gather(1, columns)
-        if by_threshold and how.beside == "random":
-            first = tie.masked_fill(~live, 2).argmin(1, keepdim=True) == torch.arange(K, device=z.device)
+        u = None if how.temperature == 0 else reader.put(chance(how, TOKEN, where, step + i)).flatten(0, 1)
+        if draw_first:
+            token, sure = reader.choose(hidden, index, u[index], log_probs=True)
         else:
-            rank = place_by(sure.masked_fill(~live, float("-inf")), tie)
-            first = rank < (1 if by_threshold else here[:, i : i + 1])
-        opened = live & (first | (sure > how.threshold) if by_threshold else first)
-        z = z.scatter(1, columns, torch.where(opened, token, z.gather(1, columns)))
+            token, sure = None, reader.sureness(hidden, index, how.order)
+        sure = sure.view(B, K).masked_fill(~live, float("-inf"))
+        tie = reader.put(chance(how, ORDER, where, step + i)[..., 0]).gather(1, columns)
+        if by_threshold:
+            if how.beside == "random":
+                first = tie.masked_fill(~live, 2).argmin(1, keepdim=True)
+            else:
+                first = in_order(sure, tie)[:, :1]
+            opened = live & ((sure > how.threshold) | (torch.arange(K, device=z.device) == first))
+        else:  # only these need a token
+            places = in_order(sure, tie)[:, : int(counts[:, i].max())]  # (B, C)
+            opened = live.gather(1, places) & (torch.arange(places.shape[1], device=z.device) < here[:, i : i + 1])
+            columns = columns.gather(1, places)
+            chosen = (torch.arange(B, device=z.device)[:, None] * K + places).flatten()
+            if draw_first:
+                token = token[chosen]
+            else:
+                index, hidden = index[chosen], torch.cat([part[chosen] for part in hidden.chunk(reader.copies)])
+        if token is None:
+            token = reader.choose(hidden, index, None if u is None else u[index])
+        z = z.scatter(1, columns, torch.where(opened, token.view_as(columns), z.gather(1, columns)))
         watch(z)
         if by_threshold or how.end:
             waiting.append(Arriving(((z == reader.config.mask_id) & hole).sum(1).amax()))
     return z
 
 
-def place_by(sure, tie, tolerance=2e-5):
-    """Each position's place in its row's order, surest first, ties by the random numbers `tie`. (B, K), (B, K) → (B, K).
+def in_order(sure, tie, tolerance=3e-6):
+    """The places of each row, surest first, ties in the order of the random numbers `tie`. (B, K), (B, K) → (B, K).
 
     On a canvas of masks alone all positions are equally sure but for rounding, which depends on the batch. So what lies
     within `tolerance` of its neighbour in the order counts as tied.
     """
     value, order = sure.sort(dim=1, descending=True, stable=True)
-    apart = F.pad(value[:, :-1] - value[:, 1:] > tolerance, (1, 0))  # of two −inf: no
-    group = torch.empty_like(order).scatter_(1, order, apart.cumsum(1))
-    return (group + tie.double()).argsort(dim=1, stable=True).argsort(dim=1)
+    group = F.pad(value[:, :-1] - value[:, 1:] > tolerance, (1, 0)).cumsum(1)  # two −inf are not apart
+    return order.gather(1, (group + tie.gather(1, order).double()).argsort(dim=1, stable=True))
 
 
 def bucket(count, most):
@@ -441,7 +490,7 @@ def fill_unsure(reader, z, where, how, block, schedule, step, watch):
         opening, most = (reader.put(x.astype(np.float32)) for x in chances)
         hidden = reader.hidden(z, places, of_first)
         u = reader.put(chance(how, TOKEN, where, step + i).reshape(-1, 2)).index_select(0, places)
-        token, log_prob = choose(reader, hidden, places, u, how, "low_confidence")
+        token, log_prob = reader.choose(hidden, places, u, log_probs=True)
         token, prob = (old.flatten().scatter(0, places, new).view_as(z) for old, new in ((z, token), (sure, log_prob.exp())))
         u = reader.put(chance(how, CHANGE, where, step + i))
         masked = (z == mask_id) & hole
@@ -453,31 +502,6 @@ def fill_unsure(reader, z, where, how, block, schedule, step, watch):
         z = torch.where(shut, mask_id, torch.where(opened, token, z))
         watch(z)
     return z
-
-
-def choose(reader, hidden, index, u, how, measure):
-    """WHAT positions become, and how sure the network is of them: (C,) ids and (C,) by `measure`, larger is surer.
-
-    low_confidence: its log-probability of the token; threshold: the probability of the likeliest one; entropy: −H;
-    margin: the likeliest's lead over the next. All of the network's own distribution: temperature, top-k and top-p choose
-    tokens, not the order. But for low_confidence none depends on what was drawn.
-    """
-    if how.temperature == 0 and not how.guidance and reader.unrestricted and measure in ("", "low_confidence", "threshold"):
-        token, prob = reader.greedy(hidden)
-        return token, prob.log() if measure == "low_confidence" else prob
-    logits = reader.logits(hidden, index)
-    token = diffusion.draw_tokens(diffusion.filter_logits(logits, how.temperature, how.top_k, how.top_p), u, how.temperature)
-    if measure == "low_confidence":
-        return token, logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(-1)
-    if measure == "threshold":
-        return token, (logits.amax(-1) - logits.logsumexp(-1)).exp()
-    if measure == "entropy":
-        log_probs = logits.log_softmax(-1)
-        return token, (log_probs.exp() * log_probs.masked_fill(log_probs == float("-inf"), 0)).sum(-1)
-    if measure == "margin":
-        top = logits.softmax(-1).topk(2, dim=-1).values
-        return token, top[:, 0] - top[:, 1]
-    return token, None
 
 
 # -------------------------------------------------------------------------------------------- uniform diffusion
@@ -500,10 +524,13 @@ def denoise(reader, where, how, schedule, posterior, watch):
         now, then = (reader.put(ratio[row, j].astype(np.float32)) for j in (i, i + 1))
         u = np.concatenate([chance(how, stream, where, i) for stream in (TOKEN, CHANGE, START)], axis=2)  # (B, L, 6)
         hidden = reader.hidden(z, places, 0, reader.put(time).repeat(reader.copies))
-        logits, old = reader.logits(hidden, places), z.flatten()[places]
-        if posterior:
-            logits = diffusion.leave_one_out(logits, old, now.clamp_min(1e-9))
-        new = diffusion.uniform_step(logits, old, now, then, reader.put(u.reshape(-1, 6)[index]), how.temperature, how.top_k, how.top_p)
+        old, u = z.flatten()[places], reader.put(u.reshape(-1, 6)[index])
+        new = []
+        for rows, logits in reader.logits(hidden, places):
+            if posterior:
+                logits = diffusion.leave_one_out(logits, old[rows], now[rows].clamp_min(1e-9))
+            new.append(diffusion.uniform_step(logits, old[rows], now[rows], then[rows], u[rows], how.temperature, how.top_k, how.top_p))
+        new = torch.cat(new)
         z = z.flatten().scatter(0, places, torch.where(now > 0, new, old)).view_as(z)
         watch(z)
     return z

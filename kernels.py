@@ -313,6 +313,22 @@ def linear_greedy(hidden, head, n_vocab):
     return tokens, (top - logits.logsumexp(-1)).exp()
 
 
+def linear_certainty(hidden, head, n_vocab):
+    """The probability of the likeliest text token at each position. hidden (C, D) → (C,) fp32. No gradients.
+
+    On a CPU far cheaper than saying which token that is: oneDNN's product of 128 rows and torch's softmax, both vectorized
+    (argmax isn't), one after the other while the logits are in the cache.
+    """
+    if has_kernels(hidden):
+        return head_greedy(hidden.detach(), head.detach(), n_vocab)[1]
+    head, out = head[:n_vocab].detach(), []
+    product = onednn_product if torch.backends.mkldnn.is_available() and on_cpu(hidden) and hidden.dtype == torch.float32 else linear
+    for rows in hidden.detach().split(128):
+        probs = product(rows, head).float()
+        out.append(torch.softmax(probs, -1, out=probs).amax(-1))
+    return torch.cat(out)
+
+
 @torch.library.custom_op("nanoquokka::head_greedy", mutates_args=())
 def head_greedy(hidden: torch.Tensor, head: torch.Tensor, n_vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`linear_greedy` without ever forming probabilities, a chunk of rows at a time."""

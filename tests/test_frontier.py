@@ -31,8 +31,15 @@ def compare(monkeypatch, capsys):
 def test_the_judge_is_the_chain_rule():
     """NLL under a bigram model written as a network: the sum of its log-probabilities, from the separator on; the prompt isn't judged."""
     table = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).log_softmax(-1)  # after the separator, 4, or a token
-    model = SimpleNamespace(logits=lambda hidden: hidden)
-    judge = SimpleNamespace(device="cpu", tokens=SimpleNamespace(eos_id=4), model=type("M", (), dict(__call__=lambda self, x: table[x], logits=model.logits))())
+
+    class Bigram:
+        def __call__(self, ids):
+            return table[ids]
+
+        def logits(self, hidden):
+            return hidden
+
+    judge = SimpleNamespace(device="cpu", tokens=SimpleNamespace(eos_id=4), model=Bigram())
     rows = [[0, 3, 1, 1], [2, 2, 0, 3], [1, 0, 0, 0]]
     for skip in (0, 2):
         expected = [-np.mean([float(table[a, b]) for a, b in zip([4, *row], row)][skip:]) for row in rows]
