@@ -8,6 +8,7 @@ the device between passes, and every random number is a pure function of (seed, 
 same in any batch.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -74,7 +75,7 @@ class Result(NamedTuple):
     new: int  # tokens that were written; of a text that ended, up to its end
     passes: int  # of the network over the batch; with guidance two each
     own: float  # passes that a row would have needed by itself, on average
-    gap: tuple | None  # of a cache: mean KL in nats of what it said from what an uncached pass says, share of other likeliest tokens, positions
+    gap: Callable  # () → what a cache cost: (mean KL in nats of its words from an uncached pass's, share of other likeliest tokens, positions); else None
 
 
 @torch.no_grad()
@@ -86,14 +87,14 @@ def generate(model, rows, how, eos_id, schedule=None, posterior=False, first=0, 
     c = model.config
     where = canvas(rows, c.mask_id, model.embed.weight.device, first)
     if c.causal:
-        (z, passes), own, gap = write(model, where, how, eos_id, watch), where.hole.sum(1).mean(), None
+        (z, passes), own, gap = write(model, where, how, eos_id, watch), where.hole.sum(1).mean(), lambda: None
     else:
         reader = Reader(model, where, how, eos_id)
         if c.timed:
             z = denoise(reader, where, how, schedule, posterior, watch)
         else:
             z = fill(reader, where, how, schedule, watch)
-        passes, own, gap = reader.passes, float(reader.turns.float().mean()) * reader.copies, reader.gap()
+        passes, own, gap = reader.passes, float(reader.turns.float().mean()) * reader.copies, reader.gap
     out, new = [], 0
     tail = tails(where)
     for ids, real, hole, last in zip(z.tolist(), where.real, where.hole, tail):
@@ -143,9 +144,9 @@ class Reader:
             self.documents = torch.where(self.real, 0, -1).int()  # padding is a document of its own
             self.positions = self.put((np.cumsum(where.real, 1) - 1).clip(0)).repeat(self.copies, 1)
         self.memory = None
+        self.autocast = torch.get_autocast_dtype(self.device.type) if torch.is_autocast_enabled(self.device.type) else None
         if how.cache != "no":
-            dtype = torch.get_autocast_dtype(self.device.type) if torch.is_autocast_enabled(self.device.type) else torch.float32
-            self.memory = Memory(self.config, self.copies * self.B, self.L, self.device, dtype)
+            self.memory = Memory(self.config, self.copies * self.B, self.L, self.device, self.autocast or torch.float32)
             self.read = torch.compile(model.read, dynamic=False) if how.compile else model.read
         self.evidence = Evidence()
         self.turns = torch.zeros(self.B, dtype=torch.int64, device=self.device)  # passes in which a row had something to write
@@ -178,18 +179,25 @@ class Reader:
             index = torch.cat((index, index + self.B * self.L))
         self.passes += self.copies
         if self.memory is None:
-            return self.forward(z, t, self.documents, index, self.positions)
+            return self.at(index, self.forward, z, t, self.documents, positions=self.positions)
         if self.age is None or (self.how.refresh and self.age >= self.how.refresh):
             self.age = 1
             every = torch.arange(self.L, device=self.device).expand(len(z), -1)
-            return self.read(z, self.memory, every, None, index, self.positions, self.real)
+            return self.at(index, self.read, z, self.memory, every, positions=self.positions, real=self.real)
         self.age += 1
         row = index // self.L
         local = row * self.width + (index % self.L - self.start[row % self.B]).clamp(0, self.width - 1)  # of what isn't masked: any
         at = None if self.positions is None else self.positions.gather(1, self.columns)
-        said = self.read(z.gather(1, self.columns), self.memory, self.columns, self.mine, local, at, self.real)
+        said = self.at(local, self.read, z.gather(1, self.columns), self.memory, self.columns, self.mine, positions=at, real=self.real)
         self.evidence.note(z, index[:of_first], said[:of_first])
         return said
+
+    def at(self, index, network, *given, **more):
+        """The network's hidden states at `index`. Their number changes from pass to pass: a compiled network computes all positions,
+        so that it has one shape, the other skips what follows the last attention elsewhere."""
+        if self.how.compile:
+            return network(*given, **more).flatten(0, 1).index_select(0, index)
+        return network(*given, index=index, **more)
 
     def logits(self, hidden, index):
         """Logits in fp32 over the text tokens, with −inf at what must not be written, in pieces that fit into memory:
@@ -242,13 +250,17 @@ class Reader:
                 out.append(top[:, 0] - (top[:, 1] if order == "margin" else 0))
         return torch.cat(out)
 
+    @torch.no_grad()
     def gap(self):
-        """What the cache cost: its words against an uncached pass's, at up to 32 passes of the first row. None without one."""
+        """What the cache cost: its words against an uncached pass's, at up to 32 passes of the first row. None without one.
+        Those passes are made here, so that decoding doesn't wait for them."""
         kl = other = count = 0
         for z, index, said in self.evidence.notes:
             index, said = index[masked := z[0, index] == self.config.mask_id], said[masked]
             documents, positions = (None if x is None else x[:1] for x in (self.documents, self.positions))
-            p, q = (self.model.logits(hidden).log_softmax(-1) for hidden in (self.model(z, None, documents, index, positions), said))
+            with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+                fresh = self.model(z, None, documents, index, positions)
+            p, q = (self.model.logits(hidden.float()).log_softmax(-1) for hidden in (fresh, said))
             kl += float((p.exp() * (p - q)).sum())
             other += int((p.argmax(-1) != q.argmax(-1)).sum())
             count += len(index)
@@ -413,16 +425,15 @@ def fill_surest(reader, z, where, how, block, step, watch):
     left = n[:, None] - counts.cumsum(1) + counts  # (B, S) before each step
     by_threshold = how.order == "threshold"
     draw_first = how.order == "low_confidence" and how.temperature > 0  # the published rule: it looks at the drawn token's probability
-    room, waiting = int(n.max()), []
+    K, waiting = int(n.max()), []
     here = reader.put(counts)
     for i in range(int(n.max()) if by_threshold else counts.shape[1]):
         if not by_threshold:
-            room = int(left[:, i].max())
+            K = int(left[:, i].max())
         while waiting and waiting[0].here():
-            room = int(waiting.pop(0).values)
-        if room == 0:
+            K = int(waiting.pop(0).values)
+        if K == 0:
             break
-        K = bucket(room, int(n.max())) if how.compile else room
         masked = (z == reader.config.mask_id) & hole
         reader.turns += masked.any(1)
         columns = (~masked).to(torch.uint8).sort(dim=1, stable=True).indices[:, :K]  # (B, K) masked ones first
@@ -468,12 +479,6 @@ def in_order(sure, tie, tolerance=3e-6):
     value, order = sure.sort(dim=1, descending=True, stable=True)
     group = F.pad(value[:, :-1] - value[:, 1:] > tolerance, (1, 0)).cumsum(1)  # two −inf are not apart
     return order.gather(1, (group + tie.gather(1, order).double()).argsort(dim=1, stable=True))
-
-
-def bucket(count, most):
-    """The smallest of most, 3/4, 1/2, 3/8, 1/4, … of most that holds `count`: few shapes to compile, little in vain."""
-    sizes = [-(-most * part // (1 << halving)) for halving in range(2, most.bit_length() + 3) for part in (4, 3)]
-    return min(size for size in sizes if size >= count)
 
 
 def fill_unsure(reader, z, where, how, block, schedule, step, watch):

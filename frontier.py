@@ -144,7 +144,7 @@ def decoded(writer, rows, how, micro_batch):
     for first in range(0, len(rows), micro_batch):
         part = writer.generate(rows[first : first + micro_batch], how, first)
         out, passes, gap = out + part.rows, passes + part.own * len(part.rows), gap or part.gap
-    return out, time.perf_counter() - start, passes / len(rows), gap
+    return out, time.perf_counter() - start, passes / len(rows), gap()
 
 
 def draw(found, beside, path, title):

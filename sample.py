@@ -258,7 +258,7 @@ def main():
         seconds += time.perf_counter() - start
         written += result.rows
         new, passes, row_passes = new + result.new, passes + result.passes, row_passes + result.passes * len(part)
-        gaps += [result.gap] if result.gap else []
+        gaps += [gap] if (gap := result.gap()) else []
     for number, row in enumerate(written):
         if len(rows) > 1:
             print(f"--- sample {number % cfg.batch + 1}" + (f" of prompt {number // cfg.batch + 1}" if len(asked) > 1 else ""))
