@@ -106,8 +106,8 @@ class Config:
         if self.device == "cuda" and not torch.cuda.is_available():
             wrong.append("device=cuda, but this machine has no usable GPU; use --device=cpu")
         for name in ("gif", "html", "out"):
-            if getattr(self, name) and not Path(getattr(self, name)).resolve().parent.is_dir():
-                wrong.append(f"{name}={getattr(self, name)}: there is no such folder")
+            if getattr(self, name) and (Path(getattr(self, name)).is_dir() or not Path(getattr(self, name)).resolve().parent.is_dir()):
+                wrong.append(f"{name}={getattr(self, name)}: " + ("that is a folder" if Path(getattr(self, name)).is_dir() else "there is no such folder"))
         if self.gif and Path(self.gif).suffix != ".gif":
             wrong.append(f"gif={self.gif}: the name has to end in .gif")
         return wrong
@@ -140,6 +140,8 @@ def holes(text, tokens):
         hole = re.fullmatch(r"\[MASK(?::(\d+))?\]", part)
         if wrong := re.search(r"\[MASK:([^\]]*)\]", "" if hole else part):
             raise ValueError(f"{wrong[0]}: '{wrong[1]}' is not a number; write [MASK] or [MASK:12]")
+        if hole and not 1 <= int(hole[1] or 1) <= 10**6:
+            raise ValueError(f"{part}: a hole has between 1 and a million tokens")
         ids += [tokens.mask_id] * int(hole[1] or 1) if hole else tokens.encode(part).tolist()
     if tokens.mask_id not in ids:
         raise ValueError("nothing to write: the text has no [MASK]")
@@ -231,6 +233,15 @@ def how_of(cfg, objective):
     return decode.How(**shared | dict(cache=cache, end=cfg.stop))
 
 
+def save(path, written, given, batch, tokens):
+    """All samples as .jsonl: which prompt, which sample of it, the text, and of it what is new."""
+    with open(path, "w", encoding="utf-8") as file:
+        for number, (row, template) in enumerate(zip(written, given)):
+            fresh = [i for i, was in zip(row, template) if was == tokens.mask_id]
+            line = dict(prompt=number // batch, sample=number % batch, text=tokens.decode(row), new=tokens.decode(fresh))
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
 def main():
     if "--frontier" in sys.argv:
         import frontier
@@ -242,6 +253,8 @@ def main():
         check_meaning(cfg, writer.objective)
         asked = templates(cfg, writer.tokens, writer.block_len, writer.causal)
         writer.model = writer.load()
+    except UnicodeDecodeError as problem:
+        configurator.fail(f"{cfg.prompt_file or cfg.prompts} is not UTF-8: {problem}")
     except (ValueError, OSError) as problem:
         configurator.fail(str(problem))
     how, tokens = how_of(cfg, writer.objective), writer.tokens
@@ -264,16 +277,15 @@ def main():
             print(f"--- sample {number % cfg.batch + 1}" + (f" of prompt {number // cfg.batch + 1}" if len(asked) > 1 else ""))
         if not cfg.show or number:
             print(tokens.decode(row))
-    if cfg.out:
-        with open(cfg.out, "w", encoding="utf-8") as file:
-            for number, (row, given) in enumerate(zip(written, rows)):
-                fresh = [i for i, was in zip(row, given) if was == tokens.mask_id]
-                line = dict(prompt=number // cfg.batch, sample=number % cfg.batch, text=tokens.decode(row), new=tokens.decode(fresh))
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    if cfg.gif:
-        reel.gif(cfg.gif)
-    if cfg.html:
-        reel.html(cfg.html)
+    try:
+        if cfg.out:
+            save(cfg.out, written, rows, cfg.batch, tokens)
+        if cfg.gif:
+            reel.gif(cfg.gif)
+        if cfg.html:
+            reel.html(cfg.html)
+    except OSError as problem:
+        configurator.fail(str(problem))
     print(f"[{new / seconds:.0f} new tokens/s, {passes} forward passes, {new / row_passes:.2f} tokens per pass]", file=sys.stderr)
     if gaps:
         kl, other, count = (sum(gap[i] * gap[2] for gap in gaps) / sum(gap[2] for gap in gaps) for i in range(3))

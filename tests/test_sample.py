@@ -185,6 +185,10 @@ def test_a_character_of_several_tokens_is_drawn_whole():
     (["--temperature=0", "--top_k=3"], "change nothing at temperature=0"),
     (["--guidance=2"], "guidance needs a prompt"),
     (["--gif=nowhere/a.gif"], "there is no such folder"),
+    (["--html=tests"], "html=tests: that is a folder"),
+    (["--text=a[MASK:0]"], "[MASK:0]: a hole has between 1 and a million tokens"),
+    (["--text=a[MASK:99999999999]"], "a hole has between 1 and a million tokens"),
+    (["--prompt_file=BINARY"], "BINARY is not UTF-8"),
     (["--gif=a.png"], "has to end in .gif"),
     (["--sample_steps=3", "--steps=4"], "'steps' and 'sample_steps' are one setting"),
     (["--prompts=nowhere.txt"], "nowhere.txt"),
@@ -192,8 +196,11 @@ def test_a_character_of_several_tokens_is_drawn_whole():
     (["--top_p=0"], "must be above 0"),
     (["--temperatur=1"], "did you mean 'temperature'?"),
 ))
-def test_bad_input(run_main, write, capsys, flags, message):  # noqa: F811
+def test_bad_input(run_main, write, capsys, monkeypatch, flags, message):  # noqa: F811
     run = run_main("--steps=3")
+    (run / "BINARY").write_bytes(b"\xff\xfe")
+    (run / "tests").mkdir()
+    monkeypatch.chdir(run)
     with pytest.raises(SystemExit) as exit_:
         write(run, *flags)
     assert exit_.value.code == 2 and message in capsys.readouterr().err
