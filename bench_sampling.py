@@ -151,10 +151,10 @@ def masked(cfg):
     equal = np.mean(np.array(said["published"])[:, 16:] == np.array(said["ours"])[:, 16:])
     speed = {name: cfg.batch * new / statistics.median(seconds) for name, seconds in times.items()}
     return [f"### masked: {new} tokens, {steps} steps, batch {cfg.batch}, vocabulary {cfg.vocab:,}", "",
-            f"Temperature 0: published {speed['published']:.1f} tokens/s, ours {speed['ours']:.1f}; " + said_as("faster by", ratio(times, "published", "ours"))
-            + f"; {equal:.2%} of the tokens are equal. Ancestral instead: " + said_as("by", ratio(times, "published", "ancestral")) + ".", "",
-            f"Temperature 1, {steps // 4} steps: " + said_as("low_confidence is faster by", ratio(sampled, "published", "ours")) + "; "
-            + said_as("ancestral by", ratio(sampled, "published", "ancestral")) + ".", ""]
+            f"Temperature 0: published {speed['published']:.1f} tokens/s, ours {speed['ours']:.1f}; " + said_as("faster", ratio(times, "published", "ours"))
+            + f"; {equal:.2%} of the tokens are equal. Ancestral instead: " + said_as("faster", ratio(times, "published", "ancestral")) + ".", "",
+            f"Temperature 1, {steps // 4} steps: " + said_as("low_confidence is faster", ratio(sampled, "published", "ours")) + "; "
+            + said_as("ancestral", ratio(sampled, "published", "ancestral")) + ".", ""]
 
 
 def cache(cfg):
@@ -169,8 +169,8 @@ def cache(cfg):
     for order, settings in (("first_hitting", {}), ("low_confidence", {})):
         times, _ = turns(cfg, {name: by(name, order=order, **settings) for name in ("no", "prefix", "dual")})
         speed = {name: cfg.batch * new / statistics.median(seconds) for name, seconds in times.items()}
-        lines += [f"{order}: no cache {speed['no']:.0f} tokens/s; " + said_as("prefix is faster by", ratio(times, "no", "prefix")) + "; "
-                  + said_as("dual by", ratio(times, "no", "dual")) + ".", ""]
+        lines += [f"{order}: no cache {speed['no']:.0f} tokens/s; " + said_as("prefix is faster", ratio(times, "no", "prefix")) + "; "
+                  + said_as("dual", ratio(times, "no", "dual")) + ".", ""]
     return lines
 
 
@@ -181,7 +181,7 @@ def ar(cfg):
     times, said = turns(cfg, {name: lambda name=name: decode.generate(model, rows, How(cache=name), 256) for name in ("no", "prefix")})
     speed = {name: cfg.batch * new / statistics.median(seconds) for name, seconds in times.items()}
     return [f"### ar: {new} tokens, batch {cfg.batch}, vocabulary 257", "",
-            f"Without keys and values kept {speed['no']:.0f} tokens/s, with them {speed['prefix']:.0f}; " + said_as("faster by", ratio(times, "no", "prefix"))
+            f"Without keys and values kept {speed['no']:.0f} tokens/s, with them {speed['prefix']:.0f}; " + said_as("faster", ratio(times, "no", "prefix"))
             + f"; texts {'equal' if said['no'].rows == said['prefix'].rows else 'DIFFERENT'}.", ""]
 
 
@@ -193,8 +193,9 @@ def main():
              f"{cfg.device}, {torch.get_num_threads()} threads, {processor}, torch {torch.__version__}, {cfg.n_layer} layers, {cfg.d_model} wide, fp32, not compiled. "
              "Medians of the rounds' ratios (smallest … largest).", ""]
     for part in parts:
-        lines += globals()[part](cfg)
-        print("\n".join(lines[-6:]), flush=True)
+        said = globals()[part](cfg)
+        lines += said
+        print("\n".join(said), flush=True)
     if cfg.out:
         Path(cfg.out).parent.mkdir(exist_ok=True)
         Path(cfg.out).write_text("\n".join(lines))

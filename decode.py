@@ -132,7 +132,7 @@ class Reader:
     """Logits at chosen positions of a canvas: with or without guidance, with or without a memory of keys and values."""
 
     def __init__(self, model, where, how, eos_id):
-        self.model, self.how, self.where, self.device = model, how, where, where.ids.device
+        self.model, self.how, self.device = model, how, where.ids.device
         self.config, self.passes = model.config, 0
         self.B, self.L = where.ids.shape
         self.copies = 2 if how.guidance else 1
@@ -148,7 +148,8 @@ class Reader:
         if how.cache != "no":
             self.memory = Memory(self.config, self.copies * self.B, self.L, self.device, self.autocast or torch.float32)
             self.read = torch.compile(model.read, dynamic=False) if how.compile else model.read
-        self.evidence = Evidence()
+        self.longest = int(where.hole.sum(1).argmax())
+        self.evidence = Evidence(self.longest)
         self.turns = torch.zeros(self.B, dtype=torch.int64, device=self.device)  # passes in which a row had something to write
         ends = where.hole & (np.arange(self.L) >= tails(where)[:, None]) & (new_before(where) >= how.min_length)
         self.no_end = self.put(~ends).flatten() if how.end else None  # where the text can't end
@@ -161,19 +162,22 @@ class Reader:
 
     def begin(self, first, last):
         """The passes that follow are about the columns first[b] … last[b] − 1 of each row b."""
-        self.first, self.age = first, None
+        self.age = None
         if self.memory is None:
             return
-        width = min(self.L, int((last - first).max()) if self.how.cache == "dual" else self.L - int(first.min()))
+        needed = int((last - first).max()) if self.how.cache == "dual" else self.L - int(first.min())
+        if self.how.compile:  # one shape for all blocks
+            needed = self.how.block if self.how.cache == "dual" else self.L
+        width = min(self.L, needed)
         start = np.minimum(first, self.L - width)
         columns = start[:, None] + np.arange(width)
         mine = (columns >= first[:, None]) & ((columns < last[:, None]) | (self.how.cache == "prefix"))
         self.start, self.width = self.put(start), width
         self.columns, self.mine = self.put(columns).repeat(self.copies, 1), self.put(mine).repeat(self.copies, 1)
 
-    def hidden(self, z, index, of_first=0, t=None):
+    def hidden(self, z, index, span=slice(0), t=None):
         """The network's hidden states at the positions index (C,) of z (B, L), flattened: (C, D); with guidance (2C, D).
-        The first `of_first` positions are the first row's."""
+        Those of `span` are of the row with the most holes, `self.longest`."""
         if self.how.guidance:
             z = torch.cat((z, torch.where(self.given, self.config.mask_id, z)))
             index = torch.cat((index, index + self.B * self.L))
@@ -189,7 +193,7 @@ class Reader:
         local = row * self.width + (index % self.L - self.start[row % self.B]).clamp(0, self.width - 1)  # of what isn't masked: any
         at = None if self.positions is None else self.positions.gather(1, self.columns)
         said = self.at(local, self.read, z.gather(1, self.columns), self.memory, self.columns, self.mine, positions=at, real=self.real)
-        self.evidence.note(z, index[:of_first], said[:of_first])
+        self.evidence.note(z, index[span], said[span])
         return said
 
     def at(self, index, network, *given, **more):
@@ -252,12 +256,13 @@ class Reader:
 
     @torch.no_grad()
     def gap(self):
-        """What the cache cost: its words against an uncached pass's, at up to 32 passes of the first row. None without one.
+        """What the cache cost: its words against an uncached pass's, at up to 32 passes of the row with the most holes. None without one.
         Those passes are made here, so that decoding doesn't wait for them."""
         kl = other = count = 0
         for z, index, said in self.evidence.notes:
+            index = index - self.longest * self.L
             index, said = index[masked := z[0, index] == self.config.mask_id], said[masked]
-            documents, positions = (None if x is None else x[:1] for x in (self.documents, self.positions))
+            documents, positions = (None if x is None else x[self.longest :][:1] for x in (self.documents, self.positions))
             with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
                 fresh = self.model(z, None, documents, index, positions)
             p, q = (self.model.logits(hidden.float()).log_softmax(-1) for hidden in (fresh, said))
@@ -268,16 +273,16 @@ class Reader:
 
 
 class Evidence:
-    """What was said of the first row at 16 to 32 passes, evenly spread however many there will be."""
+    """What was said of one row at 16 to 32 passes, evenly spread however many there will be."""
 
-    def __init__(self):
-        self.notes, self.stride, self.seen = [], 1, 0
+    def __init__(self, row):
+        self.row, self.notes, self.stride, self.seen = row, [], 1, 0
 
     def note(self, z, index, said):
         if len(index) and self.seen % self.stride == 0:
             if len(self.notes) == 32:
                 self.notes, self.stride = self.notes[::2], 2 * self.stride
-            self.notes.append((z[:1].clone(), index.clone(), said.clone()))
+            self.notes.append((z[self.row :][:1].clone(), index.clone(), said.clone()))
         self.seen += len(index) > 0
 
 
@@ -320,7 +325,7 @@ def blocks(where, how):
 
 def fill(reader, where, how, schedule, watch):
     """Open every hole of a masked model's canvas, block after block. Returns z (B, L)."""
-    z, parts, mask_id = where.ids, blocks(where, how), reader.config.mask_id
+    z, parts, mask_id, waiting = where.ids, blocks(where, how), reader.config.mask_id, []
     for block in parts:
         reader.begin(block.first, block.last)
         step = block.number << 20  # of the random numbers: no block has a million steps
@@ -333,8 +338,8 @@ def fill(reader, where, how, schedule, watch):
         if how.end and block is not parts[-1]:  # after a separator nothing is left to write
             ended = ((z == reader.eos_id) & ~reader.no_end.view_as(z)).cumsum(1) > 0
             z = torch.where(ended & (z == mask_id), reader.eos_id, z)
-            left = Arriving((z == mask_id).sum())
-            if left.here(wait=True) and not left.values:
+            waiting.append(Arriving((z == mask_id).sum()))
+            if any(left.here() and not left.values for left in waiting):
                 break
     return z
 
@@ -402,12 +407,12 @@ def fill_as_planned(reader, z, where, how, opens, shuts, step, watch):
     flat = [np.flatnonzero(opened) for opened in opens]
     room = max(map(len, flat))
     index = np.stack([np.pad(places, (0, room - len(places)), mode="edge") for places in flat])  # the last one again: the same token
-    of_first = opens[:, 0].sum(1)
+    before_it, of_it = opens[:, : reader.longest].sum((1, 2)), opens[:, reader.longest].sum(1)
     places = reader.put(index)
     for i in range(len(opens)):
         if shuts is not None and shuts[i].any():
             z = torch.where(reader.put(shuts[i]), mask_id, z)
-        hidden = reader.hidden(z, places[i], of_first[i])
+        hidden = reader.hidden(z, places[i], slice(before_it[i], before_it[i] + of_it[i]))
         u = reader.put(chance(how, TOKEN, where, step + i).reshape(-1, 2)[index[i]])
         token = reader.choose(hidden, places[i], u)
         before = z.flatten()[places[i]]
@@ -438,7 +443,7 @@ def fill_surest(reader, z, where, how, block, step, watch):
         reader.turns += masked.any(1)
         columns = (~masked).to(torch.uint8).sort(dim=1, stable=True).indices[:, :K]  # (B, K) masked ones first
         live, index = masked.gather(1, columns), (row + columns).flatten()
-        hidden = reader.hidden(z, index, K)
+        hidden = reader.hidden(z, index, slice(reader.longest * K, (reader.longest + 1) * K))
         u = None if how.temperature == 0 else reader.put(chance(how, TOKEN, where, step + i)).flatten(0, 1)
         if draw_first:
             token, sure = reader.choose(hidden, index, u[index], log_probs=True)
@@ -487,13 +492,13 @@ def fill_unsure(reader, z, where, how, block, schedule, step, watch):
     ratio = grid(block, schedule)
     places = reader.put(np.flatnonzero(block.hole))
     sure = torch.full(z.shape, float("inf"), device=z.device)
-    of_first = int(block.hole[0].sum())
+    span = slice(int(block.hole[: reader.longest].sum()), int(block.hole[: reader.longest + 1].sum()))
     reader.turns += reader.put(block.steps)
     for i in range(ratio.shape[1] - 1):
         now, then = ratio[:, i : i + 1], ratio[:, i + 1 : i + 2]  # (B, 1)
         chances = diffusion.opening_chance(np.maximum(now, 1e-12), then) + 1e-7, diffusion.remasking_chance("rescaled", 1.0, now, then)
         opening, most = (reader.put(x.astype(np.float32)) for x in chances)
-        hidden = reader.hidden(z, places, of_first)
+        hidden = reader.hidden(z, places, span)
         u = reader.put(chance(how, TOKEN, where, step + i).reshape(-1, 2)).index_select(0, places)
         token, log_prob = reader.choose(hidden, places, u, log_probs=True)
         token, prob = (old.flatten().scatter(0, places, new).view_as(z) for old, new in ((z, token), (sure, log_prob.exp())))
@@ -528,7 +533,7 @@ def denoise(reader, where, how, schedule, posterior, watch):
         time = np.clip(1 - i / np.maximum(steps, 1), 0, 1).astype(np.float32)
         now, then = (reader.put(ratio[row, j].astype(np.float32)) for j in (i, i + 1))
         u = np.concatenate([chance(how, stream, where, i) for stream in (TOKEN, CHANGE, START)], axis=2)  # (B, L, 6)
-        hidden = reader.hidden(z, places, 0, reader.put(time).repeat(reader.copies))
+        hidden = reader.hidden(z, places, slice(0), reader.put(time).repeat(reader.copies))
         old, u = z.flatten()[places], reader.put(u.reshape(-1, 6)[index])
         new = []
         for rows, logits in reader.logits(hidden, places):

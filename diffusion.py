@@ -326,9 +326,9 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
 def draw_tokens(logits, u, temperature=1.0):
     """One token per position, the likeliest at temperature 0. logits (C, V), u (C, 2) uniform in (0, 1] → (C,).
 
-    By inverting the distribution function in two stages, first over groups of 256 tokens, then within one. Neither stage adds
-    more than a few hundred numbers, so a token of probability 1e-7 at the end of the vocabulary keeps its share in fp32;
-    one running sum over 50 257 would round it away. A token of probability 0 is never drawn.
+    By inverting the distribution function in two stages, first over groups of 256 tokens, then within one, so that of V fp32 weights
+    only a few hundred numbers need a running sum (in fp64): a token of probability 1e-7 at the end of the vocabulary keeps its
+    share; one fp32 running sum over 50 257 would round it away. A token of probability 0 is never drawn.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -340,20 +340,25 @@ def draw_tokens(logits, u, temperature=1.0):
 
 
 def first_above(weights, u):
-    """The first index whose running sum reaches u times the total: never one of weight 0. (C, n), u (C,) in (0, 1] → (C,)."""
-    running = weights.cumsum(-1)
-    return (running < u[:, None] * running[:, -1:]).sum(-1)
+    """The first index whose running sum reaches u times the total: never one of weight 0. (C, n), u (C,) in (0, 1] → (C,).
+
+    In fp64, which costs little for a few hundred numbers. A GPU's running sums need not grow monotonically, hence the explicit conditions.
+    """
+    some, running = weights > 0, weights.double().cumsum(-1)
+    reached = some & (running >= u[:, None] * running[:, -1:])
+    last = weights.shape[-1] - 1 - some.flip(-1).to(torch.uint8).argmax(-1)
+    return torch.where(reached.any(-1), reached.to(torch.uint8).argmax(-1), last)
 
 
 def draws(seed, stream, row, step, length):
-    """Two independent uniforms in (0, 1] per position, fp32: a pure function of (seed, stream, row, step, position). (B, length, 2).
+    """Two independent uniforms in (0, 1] per position, multiples of 2⁻³² in fp64: a pure function of (seed, stream, row, step, position). (B, length, 2).
 
     row and step: (B,) or scalars. Rows know their own steps, so they come out the same in any batch.
     """
     sample = np.asarray(row, np.uint64) * np.uint64(1 << 40) + np.asarray(step, np.uint64)
     bits = random_bits(seed, stream, np.atleast_1d(sample), length)
     halves = np.stack((bits >> np.uint64(32), bits & np.uint64(0xFFFFFFFF)), axis=-1)
-    return ((halves.astype(np.float64) + 1) * 2.0**-32).astype(np.float32)
+    return (halves.astype(np.float64) + 1) * 2.0**-32
 
 
 def shares(count, steps):

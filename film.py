@@ -97,10 +97,8 @@ class Reel:
         """One page that needs nothing else: a slider over the passes, and a button that plays them."""
         frames = [[[piece, -2 if when is None else when] for piece, when in self.pieces(n)] for n in range(len(self.frames))]
         colours = [f"rgb{self.colour(n)}" for n in range(max(1, len(frames) - 1))]
-        held = {"@FRAMES@": json.dumps(frames, ensure_ascii=False).replace("<", "\\u003c"), "@COLOURS@": json.dumps(colours), "@LAST@": str(len(frames) - 1)}
-        page = PAGE.replace("@TITLE@", escape(f"{len(frames) - 1} passes"))
-        for name, value in held.items():
-            page = page.replace(name, value, 1)
+        page = PAGE.replace("@TITLE@", escape(f"{len(frames) - 1} passes")).replace("@LAST@", str(len(frames) - 1))
+        page = page.replace("@COLOURS@", json.dumps(colours)).replace("@FRAMES@", json.dumps(frames, ensure_ascii=False).replace("<", "\\u003c"))
         with open(path, "w", encoding="utf-8") as file:
             file.write(page)
 

@@ -49,9 +49,9 @@ class Config:
     order: Literal["ancestral", "first_hitting", "random", "low_confidence", "entropy", "margin", "threshold"] = setting(
         "ancestral", "the reverse process; the same one token at a time; at random; surest first by probability, entropy or lead; all that are sure enough")
     steps: int = setting(0, "denoising steps (0: one per new token)", low=0)
-    threshold: float = setting(0.9, "of order=threshold: probability of the likeliest token from which on a position opens", above=0, high=1)
+    threshold: float = setting(0.9, "of order=threshold: a position opens above this probability of its likeliest token", above=0, high=1)
     beside: Literal["random", "surest"] = setting("random", "of order=threshold: what opens beside these: one at random, as in the reverse process; or, where there are none, the surest (Fast-dLLM)")
-    block: int = setting(0, "new tokens that are finished before the next ones begin (0: all at once)", low=0)
+    block: int = setting(0, "positions, from the first hole on, that are finished before the next ones begin (0: all at once)", low=0)
     remask: Literal["no", "capped", "rescaled", "confidence"] = setting("no", "mask again what was written (ReMDM), so that more steps than tokens pay")
     eta: float = setting(0.04, "of remask=capped and rescaled: how much", above=0, high=1)
     # what they become
@@ -155,14 +155,16 @@ def template(cfg, tokens, block_len, causal, prompt="", suffix="", length=0, tex
         if len(ids) > block_len:
             raise ValueError(f"the text has {len(ids)} tokens with its holes, more than the model's context of {block_len}")
     else:
-        most = min(cfg.max_length or block_len, block_len)
+        if cfg.max_length > block_len:
+            raise ValueError(f"max_length={cfg.max_length} is more than the model's context of {block_len}")
+        most = cfg.max_length or block_len
         before, after = (tokens.encode(part).tolist() for part in (prompt, suffix))
         if len(before) + len(after) >= most:
             raise ValueError(f"the prompt has {len(before) + len(after)} tokens, and "
                              + (f"max_length is {most}" if cfg.max_length else f"the model's context is {block_len}") + ": no room for a new one")
         ids = before + [tokens.mask_id] * (length or most - len(before) - len(after)) + after
-        if len(ids) > block_len:
-            raise ValueError(f"prompt and new tokens are {len(ids)} together, more than the model's context of {block_len}")
+        if len(ids) > most:
+            raise ValueError(f"prompt and new tokens are {len(ids)} together, more than " + (f"max_length={most}" if cfg.max_length else f"the model's context of {block_len}"))
     first = ids.index(tokens.mask_id)
     if causal and any(i != tokens.mask_id for i in ids[first:]):
         raise ValueError("an autoregressive model can't fill holes before given text; put [MASK] at the end")
@@ -183,9 +185,11 @@ def templates(cfg, tokens, block_len, causal):
                 asked = json.loads(line) if cfg.prompts.endswith(".jsonl") else dict(prompt=line.rstrip("\r\n"))
                 if not isinstance(asked, dict) or set(asked) - {"prompt", "suffix", "length", "text"} or not {"prompt", "text"} & set(asked):
                     raise ValueError('expected {"prompt": "…"}, also with "suffix" and "length", or {"text": "… [MASK:12] …"}')
+                if "text" in asked and (len(asked) > 1 or not asked["text"]):
+                    raise ValueError("text stands alone, and has a [MASK]: its holes say how much is new")
                 if not all(isinstance(value, int if name == "length" else str) for name, value in asked.items()) or asked.get("length", 0) < 0:
                     raise ValueError("prompt, suffix and text are text, length is a whole number")
-                rows.append(template(cfg, tokens, block_len, causal, **{"suffix": cfg.suffix, "length": cfg.length} | asked))
+                rows.append(template(cfg, tokens, block_len, causal, **({"suffix": cfg.suffix, "length": cfg.length} if "prompt" in asked else {}) | asked))
             except ValueError as problem:  # json's errors are ValueErrors
                 raise ValueError(f"{cfg.prompts}, line {number}: {problem}") from None
     if not rows:

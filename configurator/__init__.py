@@ -53,7 +53,7 @@ def load(settings, argv=None, about="", aliases=None):
 
     def assign(name, value, where):
         said, name = name, (aliases or {}).get(name, name)
-        if called.setdefault(name, said) != said and where.startswith("--"):
+        if where.startswith("--") and called.setdefault(name, said) != said:
             return problems.append(f"{where}: '{said}' and '{called[name]}' are one setting; give one of them")
         if name not in fields:
             near = difflib.get_close_matches(name, fields, n=1)

@@ -241,7 +241,7 @@ def test_steps_are_spread_evenly_and_over_blocks(order):
     _, frames = opened(rows, How(order=order, block=8))
     for frame in frames:
         masked = (frame[0] == MASK).tolist()
-        assert not any(masked[start] for start in (8, 16) if False) and all(all(masked[end:]) for end in (8, 16) if any(masked[end - 8 : end]))
+        assert all(all(masked[end:]) for end in (8, 16) if any(masked[end - 8 : end]))
 
 
 def test_steps_at_which_nothing_opens_cost_no_pass():
@@ -400,7 +400,7 @@ def test_compiled_passes_write_the_same():
     rows = [[1, 2, 3] + [MASK] * 24, [MASK] * 27]
     counter = torch._dynamo.utils.counters
     for model, how in ((MASKED, How()), (MASKED, How(order="low_confidence", block=9, cache="dual")), (MASKED, How(order="threshold", threshold=0.3)),
-                       (UNIFORM, How(steps=6)), (AR, How(cache="prefix"))):
+                       (MASKED, How(block=4, cache="prefix", order="low_confidence")), (MASKED, How(block=8, cache="dual")), (UNIFORM, How(steps=6)), (AR, How(cache="prefix"))):
         torch._dynamo.reset()
         counter.clear()
         a, b = (decode.generate(model, rows, how._replace(compile=compile), EOS, LINEAR).rows for compile in (False, True))

@@ -76,7 +76,7 @@ def test_many_prompts(run_main, write, tmp_path):  # noqa: F811
     texts = [json.loads(line)["text"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert texts[0].startswith("ab") and texts[0].endswith("yz") and texts[1].startswith("x") and texts[1].endswith("y") and texts[2].startswith("cd")
     for wrong, message in (("[1]", "line 1: expected {"), ('{"prompt": 3}', "line 1: prompt, suffix and text are text"), ('{"prompt": "a"\n', "line 1: "),
-                           ('{"prompt": "a"}\n{"promt": "a"}', "line 2: expected {"), ('{"text": "a"}', "line 1: nothing to write"), ("", "holds no prompt")):
+                           ('{"prompt": "a"}\n{"promt": "a"}', "line 2: expected {"), ('{"text": "a"}', "line 1: nothing to write"), ('{"text": "", "prompt": "a"}', "text stands alone"), ("", "holds no prompt")):
         (tmp_path / "p.jsonl").write_text(wrong)
         with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
             patch.setattr(configurator, "fail", lambda problem, message=message: (_ for _ in ()).throw(SystemExit(problem)) if message in problem else None)
@@ -143,6 +143,7 @@ def test_recordings(run_main, write, tmp_path):  # noqa: F811
     frames = json.loads(re.search(r"const frames = (.*), colours = ", page)[1])
     assert ["".join(piece for piece, _ in frame) for frame in (frames[0], frames[-1])] == ["12 squ░░░░░░d <b>&", plain.out.rstrip("\n")]
     assert [sum(when == -2 for _, when in frame) for frame in frames] == [6, 5, 4, 3, 2, 1, 0]
+    assert 'max="6" value="6"' in page and "@" not in page.split("const frames")[0].replace("@media", "")
     assert {-1, 5} <= {when for _, when in frames[-1]} <= {-1, 0, 1, 2, 3, 4, 5} and "<b>" not in page.split("const frames")[1].split("</script>")[0]
 
 
@@ -167,6 +168,7 @@ def test_a_character_of_several_tokens_is_drawn_whole():
     (["--text=a[MASK]", "--suffix=b"], "suffix belongs to a prompt"),
     (["--prompt=a", "--length=3", "--max_length=9"], "give length or max_length"),
     (["--prompt=abcdef", "--max_length=5"], "max_length is 5: no room"),
+    (["--max_length=1000"], "max_length=1000 is more than the model's context of 32"),
     (["--suffix=b"], "suffix needs length"),
     (["--min_length=3", "--stop=False"], "min_length needs stop=True"),
     (["--min_length=3", "--suffix=a", "--length=5"], "suffix closes it"),
