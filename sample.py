@@ -33,7 +33,7 @@ ALIASES = dict(sample_steps="steps", inference_block_size="block", max_new_token
 class Config:
     run_dir: str = setting("runs/quickstart", "a run folder (its newest checkpoint is used) or one checkpoint folder")
     # what is given
-    prompt: str = setting("", "text to continue")
+    prompt: str = setting("", "text to continue; [MASK] is nothing special in it (that is text=)")
     prompt_file: str = setting("", "a UTF-8 file with the text to continue")
     prompts: str = setting("", "a file of many: a prompt per line, or .jsonl with prompt, suffix and length, or text, in each line")
     suffix: str = setting("", "text that is to follow after what is written (needs length)")
@@ -79,7 +79,7 @@ class Config:
             wrong.append(f"{', '.join(sorted({'length', 'suffix', 'max_length'} & changed))} belongs to a prompt; with text the holes say how much is new")
         if self.length and self.max_length:
             wrong.append("give length or max_length: one follows from the other")
-        if self.suffix and not (self.length or self.max_length):
+        if self.suffix and not (self.length or self.max_length or self.text):
             wrong.append("suffix needs length: how many tokens come before it")
         if self.min_length and not self.stop:
             wrong.append("min_length needs stop=True: without it nothing ends early")
@@ -174,10 +174,10 @@ def template(cfg, tokens, block_len, causal, prompt="", suffix="", length=0, tex
 def templates(cfg, tokens, block_len, causal):
     """One list of ids for each prompt; raises ValueError, for a file of them with the line."""
     if not cfg.prompts:
-        prompt = Path(cfg.prompt_file).read_text(encoding="utf-8") if cfg.prompt_file else cfg.prompt
+        prompt = Path(cfg.prompt_file).read_text(encoding="utf-8-sig") if cfg.prompt_file else cfg.prompt
         return [template(cfg, tokens, block_len, causal, prompt, cfg.suffix, cfg.length, cfg.text)]
     rows = []
-    with open(cfg.prompts, encoding="utf-8") as file:
+    with open(cfg.prompts, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -188,7 +188,7 @@ def templates(cfg, tokens, block_len, causal):
                 if "text" in asked and (len(asked) > 1 or not asked["text"]):
                     raise ValueError("text stands alone, and has a [MASK]: its holes say how much is new")
                 if not all(isinstance(value, int if name == "length" else str) for name, value in asked.items()) or asked.get("length", 0) < 0:
-                    raise ValueError("prompt, suffix and text are text, length is a whole number")
+                    raise ValueError("prompt, suffix and text are text, length is a whole number of at least 0")
                 rows.append(template(cfg, tokens, block_len, causal, **({"suffix": cfg.suffix, "length": cfg.length} if "prompt" in asked else {}) | asked))
             except ValueError as problem:  # json's errors are ValueErrors
                 raise ValueError(f"{cfg.prompts}, line {number}: {problem}") from None
@@ -276,6 +276,8 @@ def main():
         written += result.rows
         new, passes, row_passes = new + result.new, passes + result.passes, row_passes + result.passes * len(part)
         gaps += [gap] if (gap := result.gap()) else []
+    if cfg.show and not sys.stdout.isatty():
+        print()  # rich ends its last picture without
     for number, row in enumerate(written):
         if len(rows) > 1:
             print(f"--- sample {number % cfg.batch + 1}" + (f" of prompt {number // cfg.batch + 1}" if len(asked) > 1 else ""))

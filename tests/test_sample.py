@@ -63,7 +63,7 @@ def test_holes_are_filled_anywhere_and_nothing_else_changes(run_main, write, ord
 def test_many_prompts(run_main, write, tmp_path):  # noqa: F811
     """Of unequal lengths, from lines or .jsonl; with suffixes, holes and lengths of their own; written to a file, too."""
     run = run_main("--steps=3")
-    (tmp_path / "p.txt").write_text("a\n12 squared is\n\nlonger than that\n")
+    (tmp_path / "p.txt").write_text("\ufeffa\n12 squared is\n\nlonger than that\n")
     out = write(run, f"--prompts={tmp_path / 'p.txt'}", "--length=6", "--batch=2", "--stop=False", f"--out={tmp_path / 'out.jsonl'}")
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [(line["prompt"], line["sample"]) for line in lines] == [(p, s) for p in range(3) for s in range(2)]
