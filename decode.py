@@ -392,7 +392,7 @@ def plan_remasking(where, how, block, ratio, step):
         now, then = ratio[:, i : i + 1], ratio[:, i + 1 : i + 2]  # (B, 1)
         sigma = diffusion.remasking_chance(how.remask, how.eta, now, then)
         u = chance(how, CHANGE, where, step + i)
-        opened = masked & (u[..., 0] <= diffusion.opening_chance(np.maximum(now, 1e-12), then, sigma) + 1e-7)
+        opened = masked & (u[..., 0] <= diffusion.opening_chance(now, then, sigma))
         shut = block.hole & ~masked & (u[..., 1] <= sigma)
         masked = masked & ~opened | shut
         opens.append(opened)
@@ -496,7 +496,7 @@ def fill_unsure(reader, z, where, how, block, schedule, step, watch):
     reader.turns += reader.put(block.steps)
     for i in range(ratio.shape[1] - 1):
         now, then = ratio[:, i : i + 1], ratio[:, i + 1 : i + 2]  # (B, 1)
-        chances = diffusion.opening_chance(np.maximum(now, 1e-12), then) + 1e-7, diffusion.remasking_chance("rescaled", 1.0, now, then)
+        chances = diffusion.opening_chance(now, then), diffusion.remasking_chance("rescaled", 1.0, now, then)
         opening, most = (reader.put(x.astype(np.float32)) for x in chances)
         hidden = reader.hidden(z, places, span)
         u = reader.put(chance(how, TOKEN, where, step + i).reshape(-1, 2)).index_select(0, places)

@@ -397,8 +397,9 @@ def remasking_chance(kind, eta, ratio, next_ratio):
 
 
 def opening_chance(ratio, next_ratio, sigma=0.0):
-    """The chance that a masked position opens between noise ratios: (α_s − (1 − σ)α_t)/(1 − α_t)."""
-    return ((1 - next_ratio) - (1 - sigma) * (1 - ratio)) / ratio
+    """The chance that a masked position opens between noise ratios, (α_s − (1 − σ)α_t)/(1 − α_t), written without cancellation:
+    exactly 1 at the last step, however small its ratio. 0 where nothing is noisy any more."""
+    return (ratio - next_ratio + sigma * (1 - ratio)) / np.where(ratio > 0, ratio, 1) * (ratio > 0)
 
 
 def uniform_step(logits, z, ratio, next_ratio, u, temperature=1.0, top_k=0, top_p=1.0):

@@ -48,7 +48,7 @@ class Config:
     # which positions of a diffusion model change
     order: Literal["ancestral", "first_hitting", "random", "low_confidence", "entropy", "margin", "threshold"] = setting(
         "ancestral", "the reverse process; the same one token at a time; at random; surest first by probability, entropy or lead; all that are sure enough")
-    steps: int = setting(0, "denoising steps (0: one per new token)", low=0)
+    steps: int = setting(0, "denoising steps (0: one per new token)", low=0, high=10**6)
     threshold: float = setting(0.9, "of order=threshold: a position opens above this probability of its likeliest token", above=0, high=1)
     beside: Literal["random", "surest"] = setting("random", "of order=threshold: what opens beside these: one at random, as in the reverse process; or, where there are none, the surest (Fast-dLLM)")
     block: int = setting(0, "positions, from the first hole on, that are finished before the next ones begin (0: all at once)", low=0)

@@ -512,6 +512,7 @@ def test_remasking_keeps_the_marginals(kind):
         sigma = d.remasking_chance(kind, eta, ratio, then)
         masked = masked * (1 - d.opening_chance(ratio, then, sigma)) + (1 - masked) * sigma
         assert masked == pytest.approx(then, abs=1e-12) and 0 <= sigma <= 1
+    assert all(d.opening_chance(ratio, 0.0) == 1 for ratio in (1.0, 1e-3, 1e-12, 1e-30)) and d.opening_chance(0.0, 0.0) == 0
     assert d.remasking_chance("rescaled", 1.0, 0.5, 0.4) == pytest.approx(0.8)  # (1 − α_s)/α_t
     assert d.remasking_chance("capped", 0.1, 0.5, 0.4) == 0.1 and d.remasking_chance("capped", 0.9, 0.5, 0.4) == pytest.approx(0.8)
 

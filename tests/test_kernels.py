@@ -360,3 +360,14 @@ def test_documents_by_flex_attention(compiled, causal, monkeypatch):
         with torch.no_grad():
             results.append(forward(ids, documents=documents))
     assert error(results[1], results[0]) < (1e-5 if DEVICE == "cpu" else 5e-3)
+
+
+@pytest.mark.parametrize("n_vocab, rows", ((37, 5), (1000, 300)))
+def test_certainty_is_the_largest_probability(n_vocab, rows):
+    """Against softmax in fp64 over the text tokens alone, and what linear_greedy says."""
+    g = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(rows, 16, generator=g), torch.randn(n_vocab + 27, 16, generator=g)
+    expected = (hidden.double() @ head[:n_vocab].double().t()).softmax(-1).amax(-1)
+    certainty = k.linear_certainty(hidden, head, n_vocab)
+    torch.testing.assert_close(certainty.double(), expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(certainty, k.linear_greedy(hidden, head, n_vocab)[1], rtol=1e-5, atol=1e-7)

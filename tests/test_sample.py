@@ -113,21 +113,13 @@ def test_the_seeds_other_options(run_main, write):  # noqa: F811
 
 
 def test_the_end_of_a_text(run_main, write, monkeypatch):  # noqa: F811
-    """What is written after the first separator is dropped, and not counted."""
-    run = run_main("--steps=3", "--objective=ar")
+    """stop and min_length reach the decoder, where test_decode.py says what they do."""
+    run, seen = run_main("--steps=3", "--objective=ar"), []
     real = sample.decode.generate
-
-    def ending(model, rows, how, eos_id, *rest):
-        how_seen.append((how.end, how.min_length))
-        result = real(model, rows, how, eos_id, *rest)
-        return result
-
-    how_seen = []
-    monkeypatch.setattr(sample.decode, "generate", ending)
-    write(run, "--prompt=12", "--length=5")
-    write(run, "--prompt=12", "--length=5", "--stop=False")
-    write(run, "--prompt=12", "--length=5", "--min_length=4")
-    assert how_seen == [(True, 0), (False, 0), (True, 4)]
+    monkeypatch.setattr(sample.decode, "generate", lambda model, rows, how, *rest: seen.append((how.end, how.min_length)) or real(model, rows, how, *rest))
+    for flags in ([], ["--stop=False"], ["--min_length=4"]):
+        write(run, "--prompt=12", "--length=5", *flags)
+    assert seen == [(True, 0), (False, 0), (True, 4)]
 
 
 def test_recordings(run_main, write, tmp_path):  # noqa: F811
