@@ -90,7 +90,7 @@ class Process(NamedTuple):
     loss: str = "elbo"  # masked: elbo or maskgit; uniform: elbo or paper
     estimator: str = "count"  # of the masked bound: count, ratio or time
     schedule: str = "linear"
-    time: str = "uniform"  # uniform (stratified), iid or moving_gaussian
+    time: str = "uniform"  # uniform (stratified), iid or moving_gaussian; cube for measuring the uniform bound
     time_sigma: float = 0.2
     time_correction: bool = False  # divide by the density of moving_gaussian's t
     short_rows: float = 0.0  # share of rows that get a random length in [2, L]
@@ -135,7 +135,13 @@ def noisy_count(p, t, length):
 
 
 def time_quantile(p, u, mean):
-    """t from uniform u: u itself, or the quantile of N(mean, σ²) truncated to (0, 1]."""
+    """t from uniform u: u itself; the quantile of N(mean, σ²) truncated to (0, 1]; or, `cube`, where r(t) = u³.
+
+    Where few tokens are noisy, r → 0, the uniform bound's integrand is about log(1/r)/r with probability r: its variance under uniform t is
+    infinite. Drawing r with density r^(−2/3)/3 makes it finite, the third moment, too: without them error bars mean nothing.
+    """
+    if p.time == "cube":
+        return schedule(p.schedule).inverse(u**3)
     if p.time != "moving_gaussian":
         return u
     low, high = gaussian_cdf((0 - mean) / p.time_sigma), gaussian_cdf((1 - mean) / p.time_sigma)
@@ -145,6 +151,8 @@ def time_quantile(p, u, mean):
 
 def time_cdf(p, t, mean):
     """The distribution function of t; that of uniform t unless the sampler is to be corrected for."""
+    if p.time == "cube":
+        return np.cbrt(schedule(p.schedule).r(t))
     if p.time != "moving_gaussian" or not p.time_correction:
         return t
     low, high = gaussian_cdf((0 - mean) / p.time_sigma), gaussian_cdf((1 - mean) / p.time_sigma)
@@ -153,6 +161,9 @@ def time_cdf(p, t, mean):
 
 def time_density(p, t, mean):
     """The derivative of `time_cdf`."""
+    if p.time == "cube":
+        s = schedule(p.schedule)
+        return s.dr(t) / (3 * np.cbrt(s.r(t)) ** 2)
     if p.time != "moving_gaussian" or not p.time_correction:
         return np.ones_like(t)
     low, high = gaussian_cdf((0 - mean) / p.time_sigma), gaussian_cdf((1 - mean) / p.time_sigma)
@@ -288,17 +299,19 @@ def weigh(*parts):
 # ---------------------------------------------------------------------------------------------------- losses
 
 
-def loss_and_parts(hidden, head, batch, n_vocab, posterior=False):
-    """The loss in nats per token, () fp32, and without gradients the P parts whose sum it is, (P,).
+def loss_and_nats(hidden, head, batch, weights, n_vocab, posterior=False):
+    """The loss in nats per token, () fp32, and without gradients the nats at each position, (C,), for weights (C,).
 
-    hidden: the network's, (B, L, D) or (C, D); head (V_padded, D). `posterior`: for the uniform bound of a
-    network that was trained with the `paper` loss.
+    hidden: the network's, (C, D); head (V_padded, D). `posterior`: for the uniform bound of a network that was trained with the `paper` loss.
     """
-    hidden, weights = hidden.flatten(0, -2), batch.weights.sum(1)  # (C, D), (C,)
     if batch.beta is None:
-        loss, nats = linear_cross_entropy(hidden, head, batch.targets, weights, n_vocab)
-    else:
-        loss, nats = linear_uniform_bound(hidden, head, batch.noisy, batch.targets, batch.beta, weights, n_vocab, posterior)
+        return linear_cross_entropy(hidden, head, batch.targets, weights, n_vocab)
+    return linear_uniform_bound(hidden, head, batch.noisy, batch.targets, batch.beta, weights, n_vocab, posterior)
+
+
+def loss_and_parts(hidden, head, batch, n_vocab, posterior=False):
+    """The loss and without gradients the P parts whose sum it is, (P,). hidden: the network's, (B, L, D) or (C, D)."""
+    loss, nats = loss_and_nats(hidden.flatten(0, -2), head, batch, batch.weights.sum(1), n_vocab, posterior)
     return loss, (nats[:, None] * batch.weights).sum(0)
 
 

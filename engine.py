@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import diffusion
+import kernels
 from parallel import ALONE, is_divided, microbatch, shard, whole
 
 # Dense bf16 peak in FLOP/s, for MFU: the first name that occurs in the device's.
@@ -59,6 +60,17 @@ class Objective(nn.Module):
     def forward(self, batch):
         hidden = self.network(batch.tokens, batch.time, batch.documents, batch.index, batch.positions)
         return self.loss_of(hidden, self.network.head, batch, self.network.config.n_vocab, self.posterior)
+
+    def look(self, batch, likeliest=False):
+        """The nats at each position of the batch, (C,) fp32, whatever its weights; if asked also each one's likeliest token and its
+        probability. Never differentiated."""
+        hidden = self.network(batch.tokens, batch.time, batch.documents, batch.index, batch.positions).flatten(0, -2)
+        head, n_vocab = self.network.head, self.network.config.n_vocab
+        nats = diffusion.loss_and_nats(hidden, head, batch, hidden.new_ones(len(hidden), dtype=torch.float32), n_vocab, self.posterior)[1]
+        if not likeliest:
+            return nats
+        with torch.autocast(hidden.device.type, enabled=False):  # 8 bits of bf16 leave ties among the likeliest
+            return nats, *kernels.linear_greedy(hidden.float(), head.float(), n_vocab)
 
 
 def prepared(objective, how, ranks=ALONE, layout="no", size=0, dtype=torch.float32, device=None, cuda_graphs=False):

@@ -5,8 +5,11 @@ import json
 import math
 import os
 import sys
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
+
+import numpy as np
 
 
 def open_tracker(cfg, run):
@@ -57,6 +60,26 @@ class Journal:
             self.complain(problem)
         if self.tracker:
             self.tracker.log(values)
+
+
+    def keep_rows(self, blocks, values, **about):
+        """The last validation row by row, in validation.npz: what `eval.py compare` takes differences of."""
+        path = self.path.with_name("validation.npz")
+        try:
+            with open(path.with_suffix(".tmp"), "wb") as file:
+                np.savez(file, blocks=blocks, values=values, about=np.array(json.dumps(about)))
+            path.with_suffix(".tmp").replace(path)
+        except OSError as problem:
+            self.complain(problem)
+
+
+def read_rows(run):
+    """(about, blocks, values) as `Journal.keep_rows` wrote them, None where there is no such file or it is damaged."""
+    try:
+        with np.load(Path(run) / "validation.npz", allow_pickle=False) as file:
+            return json.loads(str(file["about"])), file["blocks"], file["values"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
 
 
 def read_metrics(run):

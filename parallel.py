@@ -138,7 +138,7 @@ def shard(objective, kind, ranks, device, size, dtype):
     (0: a node's), and copies of that. In bfloat16 parameters travel in bf16; gradients are always summed in fp32, weights kept in it.
     """
     from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     if kind == "hybrid":
         within = shard_ranks(kind, ranks.world, int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world)), size)
@@ -152,6 +152,7 @@ def shard(objective, kind, ranks, device, size, dtype):
     for block in objective.network.blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=kind != "optim", mp_policy=policy)
     fully_shard(objective, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+    register_fsdp_forward_method(objective, "look")
     objective.layout = kind
     return objective
 

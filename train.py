@@ -30,13 +30,12 @@ import data
 import diffusion
 import engine
 import kernels
+import likelihood
 import parallel
 from checkpoint import checkpoints, load_newest
 from configurator import setting
 from metrics import Journal, draw, open_tracker, summary
 from model import ModelConfig, Transformer, ladder, swiglu_width
-
-VALIDATION_SEED = 2**63  # beyond every training seed: all runs are validated with the same noise
 
 
 @dataclass
@@ -277,7 +276,7 @@ def open_inputs(cfg):
         rope_base=cfg.rope_base, init_std=cfg.init_std, scaled_init=cfg.scaled_init, local_init=cfg.local_init)
     corpus_record = {k: meta[k] for k in vocabulary}
     eval_rows = min(cfg.eval_rows or val_blocks.available, val_blocks.available)
-    bytes_per_token = float(corpora[0].token_bytes[val_blocks.read(spread(eval_rows, val_blocks.available))[:, 1:]].mean())
+    bytes_per_token = float(corpora[0].token_bytes[val_blocks.read(likelihood.spread(eval_rows, val_blocks.available))[:, 1:]].mean())
     corpus_record |= {f"{split}_sha256": " ".join(corpus.meta[split]["sha256"] for corpus in corpora) for split in ("train", "val")}
     if run.exists() and any(path.name != ".lock" for path in run.iterdir()) and cfg.resume == "no" and not cfg.dry_run:
         raise FileExistsError(f"{run} is not empty; continue it with --resume=auto or choose another --run_dir")
@@ -366,36 +365,6 @@ def training_batches(process, blocks, eos_id, first_sample, first_step, steps, c
             yield engine.to_tensors(batch, pin)
 
 
-def spread(n_rows, available):
-    """n_rows evenly spaced blocks of `available`, shuffled: a row's place sets its noise level, its document must not."""
-    return data.permute(np.arange(n_rows), n_rows, VALIDATION_SEED, np.zeros(n_rows, np.int64)) * available // n_rows
-
-
-@torch.no_grad()
-def evaluate(objective, process, blocks, n_rows, micro, ranks, device, autocast, read):
-    """The parts of the loss on n_rows evenly spread validation blocks, summed over ranks: (P,) in nats per token; `read` is `read_batch`.
-
-    The noise is a function of the row alone and one lattice spans all rows, so the figure does not
-    depend on batch size, ranks or training.
-    """
-    parts = -(-n_rows // (micro * ranks.world)) * ranks.world
-    rows, ids = diffusion.step_rows(process, 0, n_rows), spread(n_rows, blocks.available)
-    total = 0.0
-    objective.eval()
-    for part in range(ranks.rank, parts, ranks.world):
-        which = rows.deal(part, parts)
-        valid = np.arange(micro) < len(which)
-        which = np.concatenate((which, np.full(micro - len(which), n_rows - 1)))
-        batch = read(process, blocks, ids[which], rows, which, valid, parts / n_rows)
-        with autocast():
-            total = total + objective(engine.to_device(engine.to_tensors(batch, False), device))[1].double()
-    objective.train()
-    parallel.release(objective)
-    if ranks.world > 1:
-        dist.all_reduce(total)
-    return total.tolist()
-
-
 # ------------------------------------------------------------------------------------------------------- main
 
 
@@ -476,10 +445,7 @@ def train(cfg, device, ranks, watch, stop):
     process = diffusion.Process(
         cfg.objective, meta["n_vocab"], meta["mask_id"], cfg.block_len, cfg.seed, cfg.loss, cfg.estimator,
         cfg.schedule, cfg.time, cfg.time_sigma, cfg.time_correction, cfg.short_rows)
-    # Validation: the bound itself, uniform t, whole rows, noise of its own. A masked network is
-    # time-agnostic and takes the count form; a uniform one knows t through its own schedule.
-    val_process = process._replace(seed=VALIDATION_SEED, loss="elbo", estimator="count", time="uniform", short_rows=0.0,
-                                   schedule=cfg.schedule if cfg.objective == "uniform" else "linear")
+    val_process = likelihood.validation_process(process, cfg.schedule)
 
     on_gpu = device.type == "cuda" or cfg.device == "cuda"  # the latter for a dry run on a machine without
     bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and (on_gpu and device.type == "cpu" or engine.has_bf16(device)))
@@ -589,15 +555,18 @@ def train(cfg, device, ranks, watch, stop):
 
     def validate():
         def measure(p):
-            return evaluate(plain, p, val_blocks, eval_rows, micro, ranks, device, autocast, read)
+            return likelihood.evaluate(plain, p, val_blocks, eval_rows, micro, ranks, device, autocast, read)
 
-        loss, extra = sum(measure(val_process)), {}
+        measured, extra = measure(val_process), {}
+        loss, error = sum(measured.parts), likelihood.standard_error(measured, cfg.objective == "ar")[0]
         if cfg.loss == "paper":
-            noisy, clean = measure(val_process._replace(loss="paper"))
+            noisy, clean = measure(val_process._replace(loss="paper", time="uniform")).parts
             extra = dict(val_paper=noisy + clean, val_noisy=2 * noisy, val_clean=2 * clean)
         bits = loss / math.log(2) / bytes_per_token
-        log(step, objective=cfg.objective, val_loss=loss, val_bpb=bits, **extra)
-        say(f"step {step:>6}  validation {loss:.4f} nats/token  {bits:.4f} bits/byte"
+        log(step, objective=cfg.objective, val_loss=loss, val_error=error, val_bpb=bits, **extra)
+        if journal:
+            journal.keep_rows(*measured.rows, step=step, text=corpus_record["val_sha256"], block_len=cfg.block_len)
+        say(f"step {step:>6}  validation {loss:.4f}" + (f" ± {error:.4f}" if math.isfinite(error) else "") + f" nats/token  {bits:.4f} bits/byte"
             + "".join(f"  {k[4:]} {v:.4f}" for k, v in extra.items()), flush=True)
 
     def save():

@@ -21,6 +21,7 @@ import checkpoint
 import data
 import diffusion
 import engine
+import likelihood
 import parallel
 import train
 from checkpoint import checkpoints, load_model, load_newest
@@ -303,8 +304,8 @@ def test_validation_does_not_depend_on_the_batch(run_main):
     first = losses(run_main("--steps=1", "--eval_rows=13", "--lr=1e-9", run="a"))[-1]
     other = losses(run_main("--steps=1", "--eval_rows=13", "--lr=1e-9", "--batch_size=6", run="b"))[-1]
     assert other["val_loss"] == pytest.approx(first["val_loss"], rel=1e-5)
-    assert (train.spread(13, 100) < 100).all() and len(set(train.spread(13, 100))) == 13 and sorted(train.spread(13, 100))[-1] > 90
-    assert abs(np.corrcoef(np.arange(1024), train.spread(1024, 4400))[0, 1]) < 0.1  # noise level and document are unrelated
+    assert (likelihood.spread(13, 100) < 100).all() and len(set(likelihood.spread(13, 100))) == 13 and sorted(likelihood.spread(13, 100))[-1] > 90
+    assert abs(np.corrcoef(np.arange(1024), likelihood.spread(1024, 4400))[0, 1]) < 0.1  # noise level and document are unrelated
 
 
 def test_validation_is_the_same_on_any_number_of_ranks(run_main, corpus, monkeypatch):
@@ -312,14 +313,14 @@ def test_validation_is_the_same_on_any_number_of_ranks(run_main, corpus, monkeyp
     folder, record = load_newest(run_main("--steps=3"), print)
     objective = engine.Objective(load_model(folder, record), False)
     blocks = data.Blocks(data.load_corpus(corpus).val, 32)
-    process = diffusion.Process("masked", 257, 257, 32, train.VALIDATION_SEED)
-    monkeypatch.setattr(train.dist, "all_reduce", lambda total: total)
+    process = diffusion.Process("masked", 257, 257, 32, likelihood.VALIDATION_SEED)
+    monkeypatch.setattr(likelihood.dist, "all_reduce", lambda total, group=None: None)
 
     def read(process, blocks, *rest):
         return train.read_batch(train.Config(), process, blocks, 256, *rest)
 
     def validate(micro, world):
-        return sum(sum(train.evaluate(objective, process, blocks, 13, micro, parallel.Ranks(rank, world), torch.device("cpu"), contextlib.nullcontext, read))
+        return sum(sum(likelihood.evaluate(objective, process, blocks, 13, micro, parallel.Ranks(rank, world), torch.device("cpu"), contextlib.nullcontext, read).parts)
                    for rank in range(world))
 
     whole = validate(13, 1)
