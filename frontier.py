@@ -184,7 +184,7 @@ def main(argv):
 
     cfg = configurator.load(Config, argv, about=__doc__)
     try:
-        writer, judge = Writer(cfg.run_dir, cfg.device, cfg.dtype), Writer(cfg.judge, cfg.device, "float32")
+        writer, judge = Writer.of(cfg.run_dir, cfg.device, cfg.dtype), Writer.of(cfg.judge, cfg.device, "float32")
         if judge.objective != "ar":
             raise ValueError(f"judge={cfg.judge} is a {judge.objective} model; its NLL would not be exact, so name an autoregressive one")
         if (judge.tokens.name, judge.tokens.n_vocab) != (writer.tokens.name, writer.tokens.n_vocab):
@@ -206,7 +206,7 @@ def main(argv):
             raise ValueError("prompts are held-out text, so they need a corpus")
         out = Path(cfg.out or (cfg.run_dir if Path(cfg.run_dir).is_dir() else "."))
         out.mkdir(parents=True, exist_ok=True)
-        writer.model, judge.model = writer.load(), judge.load()
+        writer.load(), judge.load()
     except (ValueError, OSError) as problem:
         configurator.fail(str(problem))
     hole = [writer.tokens.mask_id] * n

@@ -153,19 +153,38 @@ def difference(one, other):
 
 
 def noise_curve(measured, process, bins):
-    """The loss against the noise ratio r: [(r, nats per token, its SE, rows)] in `bins` equal bins of r, those without rows left out.
+    """The loss against the noise ratio r, in `bins` equal bins of r: {bin: (mean r, nats per token, SE, rows)}; bins without rows are left out.
 
-    For masked models that is the mean cross-entropy of masked tokens, whose integral over r is the bound; for uniform ones the bound's integrand.
+    For masked models it is the mean cross-entropy of masked tokens, for uniform ones the bound's integrand over r: its integral over r is the bound.
     """
-    r = np.concatenate([rows.count / process.block_len if process.objective == "masked" else diffusion.schedule(process.schedule).r(rows.t) for rows in measured.noise])
     values = measured.values.sum(2).flatten()
-    place = np.clip(np.ceil(r * bins - 1e-9) - 1, 0, bins - 1)
-    lines = []
+    if process.objective == "masked":
+        return binned(np.concatenate([rows.count / process.block_len for rows in measured.noise]), values, bins)
+    r = np.concatenate([diffusion.schedule(process.schedule).r(rows.t) for rows in measured.noise])
+    return binned(r, values / (3 * np.cbrt(r) ** 2), bins)  # r was drawn with that density
+
+
+def entropy_curves(measured, process, bins):
+    """The cross-entropy at noisy and at clean tokens against the noise ratio, from the parts of the `paper` loss: two like `noise_curve`'s."""
+    L, curves = process.block_len, []
+    count = np.stack([rows.count for rows in measured.noise])  # (passes, N)
+    inverse = diffusion.schedule(process.schedule).inverse
+    noisy = 2 * measured.values[..., 0] * L * (inverse(count / L) - inverse((count - 1) / L))  # the weight, 1/(count·P(count)), undone
+    with np.errstate(divide="ignore", invalid="ignore"):
+        clean = 2 * measured.values[..., 1] * (L - count).mean(1, keepdims=True) / (L - count)
+    for values in (noisy, clean):
+        some = np.isfinite(values)
+        curves.append(binned(count[some] / L, values[some], bins))
+    return curves
+
+
+def binned(r, values, bins):
+    place, found = np.clip(np.ceil(r * bins - 1e-9) - 1, 0, bins - 1), {}
     for k in range(bins):
         here = values[place == k]
         if len(here):
-            lines.append((float(r[place == k].mean()), float(here.mean()), float(here.std(ddof=1) / math.sqrt(len(here))) if len(here) > 1 else math.nan, len(here)))
-    return lines
+            found[k] = float(r[place == k].mean()), float(here.mean()), float(here.std(ddof=1) / math.sqrt(len(here))) if len(here) > 1 else math.nan, len(here)
+    return found
 
 
 # ------------------------------------------------------------------------------------ the exact likelihood in an order
@@ -175,9 +194,9 @@ def noise_curve(measured, process, bins):
 def chain(objective, rows, order, mask_id, device, autocast, seed=0):
     """−log p of each token of the rows (B, L) in the chain rule's order, by L passes of a masked network: (B, L) nats, by position.
 
-    order: left_to_right; confidence (next is where the network is surest before it sees the token, the first of equals: the order then
-    depends only on what has been read, so this, too, is a likelihood); random (its mean over orders is the bound). Each is the exact
-    likelihood of the sampler that writes in that order.
+    order: left_to_right; confidence (next is where the network is surest before it sees the token, to 12 bits so that rounding decides
+    nothing, the first of equals: the order depends only on what has been read, so this, too, is a likelihood); random (its mean over orders
+    is the bound). Each is the exact likelihood of the sampler that writes in that order.
     """
     x = torch.as_tensor(rows, dtype=torch.int64, device=device)
     B, L = x.shape
@@ -189,7 +208,7 @@ def chain(objective, rows, order, mask_id, device, autocast, seed=0):
     for step in range(L):
         if order == "confidence":
             said, sure = asked(objective, z, x, left, first, autocast, sure=True)
-            best = sure.argmax(1, keepdim=True)
+            best = (sure * 4096).round().argmax(1, keepdim=True)
             column, said = left.gather(1, best), said.gather(1, best)
             left = left[torch.arange(L - step, device=device) != best].view(B, L - step - 1)
         else:

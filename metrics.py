@@ -62,21 +62,26 @@ class Journal:
             self.tracker.log(values)
 
 
-    def keep_rows(self, blocks, values, **about):
-        """The last validation row by row, in validation.npz: what `eval.py compare` takes differences of."""
-        path = self.path.with_name("validation.npz")
+    def keep_rows(self, measured, **about):
         try:
-            with open(path.with_suffix(".tmp"), "wb") as file:
-                np.savez(file, blocks=blocks, values=values, about=np.array(json.dumps(about)))
-            path.with_suffix(".tmp").replace(path)
+            keep_rows(self.path.with_name("validation.npz"), measured, **about)
         except OSError as problem:
             self.complain(problem)
 
 
-def read_rows(run):
-    """(about, blocks, values) as `Journal.keep_rows` wrote them, None where there is no such file or it is damaged."""
+def keep_rows(path, measured, **about):
+    """Write what was measured row by row (likelihood.Measured): `eval.py compare` takes differences of it. Raises OSError."""
+    blocks, values = measured.rows
+    path = Path(path)
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        np.savez(file, blocks=blocks, values=values, about=np.array(json.dumps(about)))
+    path.with_suffix(".tmp").replace(path)
+
+
+def read_rows(run, name="validation.npz"):
+    """(about, blocks, values) as `keep_rows` wrote them, None where there is no such file or it is damaged."""
     try:
-        with np.load(Path(run) / "validation.npz", allow_pickle=False) as file:
+        with np.load(Path(run) / name, allow_pickle=False) as file:
             return json.loads(str(file["about"])), file["blocks"], file["values"]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         return None

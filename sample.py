@@ -201,31 +201,42 @@ def templates(cfg, tokens, block_len, causal):
 
 
 class Writer:
-    """A checkpoint that can write: its network, tokenizer and settings. Raises ValueError or OSError."""
+    """A network that can write, with its tokenizer and the `record` of its checkpoint. Raises ValueError."""
 
-    def __init__(self, run_dir, device, dtype="auto"):
+    def __init__(self, record, tokens, device, bf16, model=None):
+        settings, model_settings = record["settings"], record["model"]
+        if (tokens.n_vocab, tokens.mask_id) != (model_settings["n_vocab"], model_settings["mask_id"]):
+            raise ValueError(f"the checkpoint's vocabulary is not that of tokenizer '{tokens.name}'")
+        self.record, self.tokens, self.device, self.bf16, self.model = record, tokens, device, bf16, model
+        self.objective, self.block_len, self.causal = settings["objective"], model_settings["block_len"], model_settings["causal"]
+        self.posterior, self.schedule = settings["loss"] == "paper", diffusion.schedule(settings["schedule"])
+
+    @classmethod
+    def of(cls, run_dir, device, dtype="auto"):
+        """The newest checkpoint of a run, or the one in a folder; its weights are read by `load`. Raises ValueError or OSError."""
         run = Path(run_dir)
         if (run / "checkpoint.json").is_file():
-            folder, self.record = run, read_checkpoint(run)
+            folder, record = run, read_checkpoint(run)
         else:
-            folder, self.record = load_newest(run, lambda warning: print(f"warning: {warning}", file=sys.stderr))
-        self.tokens = data.tokenizer(self.record["corpus"]["tokenizer"], (folder.parent, folder))
-        model = self.record["model"]
-        if (self.tokens.n_vocab, self.tokens.mask_id) != (model["n_vocab"], model["mask_id"]):
-            raise ValueError(f"the checkpoint's vocabulary is not that of tokenizer '{self.tokens.name}'")
-        self.objective, self.block_len, self.causal = self.record["settings"]["objective"], model["block_len"], model["causal"]
-        self.posterior = self.record["settings"]["loss"] == "paper"
-        self.schedule = diffusion.schedule(self.record["settings"]["schedule"])
-        self.device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-        self.bf16 = dtype == "bfloat16" or (dtype == "auto" and self.device.type == "cuda" and has_bf16(self.device))
-        self.load = lambda: load_model(folder, self.record, self.device).eval()
-        self.model = None
+            folder, record = load_newest(run, lambda warning: print(f"warning: {warning}", file=sys.stderr))
+        tokens = data.tokenizer(record["corpus"]["tokenizer"], (folder.parent, folder))
+        device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+        writer = cls(record, tokens, device, dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda" and has_bf16(device)))
+        writer.folder = folder
+        return writer
+
+    def load(self):
+        """Read the weights. Returns self."""
+        self.model = load_model(self.folder, self.record, self.device).eval()
+        return self
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def generate(self, rows, how, first=0, watch=lambda z: None):
         """`decode.generate` with this model."""
-        self.model = self.model or self.load()
         special = {i for i in self.tokens.specials.values() if i < self.tokens.n_vocab and i != self.tokens.eos_id}
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+        with self.autocast():
             return decode.generate(self.model, rows, how._replace(banned=tuple(sorted(special))), self.tokens.eos_id, self.schedule,
                                    self.posterior, first, watch)
 
@@ -253,10 +264,10 @@ def main():
         return frontier.main([arg for arg in sys.argv[1:] if arg != "--frontier"])
     cfg = configurator.load(Config, about=__doc__, aliases=ALIASES)
     try:
-        writer = Writer(cfg.run_dir, cfg.device, cfg.dtype)
+        writer = Writer.of(cfg.run_dir, cfg.device, cfg.dtype)
         check_meaning(cfg, writer.objective)
         asked = templates(cfg, writer.tokens, writer.block_len, writer.causal)
-        writer.model = writer.load()
+        writer.load()
     except UnicodeDecodeError as problem:
         configurator.fail(f"{cfg.prompt_file or cfg.prompts} is not UTF-8: {problem}")
     except (ValueError, OSError) as problem:

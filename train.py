@@ -94,6 +94,12 @@ class Config:
     log_every: int = setting(10, "steps between lines of progress", low=1)
     eval_every: int = setting(250, "steps between validations (0: only first and last)", low=0)
     eval_rows: int = setting(256, "validation blocks (0: all)", low=0)
+    eval_tasks: str = setting("", "tasks of lm-evaluation-harness, with commas, as in eval.py; needs the extra eval")
+    eval_tasks_every: int = setting(0, "steps between their evaluations (0: only after the last)", low=0)
+    eval_tasks_limit: int = setting(0, "examples of each (0: all)", low=0)
+    eval_tasks_masks: int = setting(32, "noisy copies of each answer (eval.py takes 128)", low=1)
+    task_path: str = setting("", "folder with tasks of your own, as .yaml")
+    task_data: str = setting("", "folder with data sets called as on the hub (hellaswag, mmlu): nothing is downloaded for these")
     save_every: int = setting(1000, "steps between checkpoints (0: only the last)", low=0)
     save_at: str = setting("", "further steps to save at, with commas; these checkpoints stay whatever keep says")
     keep: int = setting(2, "newest checkpoints to keep", low=1)
@@ -248,24 +254,38 @@ class Inputs(NamedTuple):
     bytes_per_token: float  # of exactly the validation tokens that are scored
 
 
+VOCABULARY = ("tokenizer", "n_vocab", "mask_id", "eos_id")
+
+
+def open_corpora(cfg):
+    """The corpora that cfg names, of one vocabulary; raises ValueError or OSError."""
+    corpora = [data.load_corpus(path, cfg.tokenizer, cfg.val_share) for path, *_ in data.parse_corpora(cfg.corpus)]
+    for corpus in corpora[1:]:
+        if differ := [f"{k} {corpora[0].meta[k]} and {corpus.meta[k]}" for k in VOCABULARY if corpora[0].meta[k] != corpus.meta[k]]:
+            raise ValueError(f"{corpora[0].folder} and {corpus.folder} don't go together: {', '.join(differ)}")
+    return corpora
+
+
+def validation_blocks(corpora, block_len):
+    """Blocks of all the corpora's validation splits; raises ValueError."""
+    blocks = [data.Blocks(corpus.val, block_len, n_vocab=corpus.meta["n_vocab"], what="validation" + f" ({corpus.folder})" * (len(corpora) > 1)) for corpus in corpora]
+    return blocks[0] if len(blocks) == 1 else data.Mixture(blocks)
+
+
+def digest(corpora, split):
+    return " ".join(corpus.meta[split]["sha256"] for corpus in corpora)
+
+
 def open_inputs(cfg):
     """Check everything that can be wrong with the user's files; raises ValueError or OSError, writes nothing."""
     run = Path(cfg.run_dir)
-    given = data.parse_corpora(cfg.corpus)
-    corpora = [data.load_corpus(path, cfg.tokenizer, cfg.val_share) for path, *_ in given]
+    given, corpora = data.parse_corpora(cfg.corpus), open_corpora(cfg)
     meta = corpora[0].meta
-    vocabulary = ("tokenizer", "n_vocab", "mask_id", "eos_id")
-    for corpus in corpora[1:]:
-        if differ := [f"{k} {meta[k]} and {corpus.meta[k]}" for k in vocabulary if corpus.meta[k] != meta[k]]:
-            raise ValueError(f"{corpora[0].folder} and {corpus.folder} don't go together: {', '.join(differ)}")
     of = [f" ({corpus.folder})" if len(corpora) > 1 else "" for corpus in corpora]
     blocks = [data.Blocks(corpus.train, cfg.block_len, cfg.seed + i, unique or cfg.unique_tokens, meta["n_vocab"], f"training{of[i]}")
               for i, (corpus, (_, _, unique)) in enumerate(zip(corpora, given))]
-    val_blocks = [data.Blocks(corpus.val, cfg.block_len, n_vocab=meta["n_vocab"], what=f"validation{of[i]}") for i, corpus in enumerate(corpora)]
-    if len(corpora) == 1:
-        (blocks,), (val_blocks,) = blocks, val_blocks
-    else:
-        blocks, val_blocks = data.Mixture(blocks, [w for _, w, _ in given] if given[0][1] else None, cfg.seed), data.Mixture(val_blocks)
+    blocks = blocks[0] if len(corpora) == 1 else data.Mixture(blocks, [w for _, w, _ in given] if given[0][1] else None, cfg.seed)
+    val_blocks = validation_blocks(corpora, cfg.block_len)
     budget = cfg.tokens or cfg.epochs * blocks.n * cfg.block_len
     steps = cfg.steps or math.ceil(budget / (cfg.batch_size * cfg.block_len))
     if cfg.lr_schedule == "wsd" and cfg.decay >= 1 and cfg.warmup + cfg.decay > steps:
@@ -274,10 +294,10 @@ def open_inputs(cfg):
         **cfg.shape(), n_vocab=meta["n_vocab"], mask_id=meta["mask_id"], block_len=cfg.block_len,
         causal=cfg.objective == "ar", tied=cfg.tied, timed=cfg.objective == "uniform", dropout=cfg.dropout,
         rope_base=cfg.rope_base, init_std=cfg.init_std, scaled_init=cfg.scaled_init, local_init=cfg.local_init)
-    corpus_record = {k: meta[k] for k in vocabulary}
+    corpus_record = {k: meta[k] for k in VOCABULARY}
     eval_rows = min(cfg.eval_rows or val_blocks.available, val_blocks.available)
     bytes_per_token = float(corpora[0].token_bytes[val_blocks.read(likelihood.spread(eval_rows, val_blocks.available))[:, 1:]].mean())
-    corpus_record |= {f"{split}_sha256": " ".join(corpus.meta[split]["sha256"] for corpus in corpora) for split in ("train", "val")}
+    corpus_record |= {f"{split}_sha256": digest(corpora, split) for split in ("train", "val")}
     if run.exists() and any(path.name != ".lock" for path in run.iterdir()) and cfg.resume == "no" and not cfg.dry_run:
         raise FileExistsError(f"{run} is not empty; continue it with --resume=auto or choose another --run_dir")
     if cfg.compare and not Path(cfg.compare).is_dir():
@@ -289,6 +309,20 @@ def open_inputs(cfg):
             n_params = Transformer(model_config).n_params()
         checkpoint.check_space(run, n_params, cfg.layout() != "no", min(kept, saved))
     return Inputs(corpora, blocks, val_blocks, model_config, corpus_record, steps, eval_rows, bytes_per_token)
+
+
+def open_benchmarks(cfg):
+    """(harness.py, its tasks) that eval_tasks names, None for none; raises ValueError."""
+    if not cfg.eval_tasks:
+        return None
+    try:
+        import harness
+    except ImportError as problem:
+        raise ValueError(f"eval_tasks needs lm-evaluation-harness ({problem}): pip install '.[eval]'") from None
+    opened = harness.open_tasks(configurator.split(cfg.eval_tasks), cfg.task_path, cfg.task_data)
+    if cfg.layout() != "no" and (writing := harness.writing(opened)):
+        raise ValueError(f"eval_tasks={', '.join(writing)}: there the model writes, which needs whole weights on each rank: shard=no")
+    return harness, opened
 
 
 def find_checkpoint(cfg, inputs, ranks, warn):
@@ -459,6 +493,7 @@ def train(cfg, device, ranks, watch, stop):
     if cfg.dry_run:
         print(cost.report(cfg, process, model_config, steps, blocks.n, dtype, on_gpu))
         return 0
+    benchmarks = together(open_benchmarks, cfg)
     need = None
     watch.at(0)
     if rank == 0 and on_gpu:
@@ -565,9 +600,27 @@ def train(cfg, device, ranks, watch, stop):
         bits = loss / math.log(2) / bytes_per_token
         log(step, objective=cfg.objective, val_loss=loss, val_error=error, val_bpb=bits, **extra)
         if journal:
-            journal.keep_rows(*measured.rows, step=step, text=corpus_record["val_sha256"], block_len=cfg.block_len)
+            journal.keep_rows(measured, step=step, text=corpus_record["val_sha256"], block_len=cfg.block_len, passes=1)
         say(f"step {step:>6}  validation {loss:.4f}" + (f" ± {error:.4f}" if math.isfinite(error) else "") + f" nats/token  {bits:.4f} bits/byte"
             + "".join(f"  {k[4:]} {v:.4f}" for k, v in extra.items()), flush=True)
+
+    def measure_tasks():
+        """Benchmarks: every rank takes its share of the passes, the first logs the scores."""
+        from sample import Writer
+
+        harness, opened = benchmarks
+        tokens = data.tokenizer(meta["tokenizer"], (run, corpora[0].folder))
+        writer = Writer(dict(settings=asdict(cfg), model=asdict(model_config)), tokens, device, bf16, network)
+        model = harness.NanoQuokka(writer=writer, objective=plain, ranks=ranks, masks=cfg.eval_tasks_masks)
+        model.alive = lambda: watch.at(step)
+        with torch.compiler.set_stance("force_eager"):  # their rows are of many lengths
+            scores = harness.run_tasks(model, opened, cfg.eval_tasks_limit)
+        plain.train()
+        if rank == 0:
+            log(step, **{f"eval/{task}/{name}": value for task, line in scores.items() for name, value in line.items() if isinstance(value, float)})
+            for task, line in scores.items():
+                say(f"step {step:>6}  {task}: " + "  ".join(f"{k} {v:.4f} ± {line.get(k + '_stderr', math.nan):.4f}" for k, v in line.items()
+                                                           if isinstance(v, float) and not k.endswith("_stderr")), flush=True)
 
     def save():
         now = course.at(step, cfg.batch_size)
@@ -728,6 +781,10 @@ def train(cfg, device, ranks, watch, stop):
             compare_ranks()
         if evaluating:
             validate()
+        if benchmarks and (step == steps or cfg.eval_tasks_every and step % cfg.eval_tasks_every == 0):
+            receive(wait=True)
+            measure_tasks()
+            start, clock_tokens = engine.moment(device), 0
         if saving and (not streak or stopping or step == steps or step in kept_steps):  # amid skipped steps there is nothing good to keep
             save()
         if evaluating or saving:  # the next line's speed is of training alone

@@ -1,0 +1,395 @@
+"""How good a trained model is: likelihoods with error bars, the standard benchmarks, and what it writes.
+
+    python eval.py --run_dir=runs/quickstart                                      # the bound (AR: the exact NLL) on the validation split
+    python eval.py --run_dir=runs/quickstart --passes=4 --ordered=left_to_right,confidence
+    python eval.py --run_dir=runs/quickstart --tasks=hellaswag,mmlu --limit=100   # lm-evaluation-harness; tasks=paper: as the Quokka paper
+    python eval.py --run_dir=runs/quickstart --samples=64 --judge=runs/quickstart_ar
+    python eval.py compare runs/quickstart runs/quickstart_ar
+
+Writes eval.json (everything measured), evaluation.npz (row by row, for compare), noise.csv and noise.png (the loss against the noise
+ratio) into the run folder. By torchrun on several ranks: the same figures, sooner.
+"""
+
+import csv
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+import configurator
+import decode
+import diffusion
+import engine
+import frontier
+import kernels
+import likelihood
+import parallel
+import texts
+import train
+from configurator import setting, split
+from metrics import keep_rows, read_metrics
+from sample import Writer
+
+ORDERS = ("left_to_right", "confidence", "random")
+
+
+@dataclass
+class Config:
+    run_dir: str = setting("runs/quickstart", "a run folder (its newest checkpoint is used) or one checkpoint folder")
+    corpus: str = setting("", "whose validation split is scored (empty: the run's own)")
+    # the bound
+    rows: int = setting(0, "blocks of the validation split (0: as many as in training, -1: all)", low=-1)
+    passes: int = setting(1, "times that each is scored, with fresh noise; the first is the validation of training", low=1)
+    bins: int = setting(20, "noise ratios of the curve (0: no curve)", low=0)
+    bound: bool = setting(True, "score the validation split")
+    # the exact likelihood of a masked model's samplers
+    ordered: str = setting("", "orders, with commas: left_to_right, confidence, random; each takes as many passes as a block has tokens")
+    ordered_rows: int = setting(64, "of the validation blocks, for these", low=1)
+    # benchmarks
+    tasks: str = setting("", "of lm-evaluation-harness, with commas; paper: HellaSwag and MMLU as the Quokka paper's figures have them")
+    limit: int = setting(0, "examples of each task (0: all)", low=0)
+    fewshot: int = setting(-1, "worked examples before each question (-1: as the task says)", low=-1)
+    masks: int = setting(128, "noisy copies of each answer (one of few tokens needs fewer, and is exact)", low=1)
+    task_path: str = setting("", "folder with tasks of your own, as .yaml")
+    task_data: str = setting("", "folder with data sets called as on the hub (hellaswag, mmlu): nothing is downloaded for these")
+    # what it writes
+    samples: int = setting(0, "texts to write and to measure", low=0)
+    texts: str = setting("", "measure these instead: what sample.py --out wrote")
+    judge: str = setting("", "an autoregressive run of the same tokenizer, for their NLL")
+    length: int = setting(0, "tokens of a text (0: the model's context)", low=0)
+    order: Literal["ancestral", "first_hitting", "random", "low_confidence", "entropy", "margin"] = setting("ancestral", "in which masked models write, in tasks low_confidence unless told otherwise")
+    steps: int = setting(0, "denoising steps (0: one per token)", low=0)
+    block: int = setting(0, "of masked models: tokens that are finished before the next ones begin (0: all at once)", low=0)
+    temperature: float = setting(1.0, "of the softmax; tasks have their own", low=0)
+    match: str = setting("8,16,32,64,128", "lengths of passages that are looked for in the training text, with commas (empty: none)")
+    # the machine
+    micro_batch: int = setting(32, "blocks per rank and forward pass; makes no difference", low=1)
+    pass_tokens: int = setting(0, "tokens per forward pass of tasks (0: 16384 on a CPU, 131072 on a GPU)", low=0)
+    dtype: Literal["float32", "bfloat16"] = setting("float32", "of the matrix products; bfloat16 is faster on a GPU and rounds the figures in their third decimal")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one")
+    compile: bool = setting(False, "torch.compile the scoring of blocks")
+    seed: int = setting(0, "of what is written and of the noise on answers; the bound has noise of its own", low=0, high=2**62)
+    timeout: float = setting(3600.0, "of several ranks: seconds that one waits for another", above=0, high=1e6)
+    out: str = setting("", "folder for what is written (empty: the run's)")
+
+    def problems(self):
+        wrong = [f"ordered: there is no '{order}'; choose from {', '.join(ORDERS)}" for order in split(self.ordered) if order not in ORDERS]
+        wrong += [f"match: '{n}' is no length; write whole numbers from 1 on, with commas between" for n in split(self.match) if not (n.isascii() and n.isdecimal() and int(n))]
+        if self.samples and self.texts:
+            wrong.append("give samples (to be written) or texts (that are there)")
+        if self.judge and not (self.samples or self.texts):
+            wrong.append("judge needs samples or texts")
+        if not (self.bound or self.ordered or self.tasks or self.samples or self.texts):
+            wrong.append("nothing to do: bound=False, and neither ordered, tasks, samples nor texts")
+        if self.texts and not Path(self.texts).is_file():
+            wrong.append(f"texts={self.texts}: no such file")
+        for name in ("task_path", "task_data"):
+            if getattr(self, name) and not Path(getattr(self, name)).is_dir():
+                wrong.append(f"{name}={getattr(self, name)}: no such folder")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            wrong.append("device=cuda, but this machine has no usable GPU; use --device=cpu")
+        return wrong
+
+
+# ------------------------------------------------------------------------------------------------- likelihoods
+
+
+def open_text(cfg, writer):
+    """(training settings, corpora, validation blocks) for a checkpoint; raises ValueError or OSError."""
+    known = {k: v for k, v in writer.record["settings"].items() if k in train.Config.__dataclass_fields__}
+    settings = train.Config(**known | ({"corpus": cfg.corpus} if cfg.corpus else {}))
+    corpora = train.open_corpora(settings)
+    meta = corpora[0].meta
+    if differ := [f"{k} {writer.record['corpus'][k]} and {meta[k]}" for k in train.VOCABULARY if writer.record["corpus"][k] != meta[k]]:
+        raise ValueError(f"checkpoint and corpus don't go together: {', '.join(differ)}")
+    return settings, corpora, train.validation_blocks(corpora, settings.block_len)
+
+
+def process_of(writer):
+    c, settings = writer.record["model"], writer.record["settings"]
+    return diffusion.Process(writer.objective, c["n_vocab"], c["mask_id"], c["block_len"], schedule=settings["schedule"])
+
+
+def bound(cfg, writer, settings, corpora, blocks, objective, ranks):
+    """The bound on the validation split, its errors and the noise curve: a dict, and likelihood.Measured."""
+    process = likelihood.validation_process(process_of(writer), settings.schedule)
+    rows = min(cfg.rows if cfg.rows > 0 else blocks.available if cfg.rows else settings.eval_rows or blocks.available, blocks.available)
+    exact = writer.objective == "ar"
+    passes = 1 if exact else cfg.passes
+    eos = corpora[0].meta["eos_id"]
+
+    def read(process, blocks, *rest):
+        return train.read_batch(settings, process, blocks, eos, *rest)
+
+    def measure(process):
+        return likelihood.evaluate(objective, process, blocks, rows, cfg.micro_batch, ranks, writer.device, writer.autocast, read, passes)
+
+    if cfg.compile:
+        objective = engine.Objective(writer.model, writer.posterior)  # the others' passes are of many shapes
+        objective.look = torch.compile(objective.look, dynamic=False)
+    measured = measure(process)
+    nats, (error, noise) = sum(measured.parts), likelihood.standard_error(measured, exact)
+    bytes_per_token = float(np.mean([corpora[0].token_bytes[blocks.read(ids)[:, 1:]].mean() for ids in measured.blocks]))
+    per_byte = 1 / (math.log(2) * bytes_per_token)
+    found = dict(kind="exact NLL" if exact else "NELBO (upper bound)", nats_per_token=nats, error=error, noise_error=noise, bits_per_byte=nats * per_byte,
+                 bits_per_byte_error=error * per_byte, perplexity=math.exp(nats), bytes_per_token=bytes_per_token, rows=rows, passes=passes,
+                 block_len=settings.block_len, text=train.digest(corpora, "val"))
+    if cfg.bins and not exact:
+        curve = likelihood.noise_curve(measured, process, cfg.bins)
+        found["curve"] = [dict(zip(("noise_ratio", "nats", "error", "rows"), line)) for line in curve.values()]
+        if writer.objective == "uniform":  # the bound's integrand is no cross-entropy: those stand beside it
+            both = likelihood.entropy_curves(measure(process._replace(loss="paper", time="uniform")), process, cfg.bins)
+            for line, k in zip(found["curve"], curve):
+                line |= {name: ce[k][1] if k in ce else math.nan for name, ce in zip(("noisy_ce", "clean_ce"), both)}
+    return found, measured
+
+
+def ordered(cfg, writer, blocks, objective, ranks):
+    """The exact likelihoods of the samplers that write in an order: {order: dict}, on the same blocks for each."""
+    n = min(cfg.ordered_rows, blocks.available)
+    ids = likelihood.spread(n, blocks.available)
+    mine, found = np.array_split(np.arange(n), ranks.world)[ranks.rank], {}
+    for order in split(cfg.ordered):
+        nats = np.zeros(n)
+        for start in range(0, len(mine), cfg.micro_batch):
+            some = mine[start : start + cfg.micro_batch]
+            rows = blocks.read(ids[some])[:, 1:]
+            nats[some] = likelihood.chain(objective, rows, order, writer.tokens.mask_id, writer.device, writer.autocast, cfg.seed + start).mean(1)
+        nats = likelihood.summed(ranks, nats)
+        found[order] = dict(nats_per_token=float(nats.mean()), error=float(nats.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan, rows=n, values=nats.tolist())
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- what it writes
+
+
+def written(cfg, writer):
+    """(ids of the new tokens, ids of all, where the new ones begin) of each text: written here, or read from sample.py's file."""
+    tokens = writer.tokens
+    if not cfg.texts:
+        n = cfg.length or writer.block_len
+        if n > writer.block_len:
+            raise ValueError(f"length={n} is more than the model's context of {writer.block_len}")
+        how = decode.How(order=cfg.order if writer.objective == "masked" else "ancestral", steps=0 if cfg.order == "first_hitting" else cfg.steps, block=cfg.block, temperature=cfg.temperature,
+                         seed=cfg.seed, cache="prefix" if writer.objective == "ar" else "no")
+        rows = []
+        for first in range(0, cfg.samples, cfg.micro_batch):
+            rows += writer.generate([[tokens.mask_id] * n] * min(cfg.micro_batch, cfg.samples - first), how, first).rows
+        return [(row, row, 0) for row in rows]
+    found = []
+    for number, line in enumerate(Path(cfg.texts).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            text, new = (json.loads(line)[key] for key in ("text", "new"))
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{cfg.texts}, line {number}: expected what sample.py --out writes: {{\"text\": …, \"new\": …}}") from None
+        given = text.removesuffix(new) if text.endswith(new) else ""  # holes stand anywhere: then the whole text is judged
+        before, ids = tokens.encode(given).tolist(), tokens.encode(new).tolist() if given else tokens.encode(text).tolist()
+        if ids:
+            found.append((ids, (before + ids)[-writer.block_len :], max(0, len(before) - max(0, len(before) + len(ids) - writer.block_len))))
+    if len(found) < 2:
+        raise ValueError(f"{cfg.texts} holds fewer than two texts")
+    return found
+
+
+def of_texts(cfg, writer, corpora, judge):
+    """What is measured of texts: repetition, entropy, the judge's NLL, and copies of the training text."""
+    found = written(cfg, writer)
+    rows = [new for new, _, _ in found]
+    mean = lambda values: dict(mean=float(np.nanmean(values)), error=float(np.nanstd(values, ddof=1) / math.sqrt(len(values))))  # noqa: E731
+    said = dict(texts=len(rows), tokens=sum(map(len, rows)), entropy=mean([frontier.entropy(row) for row in rows]), distinct={n: texts.distinct(rows, n) for n in (1, 2, 3, 4)},
+                repetition={n: mean([texts.repetition(row, n) for row in rows]) for n in (2, 3, 4) if max(map(len, rows)) >= n})
+    if judge:
+        nll = np.empty(len(found))
+        for length in sorted({(len(whole), skip) for _, whole, skip in found}):
+            some = [i for i, (_, whole, skip) in enumerate(found) if (len(whole), skip) == length]
+            nll[some] = frontier.judged(judge, [found[i][1] for i in some], length[1])
+        said |= dict(judge=cfg.judge, nll=mean(nll), pairs=[[frontier.entropy(row), float(value)] for row, value in zip(rows, nll)])
+    blocks = train.validation_blocks(corpora, writer.block_len)
+    held_out = blocks.read(likelihood.spread(min(len(rows), blocks.available), blocks.available))[:, 1:].tolist()
+    held_out = [text[: len(row)] for text, row in zip(held_out, rows)]  # how much of any text stands in the training text
+    said["copies"] = {name: copied(corpora, some, sorted(map(int, split(cfg.match)))) for name, some in (("texts", rows), ("held_out", held_out))} if cfg.match else {}
+    return said
+
+
+def copied(corpora, rows, lengths):
+    """How much of the rows stands in the corpora's training text: for passages of each length the share of all that do, and the share of rows with
+    one; and the longest passage."""
+    lines, longest = {}, 0
+    for n in lengths:
+        if max(map(len, rows)) < n:
+            break
+        found = [texts.search(corpus.train, rows, n) for corpus in corpora]
+        inside = [np.any(parts, axis=0) for parts in zip(*(here.inside for here in found))]
+        lines[n] = dict(windows=float(np.concatenate(inside).mean()), rows=float(np.mean([part.any() for part in inside])))
+        longest = max([longest, *(texts.longest_copy(corpus.train, rows, here, n)[0] for corpus, here in zip(corpora, found))])
+    return dict(lengths=lines, longest=longest)
+
+
+# ------------------------------------------------------------------------------------------------- what is shown and kept
+
+
+def draw_noise(curve, path, title):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.5, 4.3))
+    axes.errorbar([line["noise_ratio"] for line in curve], [line["nats"] for line in curve], [line["error"] for line in curve], marker="o", ms=3, capsize=2,
+                  label="the bound's integrand" if "noisy_ce" in curve[0] else "cross-entropy of masked tokens")
+    for name in ("noisy_ce", "clean_ce"):
+        if name in curve[0]:
+            axes.plot([line["noise_ratio"] for line in curve], [line[name] for line in curve], ".--", label=f"cross-entropy, {name[:5]} tokens")
+    axes.set(xlabel="noise ratio r", ylabel="nats per token", title=title, xlim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def pm(mean, error, digits=4):
+    return f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if math.isfinite(error) else "")
+
+
+def show(found, run, step):
+    """What was measured, in words."""
+    if b := found.get("bound"):
+        print(f"{b['kind']:<22}{pm(b['nats_per_token'], b['error'])} nats/token   {pm(b['bits_per_byte'], b['bits_per_byte_error'])} bits/byte   perplexity {b['perplexity']:.2f}"
+              + (f"   (noise alone ± {b['noise_error']:.4f})" if b["passes"] > 1 else ""))
+        logged = [m for m in read_metrics(run) if m.get("step") == step and "val_loss" in m]
+        print(f"{'':<22}{b['rows']:,} blocks of {b['block_len']}" + (f", {b['passes']} passes" if b["passes"] > 1 else "")
+              + (f"; train.py logged {logged[-1]['val_loss']:.4f}" if logged else ""))
+    for order, line in found.get("ordered", {}).items():
+        print(f"{'exact, ' + order:<22}{pm(line['nats_per_token'], line['error'])} nats/token   ({line['rows']} blocks)")
+    if tasks := found.get("tasks"):
+        print(f"{'task':<34}{'shots':>5} {'examples':>8}   score")
+        for name, line in tasks.items():
+            scores = [f"{key} {pm(value, line.get(f'{key}_stderr', math.nan))}" for key, value in line.items() if isinstance(value, float) and not key.endswith("_stderr")]
+            print(f"{name:<34}{line['shots'] if line['shots'] is not None else '':>5} {line['examples'] or '':>8}   {'   '.join(scores)}")
+    if t := found.get("texts"):
+        print(f"{t['texts']} texts, {t['tokens']:,} tokens: entropy {pm(**digits(t['entropy']))} nats"
+              + (f", NLL under {t['judge']} {pm(**digits(t['nll']))} nats/token" if "nll" in t else ""))
+        print("   distinct-n   " + "   ".join(f"{n}: {value:.3f}" for n, value in t["distinct"].items()) + "      repeated n-grams within a text   "
+              + "   ".join(f"{n}: {value['mean']:.3f}" for n, value in t["repetition"].items()))
+        for name, copies in t["copies"].items():
+            print(f"   {'copied from the training text' if name == 'texts' else 'of held-out text as long':<30} " + "   ".join(f"{n} tokens: {c['windows']:.1%}" for n, c in copies["lengths"].items())
+                  + f"   (longest {copies['longest'] or 'below these'})")
+
+
+def digits(stated):
+    return dict(mean=stated["mean"], error=stated["error"], digits=3)
+
+
+def main():
+    if sys.argv[1:2] == ["compare"]:
+        import compare
+
+        return compare.main(sys.argv[2:])
+    cfg = configurator.load(Config, about=__doc__)
+    harness = None
+    if cfg.tasks:
+        try:
+            import harness
+        except ImportError as problem:
+            configurator.fail(f"tasks need lm-evaluation-harness ({problem}): pip install '.[eval]'")
+    device = torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    ranks = parallel.join(device, cfg.timeout)
+    code = 1
+    try:
+        with kernels.preferring_cudnn(device):
+            evaluate(cfg, ranks, harness)
+        code = 0
+    except SystemExit as problem:
+        code = problem.code
+        raise
+    finally:
+        if ranks.world > 1:
+            parallel.leave(ranks, code or 0)
+
+
+def evaluate(cfg, ranks, harness):
+    """Measure what is asked for, print it and keep it."""
+    say = print if ranks.rank == 0 else lambda *_, **__: None
+    found, measured, judge = {}, None, None
+    try:
+        writer = Writer.of(cfg.run_dir, cfg.device, cfg.dtype)
+        if cfg.ordered and writer.objective == "uniform":
+            raise ValueError("ordered: a uniform model has no chain rule: every position stays uncertain to the end")
+        needs_text = cfg.bound or cfg.ordered or cfg.samples or cfg.texts
+        settings, corpora, blocks = open_text(cfg, writer) if needs_text else (None, None, None)
+        if cfg.judge:
+            judge = Writer.of(cfg.judge, cfg.device, "float32")
+            if judge.objective != "ar" or (judge.tokens.name, judge.tokens.n_vocab) != (writer.tokens.name, writer.tokens.n_vocab):
+                raise ValueError(f"judge={cfg.judge} must be an autoregressive run that reads the same tokens")
+            judge.load()
+        opened = harness.open_tasks(split(cfg.tasks), cfg.task_path, cfg.task_data) if cfg.tasks else None
+        out = Path(cfg.out or writer.folder.parent)
+        out.mkdir(parents=True, exist_ok=True)
+        writer.load()
+        objective = engine.Objective(writer.model, writer.posterior)
+        step = writer.record["step"]
+        say(f"{writer.folder}: {writer.objective}, {writer.model.n_params():,} parameters, step {step}, {cfg.dtype} on {ranks.world} × {writer.device.type}")
+        with torch.no_grad():
+            if cfg.bound:
+                found["bound"], measured = bound(cfg, writer, settings, corpora, blocks, objective, ranks)
+            if cfg.ordered:
+                found["ordered"] = ordered(cfg, writer, blocks, objective, ranks)
+            if cfg.tasks:
+                order = cfg.order if cfg.order != Config.order else "low_confidence"
+                model = harness.NanoQuokka(writer=writer, objective=objective, ranks=ranks, masks=cfg.masks, tokens=cfg.pass_tokens, seed=cfg.seed,
+                                           order=order, steps=cfg.steps, block=cfg.block)
+                found["tasks"] = harness.run_tasks(model, opened, cfg.limit, cfg.fewshot)
+            if (cfg.samples or cfg.texts) and ranks.rank == 0:
+                found["texts"] = of_texts(cfg, writer, corpora, judge)
+    except (ValueError, OSError) as problem:
+        configurator.fail(str(problem))
+    if ranks.rank:
+        return
+    show(found, writer.folder.parent, step)
+    try:
+        keep(cfg, found, measured, out, writer, step)
+    except OSError as problem:
+        configurator.fail(str(problem))
+
+
+def keep(cfg, found, measured, out, writer, step):
+    """eval.json, in which other things that were measured of the same checkpoint stay, evaluation.npz, and the noise curve."""
+    path, before = out / "eval.json", {}
+    if path.is_file():
+        try:
+            before = json.loads(path.read_text())
+        except ValueError:
+            pass
+    if before.get("checkpoint") != str(writer.folder):
+        before = {}
+    used = {name: vars(cfg) for name in found}
+    about = dict(checkpoint=str(writer.folder), step=step, objective=writer.objective, parameters=writer.model.n_params(), device=str(writer.device), torch=torch.__version__)
+    report = before | about | found | dict(settings=before.get("settings", {}) | used)
+    path.with_suffix(".tmp").write_text(json.dumps(report, indent=1))
+    path.with_suffix(".tmp").replace(path)
+    names = [path.name]
+    if measured:
+        b = found["bound"]
+        keep_rows(out / "evaluation.npz", measured, step=step, text=b["text"], block_len=b["block_len"], passes=b["passes"])
+        names.append("evaluation.npz")
+    if curve := found.get("bound", {}).get("curve"):
+        with open(out / "noise.csv", "w", newline="") as file:
+            table = csv.DictWriter(file, list(curve[0]), lineterminator="\n")
+            table.writeheader()
+            table.writerows(curve)
+        draw_noise(curve, out / "noise.png", f"{writer.folder.parent.name}, step {step}")
+        names += ["noise.csv", "noise.png"]
+    print(f"written to {out}: {', '.join(names)}")
+
+
+if __name__ == "__main__":
+    main()

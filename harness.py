@@ -1,0 +1,268 @@
+"""Our models in lm-evaluation-harness: AR, masked and uniform checkpoints, scored by likelihood.py, writing by decode.py.
+
+Importing this registers the model class `nanoquokka`. `python eval.py --tasks=hellaswag` uses it; so may a script of yours:
+
+    import harness, lm_eval
+    lm_eval.simple_evaluate("nanoquokka", "run_dir=runs/quickstart", tasks=["hellaswag"])
+
+Needs the package lm-eval: pip install '.[eval]'.
+"""
+
+import csv
+import difflib
+import itertools
+import json
+import logging
+import re
+from pathlib import Path
+
+from lm_eval import simple_evaluate
+from lm_eval.api.group import Group
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+from tqdm import tqdm
+
+import decode
+import diffusion
+import engine
+import likelihood
+import parallel
+from likelihood import Asked, Scorer
+
+
+@register_model("nanoquokka")
+class NanoQuokka(TemplateLM):
+    """A run or checkpoint. masks: noisy copies of an answer that has more masks than that; tokens: of a forward pass; steps, block and order: of
+    what diffusion models write (steps 0: one per token). All ranks must ask for the same: the work is divided among them here."""
+
+    def __init__(self, run_dir="runs/quickstart", device="auto", dtype="float32", masks=128, tokens=0, seed=0, order="low_confidence", steps=0, block=0,
+                 max_gen_toks=256, batch_size=None, max_batch_size=None, writer=None, objective=None, ranks=parallel.ALONE):  # fmt: skip
+        super().__init__()
+        if writer is None:
+            from sample import Writer
+
+            writer = Writer.of(run_dir, device or "auto", dtype).load()
+        self.writer, self.tokenizer = writer, None
+        c, settings = writer.record["model"], writer.record["settings"]
+        process = diffusion.Process(writer.objective, c["n_vocab"], c["mask_id"], c["block_len"], schedule=settings["schedule"])
+        self.scorer = Scorer(objective or engine.Objective(writer.model, writer.posterior), process, writer.device, writer.autocast, ranks, int(masks),
+                             int(tokens) or (131_072 if writer.device.type == "cuda" else 16_384), int(seed))
+        self.how = decode.How(order=order, steps=int(steps), block=int(block), seed=int(seed), end=True) if writer.objective == "masked" else \
+            decode.How(steps=int(steps), seed=int(seed), end=True, cache="prefix" if writer.objective == "ar" else "no")
+        self.max_gen_toks, self._device = int(max_gen_toks), writer.device
+
+    alive = staticmethod(lambda: None)  # called between passes
+    eot_token_id = property(lambda self: self.writer.tokens.eos_id)
+
+    def tok_encode(self, string, add_special_tokens=None, **_):
+        return self.writer.tokens.encode(string).tolist()
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm=False, **_):
+        return self.scored([Asked(context, answer, text) for (text, _), context, answer in requests], disable_tqdm)
+
+    def scored(self, questions, silent=False):
+        """[(log p, whether greedy decoding writes it)] of likelihood.Asked's."""
+        with tqdm(total=len(questions), desc="answers", disable=silent or self.scorer.ranks.rank > 0) as bar:
+
+            def show(done, of):
+                self.alive()
+                bar.total = of
+                bar.update(done - bar.n)
+
+            return [(float(value), bool(greedy)) for value, greedy in zip(*likelihood.answers(self.scorer, questions, self.eot_token_id, show))]
+
+    def loglikelihood(self, requests, disable_tqdm=False):
+        """log p(continuation | context): exact for AR, the bound for diffusion models; the choices of a question share their random numbers.
+
+        Tokens as for every model of the harness: spaces at the context's end go with the continuation; an empty context is the separator of documents.
+        """
+        questions, eos = [], self.eot_token_id
+        for request in requests:
+            context, continuation = request.args
+            # what the choices have in common is the question's number; where there is none, their context
+            key = f"{request.task_name} {request.doc_id}" if request.doc_id is not None else context
+            if context:
+                before, after = self._encode_pair(context, continuation)
+                if continuation and not after:  # a tokenizer joined it to the context's last token
+                    after = self.tok_encode(continuation)
+            else:
+                before, after = [eos], self.tok_encode(continuation)
+                if after[:1] == [eos]:
+                    before, after = after[:1], after[1:]
+            questions.append(Asked(before, after, key))
+        found = self.scored(questions, disable_tqdm)
+        for request, answer in zip(requests, found):
+            self.cache_hook.add_partial("loglikelihood", request.args, answer)
+        return found
+
+    def loglikelihood_rolling(self, requests, disable_tqdm=False):
+        """log p of whole texts after a separator, in windows of the model's length: exact for AR, else the bound."""
+        questions, owners = [], []
+        for number, request in enumerate(requests):
+            for part, (context, answer) in enumerate(likelihood.windows(self.tok_encode(request.args[0]), self.eot_token_id, self.scorer.size)):
+                questions.append(Asked(context, answer, f"{request.args[0][:64]} {part}"))
+                owners.append(number)
+        found = [0.0] * len(requests)
+        for number, (value, _) in zip(owners, self.scored(questions, disable_tqdm)):
+            found[number] += value
+        for request, value in zip(requests, found):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, value)
+        return found
+
+    def generate_until(self, requests, disable_tqdm=False):
+        """What is written after each context, up to the first of its stop sequences: greedy unless the task samples."""
+        if parallel.is_divided(self.scorer.objective):
+            raise ValueError("tasks in which the model writes need whole weights on each rank: shard=no")
+        writer, ranks, asked = self.writer, self.scorer.ranks, []
+        for number, request in enumerate(requests):
+            context, settings = request.args
+            settings = normalize_gen_kwargs(settings, self.max_gen_toks)
+            until = handle_stop_sequences(settings.get("until"), None)
+            n = min(settings["max_gen_toks"], writer.block_len - 1)
+            room = writer.block_len - n
+            prompt = (self.tok_encode(context) or [self.eot_token_id])[-room:]
+            how = self.how._replace(temperature=float(settings["temperature"]), top_k=int(settings.get("top_k") or 0), top_p=float(settings.get("top_p") or 1.0))
+            asked.append((how, len(prompt), number, prompt + [writer.tokens.mask_id] * n, until))
+        asked.sort(key=lambda a: (str(a[0]), len(a[3]), a[2]))
+        texts, batches, at_once = {}, [], max(1, self.scorer.tokens // writer.block_len)
+        for _, alike in itertools.groupby(enumerate(asked), lambda pair: pair[1][0]):
+            alike = list(alike)
+            batches += [alike[i : i + at_once] for i in range(0, len(alike), at_once)]
+        for some in tqdm(batches[ranks.rank :: ranks.world], desc="writing", disable=disable_tqdm or ranks.rank > 0):
+            (first, (how, *_)), rows = some[0], [row for _, (_, _, _, row, _) in some]
+            for (_, (_, n_prompt, number, _, until)), row in zip(some, writer.generate(rows, how, first).rows):
+                texts[number] = postprocess_generated_text(writer.tokens.decode(row[n_prompt:]), until, None)
+        for part in parallel.gathered(ranks, texts):
+            texts |= part
+        for number, request in enumerate(requests):
+            self.cache_hook.add_partial("generate_until", request.args, texts[number])
+        return [texts[number] for number in range(len(requests))]
+
+
+# ----------------------------------------------------------------------------------------------------------- tasks
+
+# The paper's figures call them `hellaswag` and `mmlu_val`. Its 1B models reach 30 to 36 % on the latter, where models of that size guess when they have to name
+# a letter: so its answers are the choices themselves, on MMLU's validation split. (The paper doesn't say; HellaSwag's 59 % are acc_norm's.)
+PAPER = {"paper": ["hellaswag", "mmlu_val"]}
+
+
+def read_records(path):
+    """The records of a .jsonl, .json, .parquet or .csv file; MMLU's own .csv has no header: question, A, B, C, D, letter."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_table(path).to_pylist()
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    if path.suffix == ".json":
+        return json.loads(text)
+    rows = list(csv.reader(text.splitlines(keepends=True)))
+    if rows and len(rows[0]) == 6 and all(row[5] in "ABCD" and row[5] for row in rows):
+        return [dict(question=row[0], choices=row[1:5], answer="ABCD".index(row[5])) for row in rows]
+    return [dict(zip(rows[0], row)) for row in rows[1:]]
+
+
+SPLITS = dict(train="train", auxiliary_train="auxiliary_train", validation="validation", valid="validation", val="validation", dev="dev", test="test")
+
+
+def local_files(folder, name):
+    """{split: files} of a data set that lies in `folder`: as on the Hugging Face hub (NAME/test-00000-of-00001.parquet, data/test.jsonl),
+    or as its authors published it (hellaswag_val.jsonl, val/NAME_val.csv)."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix not in (".jsonl", ".json", ".parquet", ".csv") or path.name == "dataset_infos.json":
+            continue
+        *above, stem = path.relative_to(folder).with_suffix("").parts
+        words = re.split(r"[-_.]", stem)
+        split = next((SPLITS[word] for word in (words[-1], words[0], *above[::-1]) if word in SPLITS), None)
+        if split and (not name or name in above or stem.startswith(f"{name}_") and stem[len(name) + 1 :] in SPLITS):
+            found.setdefault(split, []).append(path)
+    return found
+
+
+def manager(task_path, task_data):
+    """A TaskManager that knows the tasks described in the folder `task_path`, too, and reads data sets that lie in `task_data` from there:
+    folders called as on the hub, without their owner (hellaswag, mmlu). Raises ValueError."""
+    import datasets
+
+    found = TaskManager(include_path=task_path or None)
+    index, missing = found.task_index, {}
+    for entry in list(index.values()):
+        dataset = (entry.cfg or {}).get("dataset_path")
+        folder = Path(task_data) / str(dataset).rpartition("/")[2]
+        if not task_data or not dataset or not entry.yaml_path or not folder.is_dir() or not (entry.cfg.get("task") and isinstance(entry.cfg["task"], str)):
+            continue
+        files = local_files(folder, entry.cfg.get("dataset_name"))
+        if not files:
+            missing.setdefault(folder, []).append(entry.name)
+            continue
+
+        def read(files=files, **_):
+            try:
+                return datasets.DatasetDict({split: datasets.Dataset.from_list([r for path in paths for r in read_records(path)]) for split, paths in files.items()})
+            except (ValueError, KeyError, IndexError, OSError) as problem:
+                raise ValueError(f"{', '.join(str(path) for paths in files.values() for path in paths)}: can't be read as records: {problem}") from None
+
+        config = load_yaml(entry.yaml_path, resolve_func=True) | dict(custom_dataset=read)
+        entry.cfg = config | {key: None for key in ("training_split", "fewshot_split") if config.get(key) not in files}  # examples then come from what is evaluated
+        entry.yaml_path = None
+    for names in missing.values():  # what isn't there leaves its groups
+        for name in names:
+            del index[name]
+        for entry in index.values():
+            entry.tags -= set(names)
+    parts = [name for name in index if re.fullmatch(r"mmlu_\w+_continuation", name) and isinstance((index[name].cfg or {}).get("task"), str)]
+    if parts:
+        config = dict(group="mmlu_val", task=[dict(task=name, test_split="validation") for name in parts],
+                      aggregate_metric_list=[dict(metric=metric, weight_by_size=True) for metric in ("acc", "acc_norm")], metadata=dict(version=1))
+        index["mmlu_val"] = found._index["mmlu_val"] = type(index["hellaswag"] if "hellaswag" in index else index[parts[0]])(
+            name="mmlu_val", kind=index["mmlu"].kind, yaml_path=None, cfg=config)
+    return found
+
+
+NO_OTHERS = TaskManager(include_defaults=False)  # loads only what is there already
+
+
+def open_tasks(names, task_path="", task_data=""):
+    """The harness's tasks and groups of these names, their data sets loaded; raises ValueError."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    asked = list(dict.fromkeys(name for task in names for name in PAPER.get(task, [task])))
+    known = manager(task_path, task_data)
+    if wrong := [name for name in asked if name not in known.task_index and not Path(name).is_file()]:
+        near = [word for name in wrong for word in difflib.get_close_matches(name, known.all_tasks, n=3)]
+        raise ValueError(f"tasks: none is called {', '.join(wrong)}" + (f"; there are {', '.join(near)}" if near else "") + "; for tasks of your own give --task_path")
+    try:
+        found = known.load(asked)
+    except KeyError as problem:
+        raise ValueError(f"tasks={','.join(names)}: the data has no {problem}") from None
+    except (OSError, ValueError) as problem:
+        raise ValueError(f"tasks={','.join(names)}: {str(problem).splitlines()[0]}; where there is no network, put the data sets into a folder and name that with --task_data") from None
+    inside = {task for group in found.get("groups", {}).values() for task in [t.task_name for t in group.get_all_tasks()] + [g.name for g in group.get_all_groups()]}
+    return [thing for name, thing in [*found.get("groups", {}).items(), *found["tasks"].items()] if name not in inside]
+
+
+def writing(opened):
+    """The names of those tasks among `opened` in which the model writes."""
+    leaves = [leaf for thing in opened for leaf in (thing.get_all_tasks() if isinstance(thing, Group) else [thing])]
+    return [leaf.task_name for leaf in leaves if leaf.OUTPUT_TYPE == "generate_until"]
+
+
+def run_tasks(model, opened, limit=0, fewshot=-1, seed=1234):
+    """What the harness measures of the `opened` tasks: {task or group: {metric: value, metric_stderr: …, examples, shots}}; None on ranks but the first.
+
+    Raises ValueError. The harness's seeds of Python, numpy and torch are left alone: a training run goes on afterwards.
+    """
+    found = simple_evaluate(model, tasks=opened, num_fewshot=None if fewshot < 0 else fewshot, limit=limit or None, log_samples=False, bootstrap_iters=1000,
+                            task_manager=NO_OTHERS, random_seed=None, numpy_random_seed=None, torch_random_seed=None, fewshot_random_seed=seed)
+    if found is None or model.scorer.ranks.rank:
+        return None
+    results = {}
+    for name, line in found["results"].items():
+        figures = {key.partition(",")[0]: value for key, value in line.items() if isinstance(value, float | int) and "," in key}
+        if figures:  # a group may be empty
+            results[name] = figures | dict(examples=found.get("n-samples", {}).get(name, {}).get("effective"), shots=found.get("n-shot", {}).get(name))
+    return results
