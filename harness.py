@@ -8,8 +8,11 @@ Importing this registers the model class `nanoquokka`. `python eval.py --tasks=h
 Needs the package lm-eval: pip install '.[eval]'.
 """
 
+import copy
 import csv
+import dataclasses
 import difflib
+import functools
 import itertools
 import json
 import logging
@@ -124,7 +127,7 @@ class NanoQuokka(TemplateLM):
             n = min(settings["max_gen_toks"], writer.block_len - 1)
             room = writer.block_len - n
             prompt = (self.tok_encode(context) or [self.eot_token_id])[-room:]
-            how = self.how._replace(temperature=float(settings["temperature"]), top_k=int(settings.get("top_k") or 0), top_p=float(settings.get("top_p") or 1.0))
+            how = self.how._replace(temperature=float(settings.get("temperature") or 0.0), top_k=int(settings.get("top_k") or 0), top_p=float(settings.get("top_p") or 1.0))
             asked.append((how, len(prompt), number, prompt + [writer.tokens.mask_id] * n, until))
         asked.sort(key=lambda a: (str(a[0]), len(a[3]), a[2]))
         texts, batches, at_once = {}, [], max(1, self.scorer.tokens // writer.block_len)
@@ -184,13 +187,19 @@ def local_files(folder, name):
     return found
 
 
+@functools.cache
+def all_tasks(task_path):
+    """The harness's index of its tasks and those in a folder: thousands of files, seconds."""
+    return TaskManager(include_path=task_path or None)
+
+
 def manager(task_path, task_data):
     """A TaskManager that knows the tasks described in the folder `task_path`, too, and reads data sets that lie in `task_data` from there:
     folders called as on the hub, without their owner (hellaswag, mmlu). Raises ValueError."""
     import datasets
 
-    found = TaskManager(include_path=task_path or None)
-    index, missing = found.task_index, {}
+    found, missing = copy.copy(all_tasks(str(task_path))), {}
+    index = found._index = {name: dataclasses.replace(entry, tags=set(entry.tags)) for name, entry in found._index.items()}
     for entry in list(index.values()):
         dataset = (entry.cfg or {}).get("dataset_path")
         folder = Path(task_data) / str(dataset).rpartition("/")[2]
@@ -219,8 +228,7 @@ def manager(task_path, task_data):
     if parts:
         config = dict(group="mmlu_val", task=[dict(task=name, test_split="validation") for name in parts],
                       aggregate_metric_list=[dict(metric=metric, weight_by_size=True) for metric in ("acc", "acc_norm")], metadata=dict(version=1))
-        index["mmlu_val"] = found._index["mmlu_val"] = type(index["hellaswag"] if "hellaswag" in index else index[parts[0]])(
-            name="mmlu_val", kind=index["mmlu"].kind, yaml_path=None, cfg=config)
+        index["mmlu_val"] = dataclasses.replace(index["mmlu"], name="mmlu_val", yaml_path=None, cfg=config)
     return found
 
 
