@@ -160,7 +160,7 @@ def ordered(cfg, writer, blocks, objective, ranks):
         for start in range(0, len(mine), cfg.micro_batch):
             some = mine[start : start + cfg.micro_batch]
             rows = blocks.read(ids[some])[:, 1:]
-            nats[some] = likelihood.chain(objective, rows, order, writer.tokens.mask_id, writer.device, writer.autocast, cfg.seed + start).mean(1)
+            nats[some] = likelihood.chain(objective, rows, order, writer.tokens.mask_id, writer.device, writer.autocast, cfg.seed, some).mean(1)
         nats = likelihood.summed(ranks, nats)
         found[order] = dict(nats_per_token=float(nats.mean()), error=float(nats.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan, rows=n, values=nats.tolist())
     return found
@@ -322,8 +322,9 @@ def evaluate(cfg, ranks, harness):
     found, measured, judge = {}, None, None
     try:
         writer = Writer.of(cfg.run_dir, cfg.device, cfg.dtype)
-        if cfg.ordered and writer.objective == "uniform":
-            raise ValueError("ordered: a uniform model has no chain rule: every position stays uncertain to the end")
+        if cfg.ordered and writer.objective != "masked":
+            raise ValueError("ordered: " + ("a uniform model has no chain rule: every position stays uncertain to the end" if writer.objective == "uniform"
+                                            else "an autoregressive model has one order, and its exact NLL is what is measured anyway"))
         needs_text = cfg.bound or cfg.ordered or cfg.samples or cfg.texts
         settings, corpora, blocks = open_text(cfg, writer) if needs_text else (None, None, None)
         if cfg.judge:

@@ -1,0 +1,253 @@
+"""eval.py as its users run it: the figures of training again, on any ranks and batches; files; comparisons; bad input."""
+
+import csv
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from test_train import run_main  # noqa: F401  (fixtures)
+
+import compare
+import eval as evaluation
+import likelihood
+from metrics import read_metrics, read_rows
+
+
+@pytest.fixture
+def measure(monkeypatch, capsys):
+    """Call eval.main() in this process; returns (stdout, eval.json)."""
+
+    def call(run, *flags, out=None):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["eval.py", f"--run_dir={run}", "--device=cpu", *map(str, flags), *([f"--out={out}"] if out else [])])
+        evaluation.main()
+        return capsys.readouterr().out, json.loads(((out or run) / "eval.json").read_text())
+
+    return call
+
+
+def last(run):
+    return [m for m in read_metrics(run) if "val_loss" in m][-1]
+
+
+OBJECTIVES = (["--objective=masked"], ["--objective=masked", "--loss=maskgit", "--schedule=cosine"], ["--objective=ar"], ["--objective=uniform", "--schedule=cosine"],
+              ["--objective=uniform", "--loss=paper"], ["--objective=masked", "--document_attention", "--reset_positions"])
+
+
+@pytest.mark.parametrize("flags", OBJECTIVES, ids=lambda f: "-".join(f).replace("--", ""))
+def test_the_figures_of_training_again(run_main, measure, tmp_path, flags):  # noqa: F811
+    """Whatever the batch, each row's value too; a fresh pass is another estimate of the same."""
+    run = run_main("--steps=5", "--eval_rows=13", *flags)
+    logged, rows = last(run), read_rows(run)
+    for micro in (1, 32):
+        out, found = measure(run, f"--micro_batch={micro}", out=tmp_path / f"e{micro}")
+        b = found["bound"]
+        assert b["nats_per_token"] == pytest.approx(logged["val_loss"], rel=1e-6) and b["bits_per_byte"] == pytest.approx(logged["val_bpb"], rel=1e-6)
+        assert b["error"] == pytest.approx(logged["val_error"], rel=1e-5) and b["perplexity"] == pytest.approx(math.exp(b["nats_per_token"]))
+        about, blocks, values = read_rows(tmp_path / f"e{micro}", "evaluation.npz")
+        assert {k: about[k] for k in ("text", "block_len", "passes")} == {k: rows[0][k] for k in ("text", "block_len", "passes")}
+        assert blocks.tolist() == rows[1].tolist() and values == pytest.approx(rows[2], rel=1e-5)
+        assert f"train.py logged {logged['val_loss']:.4f}" in out
+    more = measure(run, "--passes=3", "--rows=-1", out=tmp_path / "more")[1]["bound"]
+    assert more["rows"] > 100 and more["passes"] == (1 if "--objective=ar" in flags else 3)
+    assert abs(more["nats_per_token"] - logged["val_loss"]) < 5 * (more["error"] + logged["val_error"])
+
+
+@pytest.mark.parametrize("objective", ["masked", pytest.param("uniform", marks=pytest.mark.slow), pytest.param("ar", marks=pytest.mark.slow)])
+def test_ranks_batches_and_the_compiler_change_nothing(run_main, tmp_path, objective):  # noqa: F811
+    """1 and 2 ranks, batch 1 and 32, compiled and not: the same to 1e-6. Ordered likelihoods, too."""
+    run = run_main("--steps=5", f"--objective={objective}")
+    found, processes = {}, []
+    for name, launcher, flags in (("plain", [sys.executable], []), ("one row", [sys.executable], ["--micro_batch=1"]), ("compiled", [sys.executable], ["--compile"]),
+                                  ("two ranks", [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"], ["--micro_batch=5"])):
+        more = ["--ordered=left_to_right,confidence,random", "--ordered_rows=5"] if objective == "masked" else []
+        command = [*launcher, "eval.py", f"--run_dir={run}", "--device=cpu", "--rows=40", "--passes=2", f"--out={tmp_path / name}", *flags, *more]
+        processes.append((name, subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)))
+    for name, process in processes:
+        _, err = process.communicate()
+        assert process.returncode == 0, err
+        found[name] = json.loads((tmp_path / name / "eval.json").read_text())
+    for name, report in found.items():
+        for key in ("nats_per_token", "error", "bits_per_byte"):
+            assert report["bound"][key] == pytest.approx(found["plain"]["bound"][key], abs=1e-6), (name, key)
+        for order, line in report.get("ordered", {}).items():
+            assert line["nats_per_token"] == pytest.approx(found["plain"]["ordered"][order]["nats_per_token"], abs=2e-6), (name, order)
+
+
+def test_what_is_written(run_main, measure):  # noqa: F811
+    """The curve as CSV and PNG; other measurements of the same checkpoint stay in eval.json, those of another go."""
+    run = run_main("--steps=6", "--save_every=3")
+    out, first = measure(run, "--rows=100", "--bins=5", "--passes=2")
+    lines = list(csv.DictReader((run / "noise.csv").open()))
+    assert len(lines) == 5 and list(lines[0]) == ["noise_ratio", "nats", "error", "rows"] and sum(int(line["rows"]) for line in lines) == 200
+    assert np.mean([float(line["nats"]) for line in lines]) == pytest.approx(first["bound"]["nats_per_token"], rel=0.05)  # its integral is the bound
+    assert (run / "noise.png").read_bytes()[:4] == b"\x89PNG" and "noise alone ±" in out and 0 < first["bound"]["noise_error"] < first["bound"]["error"]
+    out, second = measure(run, "--bound=False", "--ordered=left_to_right,confidence", "--ordered_rows=6")
+    assert second["bound"] == first["bound"] and list(second["ordered"]) == ["left_to_right", "confidence"] and out.count("nats/token") == 2
+    assert second["settings"]["bound"]["rows"] == 100 and second["settings"]["ordered"]["ordered_rows"] == 6
+    _, third = measure(run / "step_00000003", "--bound=False", "--ordered=random", "--ordered_rows=3", out=run)
+    assert "bound" not in third and list(third["ordered"]) == ["random"] and third["step"] == 3
+
+
+def test_the_curve_of_a_uniform_model(run_main, measure):  # noqa: F811
+    run = run_main("--steps=60", "--lr=1e-2", "--objective=uniform", "--loss=paper")
+    _, found = measure(run, "--rows=300", "--bins=4", "--passes=3")
+    curve = found["bound"]["curve"]
+    assert sum(line["nats"] for line in curve) / 4 == pytest.approx(found["bound"]["nats_per_token"], abs=4 * found["bound"]["error"])
+    assert curve[0]["clean_ce"] < curve[-1]["clean_ce"] and all(line["noisy_ce"] > 1 for line in curve)
+    m = last(run)  # under uniform t they average to what train.py logs
+    assert np.mean([line["noisy_ce"] for line in curve]) == pytest.approx(m["val_noisy"], rel=0.1)
+
+
+def test_ordered_likelihoods_and_the_bound(run_main, measure):  # noqa: F811
+    """A random order's mean is the bound; the order in which a model is surest is no worse."""
+    run = run_main("--steps=150", "--lr=1e-2")
+    _, found = measure(run, "--rows=32", "--passes=24", "--ordered=left_to_right,confidence,random", "--ordered_rows=32")
+    bound, (left, confidence, random) = found["bound"], (found["ordered"][o] for o in ("left_to_right", "confidence", "random"))
+    spread = np.std(np.array(random["values"]) - np.array(left["values"])) / math.sqrt(32)
+    assert abs(random["nats_per_token"] - bound["nats_per_token"]) < 4 * spread + 4 * bound["noise_error"]
+    assert confidence["nats_per_token"] < random["nats_per_token"] + 4 * np.std(np.array(random["values"]) - np.array(confidence["values"])) / math.sqrt(32)
+    assert len(left["values"]) == 32 and 0 < left["error"] < 0.2
+
+
+# texts --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_texts_that_it_writes_and_texts_of_a_file(run_main, measure, monkeypatch, tmp_path):  # noqa: F811
+    import sample
+
+    run, judge = run_main("--steps=3"), run_main("--steps=3", "--objective=ar", run="judge")
+    out, found = measure(run, "--bound=False", "--samples=6", f"--judge={judge}", "--match=4,8", "--length=20")
+    t = found["texts"]
+    assert t["texts"] == 6 and t["tokens"] == 120 and len(t["pairs"]) == 6 and t["entropy"]["mean"] == pytest.approx(np.mean([e for e, _ in t["pairs"]]))
+    assert t["nll"]["mean"] == pytest.approx(np.mean([nll for _, nll in t["pairs"]])) and t["nll"]["error"] > 0
+    assert list(t["distinct"]) == ["1", "2", "3", "4"] and 0 < t["distinct"]["1"] <= 1 and list(t["copies"]["held_out"]["lengths"]) == ["4", "8"]
+    assert t["copies"]["held_out"]["lengths"]["4"]["windows"] > 0.9 > t["copies"]["texts"]["lengths"]["8"]["windows"]  # regular sentences; noise
+    assert "entropy" in out and "NLL under" in out and "distinct-n" in out
+    # the training text itself, as if somebody had written it: copied from end to end
+    lines = [dict(text=f"{i} squared is {i * i}, and its double is {2 * i}.\n", new=f" squared is {i * i}, and its double is {2 * i}.\n") for i in (100, 101, 700)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    _, found = measure(run, "--bound=False", f"--texts={tmp_path / 'texts.jsonl'}", f"--judge={judge}", "--match=8,16", out=tmp_path)
+    t = found["texts"]
+    assert t["copies"]["texts"]["lengths"]["16"]["rows"] >= 2 / 3 and t["copies"]["texts"]["longest"] >= 30 and t["tokens"] == sum(len(line["new"]) for line in lines)
+    monkeypatch.setattr(sys, "argv", ["sample.py", f"--run_dir={run}", "--prompt=7 squared", "--length=12", "--batch=3", "--device=cpu", f"--out={tmp_path / 'own.jsonl'}"])
+    sample.main()
+    _, found = measure(run, "--bound=False", f"--texts={tmp_path / 'own.jsonl'}", "--match=", out=tmp_path / "own")
+    assert found["texts"]["texts"] == 3 and "nll" not in found["texts"] and found["texts"]["copies"] == {}
+    _, found = measure(judge, "--bound=False", "--samples=4", "--length=9", "--match=", f"--judge={judge}")
+    assert found["texts"]["tokens"] == 36
+
+
+# compare ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compared(monkeypatch, capsys):
+    def call(*words):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["eval.py", "compare", *map(str, words)])
+        evaluation.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_runs_side_by_side(run_main, compared, tmp_path):  # noqa: F811
+    runs = [run_main("--steps=40", "--lr=1e-2", f"--seed={seed}", "--eval_every=20", "--eval_rows=64", *flags, run=name)
+            for seed, name, flags in ((1, "a", []), (2, "b", []), (1, "c", ["--lr=1e-3"]), (1, "d", ["--objective=ar"]))]
+    out = compared(*runs, f"--out={tmp_path / 'out'}")
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line.startswith("|")]
+    assert (tmp_path / "out/compare.md").read_text().startswith("| run |") and (tmp_path / "out/compare.png").read_bytes()[:4] == b"\x89PNG"
+    assert [row[0] for row in table[2:]] == ["a", "b", "c", "d"] and table[2][8:] == ["", ""]
+    for run, row in zip(runs, table[2:]):
+        assert row[6] == f"{last(run)['val_loss']:.4f} ± {last(run)['val_error']:.4f}" and row[3] == f"{last(run)['tokens']:,}"
+    assert table[4][9] == "yes, worse" and table[5][9] == "yes, better" and "row by row" in table[3][8]  # less learned; AR
+    difference, error = (float(x) for x in table[3][8].split(" (")[0].split(" ± "))
+    assert difference == pytest.approx(last(runs[1])["val_loss"] - last(runs[0])["val_loss"], abs=1e-4)
+    assert error < 0.6 * math.hypot(last(runs[0])["val_error"], last(runs[1])["val_error"])
+    loose = compared(runs[0], runs[2], "--sigmas=1000")
+    assert "| no |" in loose and (runs[0] / "compare.png").is_file()
+
+
+def test_axes_of_the_curves(run_main):  # noqa: F811
+    run = compare.Run(run_main("--steps=20", "--log_every=5"))
+    assert run.spent(0) == 0 and run.spent(20 * 256) > run.spent(5 * 256) > 0 and math.isnan(run.spent(3))
+    assert run.at(5120, "FLOPs") == 5120 * run.flops_per_token > 5120 * 6 * run.model.n_params(False) * 0.5
+
+
+def test_other_text_is_compared_in_bits_per_byte_only(run_main, compared, tmp_path):  # noqa: F811
+    one, two = run_main("--steps=3", run="one"), run_main("--steps=3", "--block_len=16", run="two")
+    out = compared(one, two)
+    assert "other text" in out and "bits/byte only" in out
+    old = tmp_path / "old"
+    shutil.copytree(one, old)
+    (old / "validation.npz").unlink()  # of a run before there were any
+    assert "other text" in compared(one, old)
+    (old / "validation.npz").write_bytes(b"broken")
+    assert "other text" in compared(one, old)
+
+
+def test_differences_of_the_same_run_are_none(run_main, compared, tmp_path):  # noqa: F811
+    one = run_main("--steps=3", run="one")
+    shutil.copytree(one, tmp_path / "copy")
+    assert "+0.0000 ± 0.0000 (row by row) | no |" in compared(one, tmp_path / "copy")
+
+
+# bad input ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--ordered=leftt"], "ordered: there is no 'leftt'"), (["--match=4,x"], "match: 'x' is no length"), (["--samples=2", "--texts=x"], "give samples"),
+    (["--judge=x"], "judge needs samples or texts"), (["--bound=False"], "nothing to do"), (["--texts=nowhere.jsonl"], "no such file"),
+    (["--task_data=nowhere", "--tasks=x"], "task_data=nowhere: no such folder"), (["--corpus=nowhere"], "no corpus in 'nowhere'"),
+    (["--samples=3", "--judge=RUN"], "must be an autoregressive run"), (["--samples=3", "--length=99"], "more than the model's context of 32"),
+    (["--rows=-2"], "must be at least -1"), (["--passes=0"], "must be at least 1"), (["--run_dir=nowhere"], "no usable checkpoint"),
+])
+def test_bad_input_ends_in_one_line(run_main, measure, capsys, flags, message):  # noqa: F811
+    run = run_main("--steps=3")
+    flags = [flag.replace("RUN", str(run)) for flag in flags]
+    with pytest.raises(SystemExit) as exit_:
+        measure(run, *flags)
+    err = capsys.readouterr().err
+    assert exit_.value.code == 2 and message in err and "Traceback" not in err and not (run / "eval.json").exists()
+
+
+def test_a_uniform_model_has_no_chain_rule(run_main, measure, capsys):  # noqa: F811
+    run = run_main("--steps=3", "--objective=uniform")
+    with pytest.raises(SystemExit):
+        measure(run, "--ordered=left_to_right")
+    assert "no chain rule" in capsys.readouterr().err
+
+
+def test_an_autoregressive_model_has_one_order(run_main, measure, capsys):  # noqa: F811
+    run = run_main("--steps=3", "--objective=ar")
+    with pytest.raises(SystemExit):
+        measure(run, "--ordered=confidence")
+    assert "has one order" in capsys.readouterr().err
+
+
+def test_bad_comparisons(compared, run_main, capsys, tmp_path):  # noqa: F811
+    run = run_main("--steps=3")
+    (tmp_path / "empty").mkdir()
+    for words, message in (([run], "at least two"), ([run, run], "same name"), ([run, tmp_path / "empty"], "has no validation"), ([run, tmp_path / "empty", "--sigma=2"], "did you mean 'sigmas'")):
+        with pytest.raises(SystemExit) as exit_:
+            compared(*words)
+        assert exit_.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_texts_that_are_no_texts(run_main, measure, capsys, tmp_path):  # noqa: F811
+    run = run_main("--steps=3")
+    for text, message in (("{}\n", "line 1: expected what sample.py --out writes"), ("[1]\n", "line 1"), ("not json\n", "line 1"), ("", "fewer than two texts")):
+        (tmp_path / "t.jsonl").write_text(text)
+        with pytest.raises(SystemExit):
+            measure(run, "--bound=False", f"--texts={tmp_path / 't.jsonl'}")
+        assert message in capsys.readouterr().err
+
+
+def test_noise_is_never_that_of_training():
+    assert likelihood.VALIDATION_SEED > 2**62  # the largest seed that settings allow
