@@ -49,7 +49,7 @@ from model import ModelConfig, Transformer, ladder, swiglu_width
 class Config:
     suite: Literal["cpu", "gpu"] = setting("cpu", "what to measure")
     only: str = setting("", "parts to run, separated by commas (empty: all; a wrong name lists them)")
-    rows: str = setting("", "rows of the steps table to run, separated by commas: what their label contains, as in 1.7B,ar (empty: all)")
+    rows: str = setting("", "rows of the steps table (and models of the profile) to run, separated by commas: what their label contains, as in 1.7B,ar (empty: all)")
     predict: bool = setting(True, "predict each row's memory, too, up to half a minute of the host")
     rounds: int = setting(20, "rounds in which rivals take turns", low=2)
     warmup: int = setting(20, "untimed steps before a whole training step is timed on a GPU", low=3)
@@ -620,7 +620,7 @@ STEPS = [
     ("135M", "masked", 16, dict(plain_loss=True, how="no")),
     ("1.7B", "ar", 16, {}), ("413M", "ar", 32, {}), ("135M", "ar", 32, {}), ("1.1B", "masked", 24, {}), ("1.1B", "ar", 24, {}),
     ("135M", "masked", 32, dict(how="blocks")), ("135M", "masked", 32, dict(full_head=True)), ("135M", "masked", 32, dict(recompute="elementwise")),
-    ("1.7B", "masked", 16, dict(how="blocks")), ("1.7B", "masked", 24, dict(recompute="elementwise", how="blocks")),
+    ("1.7B", "masked", 16, dict(how="blocks")), ("1.7B", "masked", 16, dict(fp8=True, how="blocks")), ("1.7B", "masked", 24, dict(recompute="elementwise", how="blocks")),
     ("25M", "masked", 8, {}), ("25M", "masked", 8, dict(cuda_graphs=True)),
 ]  # fmt: skip
 TINY = [("tiny", objective, 4, settings) for objective in ("masked", "ar") for settings in (dict(how="no"), dict(how="no", fp8=True), dict(how="no", plain_loss=True), dict(how="no", short_rows=0.5))]
@@ -749,6 +749,8 @@ def gpu_profile(cfg, device):
     """Shares of the device's time in a masked step, by kind of kernel."""
     parts, activity = [], torch.profiler.ProfilerActivity
     for name, rows in (("tiny", 4),) if cfg.smoke else (("135M", 32), ("1.7B", 16)):
+        if cfg.rows and name not in cfg.rows:
+            continue
         run = Step(model_of(name, False), "masked", rows, device, torch.bfloat16, how="no" if cfg.smoke else "whole")
         for _ in range(5):
             run()

@@ -522,6 +522,13 @@ def preferring_cudnn(device):
     return sdpa_kernel(order, set_priority=True)
 
 
+def of_many_shapes(device):
+    """A context without cuDNN's attention, which plans anew for every shape: where few batches have the same one, planning takes longer than attending."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)
+
+
 def attention_backend(q, causal, documents=False):
     """The name of what computes attention for queries, keys and values like q (B, H, L, head_dim), within documents or without mask."""
     if documents and has_flex(q):

@@ -20,6 +20,7 @@ import torch.distributed as dist
 import data
 import diffusion
 import engine
+import kernels
 import parallel
 
 VALIDATION_SEED = 2**63  # beyond every training seed: all runs are validated with the same noise
@@ -415,7 +416,7 @@ def answers(scorer, questions, eos_id, show=lambda done, of: None):
 
 def look(scorer, batch, likeliest):
     """(nats, whether another token is likelier than the target) at the batch's positions, (n,) each; without `likeliest` the second is 0."""
-    with scorer.autocast():
+    with scorer.autocast(), kernels.of_many_shapes(scorer.device):
         said = scorer.objective.look(engine.to_device(engine.to_tensors(batch, False), scorer.device), likeliest=bool(likeliest))
     nats, tokens = (said[0], said[1].cpu().numpy()) if likeliest else (said, batch.targets)
     return nats.double().cpu().numpy(), tokens != batch.targets
@@ -437,7 +438,7 @@ def not_written(scorer, pieces):
                 here, targets = masked[active], x[active]
                 index = np.flatnonzero(here)
                 batch = diffusion.Batch(np.where(here, mask_id, targets), targets.reshape(-1)[index], None, index)
-                with scorer.autocast():
+                with scorer.autocast(), kernels.of_many_shapes(scorer.device):
                     _, token, prob = scorer.objective.look(engine.to_device(engine.to_tensors(batch, False), scorer.device), likeliest=True)
                 sure, tokens = np.full(here.size, -1.0), np.zeros(here.size, np.int64)
                 sure[index], tokens[index] = prob.float().cpu().numpy(), token.cpu().numpy()
