@@ -8,17 +8,24 @@ Importing this registers the model class `nanoquokka`. `python eval.py --tasks=h
 Needs the package lm-eval: pip install '.[eval]'.
 """
 
+import contextlib
 import copy
 import csv
 import dataclasses
 import difflib
 import functools
+import hashlib
+import io
 import itertools
 import json
 import logging
+import os
+import random
 import re
+import sys
 from pathlib import Path
 
+import numpy as np
 from lm_eval import simple_evaluate
 from lm_eval.api.group import Group
 from lm_eval.api.model import TemplateLM
@@ -51,8 +58,8 @@ class NanoQuokka(TemplateLM):
         self.writer, self.tokenizer = writer, None
         c, settings = writer.record["model"], writer.record["settings"]
         process = diffusion.Process(writer.objective, c["n_vocab"], c["mask_id"], c["block_len"], schedule=settings["schedule"])
-        self.scorer = Scorer(objective or engine.Objective(writer.model, writer.posterior), process, writer.device, writer.autocast, ranks, int(masks),
-                             int(tokens) or (131_072 if writer.device.type == "cuda" else 16_384), int(seed))
+        self.scorer = Scorer(objective or engine.Objective(writer.model, writer.posterior).eval(), process, writer.device, writer.autocast, ranks, int(masks),
+                             int(tokens) or (131_072 if writer.device.type == "cuda" else 16_384), int(seed), lambda: self.alive())
         self.how = decode.How(order=order, steps=int(steps), block=int(block), seed=int(seed), end=True) if writer.objective == "masked" else \
             decode.How(steps=int(steps), seed=int(seed), end=True, cache="prefix" if writer.objective == "ar" else "no")
         self.max_gen_toks, self._device = int(max_gen_toks), writer.device
@@ -66,16 +73,19 @@ class NanoQuokka(TemplateLM):
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **_):
         return self.scored([Asked(context, answer, text) for (text, _), context, answer in requests], disable_tqdm)
 
-    def scored(self, questions, silent=False):
-        """[(log p, whether greedy decoding writes it)] of likelihood.Asked's."""
+    def scored(self, questions, silent=False, greedy=True):
+        """[(log p, whether greedy decoding writes it)] of likelihood.Asked's. Raises ValueError if ranks ask for different things."""
+        digest = hashlib.sha256(repr(questions).encode()).hexdigest()
+        if len(set(parallel.gathered(self.scorer.ranks, digest))) > 1:
+            raise ValueError("the ranks read different questions: the task's data or its examples are drawn by chance, and not by the same")
         with tqdm(total=len(questions), desc="answers", disable=silent or self.scorer.ranks.rank > 0) as bar:
 
             def show(done, of):
-                self.alive()
                 bar.total = of
                 bar.update(done - bar.n)
 
-            return [(float(value), bool(greedy)) for value, greedy in zip(*likelihood.answers(self.scorer, questions, self.eot_token_id, show))]
+            values, wrote = likelihood.answers(self.scorer, questions, self.eot_token_id, show, greedy)
+        return [(float(value), bool(is_greedy)) for value, is_greedy in zip(values, wrote)]
 
     def loglikelihood(self, requests, disable_tqdm=False):
         """log p(continuation | context): exact for AR, the bound for diffusion models; the choices of a question share their random numbers.
@@ -109,7 +119,7 @@ class NanoQuokka(TemplateLM):
                 questions.append(Asked(context, answer, f"{request.args[0][:64]} {part}"))
                 owners.append(number)
         found = [0.0] * len(requests)
-        for number, (value, _) in zip(owners, self.scored(questions, disable_tqdm)):
+        for number, (value, _) in zip(owners, self.scored(questions, disable_tqdm, greedy=False)):
             found[number] += value
         for request, value in zip(requests, found):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, value)
@@ -124,9 +134,9 @@ class NanoQuokka(TemplateLM):
             context, settings = request.args
             settings = normalize_gen_kwargs(settings, self.max_gen_toks)
             until = handle_stop_sequences(settings.get("until"), None)
-            n = min(settings["max_gen_toks"], writer.block_len - 1)
-            room = writer.block_len - n
-            prompt = (self.tok_encode(context) or [self.eot_token_id])[-room:]
+            prompt = self.tok_encode(context) or [self.eot_token_id]
+            n = min(settings["max_gen_toks"], max(writer.block_len - len(prompt), writer.block_len // 2))  # the prompt comes first, but for half of the context
+            prompt = prompt[len(prompt) + n - writer.block_len :] if len(prompt) + n > writer.block_len else prompt
             how = self.how._replace(temperature=float(settings.get("temperature") or 0.0), top_k=int(settings.get("top_k") or 0), top_p=float(settings.get("top_p") or 1.0))
             asked.append((how, len(prompt), number, prompt + [writer.tokens.mask_id] * n, until))
         asked.sort(key=lambda a: (str(a[0]), len(a[3]), a[2]))
@@ -134,10 +144,11 @@ class NanoQuokka(TemplateLM):
         for _, alike in itertools.groupby(enumerate(asked), lambda pair: pair[1][0]):
             alike = list(alike)
             batches += [alike[i : i + at_once] for i in range(0, len(alike), at_once)]
-        for some in tqdm(batches[ranks.rank :: ranks.world], desc="writing", disable=disable_tqdm or ranks.rank > 0):
-            (first, (how, *_)), rows = some[0], [row for _, (_, _, _, row, _) in some]
-            for (_, (_, n_prompt, number, _, until)), row in zip(some, writer.generate(rows, how, first).rows):
-                texts[number] = postprocess_generated_text(writer.tokens.decode(row[n_prompt:]), until, None)
+        with likelihood.evaluating(self.scorer.objective):
+            for some in tqdm(batches[ranks.rank :: ranks.world], desc="writing", disable=disable_tqdm or ranks.rank > 0):
+                (first, (how, *_)), rows = some[0], [row for _, (_, _, _, row, _) in some]
+                for (_, (_, n_prompt, number, _, until)), row in zip(some, writer.generate(rows, how, first, lambda z: self.alive()).rows):
+                    texts[number] = postprocess_generated_text(writer.tokens.decode(row[n_prompt:]), until, None)
         for part in parallel.gathered(ranks, texts):
             texts |= part
         for number, request in enumerate(requests):
@@ -159,11 +170,12 @@ def read_records(path):
 
         return pyarrow.parquet.read_table(path).to_pylist()
     text = path.read_text(encoding="utf-8-sig")
-    if path.suffix == ".jsonl":
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    if path.suffix == ".json":
-        return json.loads(text)
-    rows = list(csv.reader(text.splitlines(keepends=True)))
+    if path.suffix in (".jsonl", ".json"):
+        found = [json.loads(line) for line in text.split("\n") if line.strip()] if path.suffix == ".jsonl" else json.loads(text)
+        if not found or not isinstance(found, list) or not all(isinstance(record, dict) for record in found):
+            raise ValueError("expected records")
+        return found
+    rows = list(csv.reader(io.StringIO(text, newline="")))
     if rows and len(rows[0]) == 6 and all(row[5] in "ABCD" and row[5] for row in rows):
         return [dict(question=row[0], choices=row[1:5], answer="ABCD".index(row[5])) for row in rows]
     return [dict(zip(rows[0], row)) for row in rows[1:]]
@@ -194,61 +206,95 @@ def all_tasks(task_path):
 
 
 def manager(task_path, task_data):
-    """A TaskManager that knows the tasks described in the folder `task_path`, too, and reads data sets that lie in `task_data` from there:
-    folders called as on the hub, without their owner (hellaswag, mmlu). Raises ValueError."""
+    """(a TaskManager that knows the tasks described in the folder `task_path`, too, and reads data sets that lie in `task_data` from there,
+    {folder: (tasks whose data are not in it, all tasks of this data set)}). Folders are called as on the hub, without their owner. Raises ValueError."""
     import datasets
 
+    for path in sorted(Path(task_path).rglob("*.yaml")) if task_path else ():
+        try:
+            load_yaml(path, resolve_func=False, recursive=True)
+        except Exception as problem:  # the harness leaves such files out without a word
+            raise ValueError(f"{path}: {type(problem).__name__}: {str(problem).splitlines()[0]}") from None
     found, missing = copy.copy(all_tasks(str(task_path))), {}
     index = found._index = {name: dataclasses.replace(entry, tags=set(entry.tags)) for name, entry in found._index.items()}
-    for entry in list(index.values()):
+    for entry in list(index.values()) if task_data else ():
         dataset = (entry.cfg or {}).get("dataset_path")
         folder = Path(task_data) / str(dataset).rpartition("/")[2]
-        if not task_data or not dataset or not entry.yaml_path or not folder.is_dir() or not (entry.cfg.get("task") and isinstance(entry.cfg["task"], str)):
+        if not dataset or not entry.yaml_path or not folder.is_dir() or not isinstance(entry.cfg.get("task"), str):
             continue
         files = local_files(folder, entry.cfg.get("dataset_name"))
+        absent, every = missing.setdefault(folder, ([], []))
+        every.append(entry.name)
         if not files:
-            missing.setdefault(folder, []).append(entry.name)
+            absent.append(entry.name)
             continue
 
         def read(files=files, **_):
-            try:
-                return datasets.DatasetDict({split: datasets.Dataset.from_list([r for path in paths for r in read_records(path)]) for split, paths in files.items()})
-            except (ValueError, KeyError, IndexError, OSError) as problem:
-                raise ValueError(f"{', '.join(str(path) for paths in files.values() for path in paths)}: can't be read as records: {problem}") from None
+            found = {}
+            for split, paths in files.items():
+                for path in paths:
+                    try:
+                        found.setdefault(split, []).extend(read_records(path))
+                    except Exception as problem:  # json's, pyarrow's, of the encoding …
+                        raise ValueError(f"{path} can't be read as records: {problem}") from None
+            return datasets.DatasetDict({split: datasets.Dataset.from_list(records) for split, records in found.items()})
 
         config = load_yaml(entry.yaml_path, resolve_func=True) | dict(custom_dataset=read)
         entry.cfg = config | {key: None for key in ("training_split", "fewshot_split") if config.get(key) not in files}  # examples then come from what is evaluated
         entry.yaml_path = None
-    for names in missing.values():  # what isn't there leaves its groups
-        for name in names:
-            del index[name]
+    for name in (name for absent, _ in missing.values() for name in absent):  # what isn't there leaves its groups
+        del index[name]
         for entry in index.values():
-            entry.tags -= set(names)
+            entry.tags.discard(name)
     parts = [name for name in index if re.fullmatch(r"mmlu_\w+_continuation", name) and isinstance((index[name].cfg or {}).get("task"), str)]
-    if parts:
-        config = dict(group="mmlu_val", task=[dict(task=name, test_split="validation") for name in parts],
-                      aggregate_metric_list=[dict(metric=metric, weight_by_size=True) for metric in ("acc", "acc_norm")], metadata=dict(version=1))
-        index["mmlu_val"] = dataclasses.replace(index["mmlu"], name="mmlu_val", yaml_path=None, cfg=config)
-    return found
+    config = dict(group="mmlu_val", task=[dict(task=name, test_split="validation") for name in parts],
+                  aggregate_metric_list=[dict(metric=metric, weight_by_size=True) for metric in ("acc", "acc_norm")], metadata=dict(version=1))
+    index["mmlu_val"] = dataclasses.replace(index["mmlu"], name="mmlu_val", yaml_path=None, cfg=config)
+    return found, missing
 
 
 NO_OTHERS = TaskManager(include_defaults=False)  # loads only what is there already
 
 
-def open_tasks(names, task_path="", task_data=""):
+@contextlib.contextmanager
+def by_the_same_chance(seed=1234):
+    """Python's and numpy's own random numbers begin alike inside, since some tasks shuffle their choices with them; outside nothing changes."""
+    before = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+
+
+def open_tasks(names, task_path="", task_data="", say=lambda line: print(line, file=sys.stderr)):
     """The harness's tasks and groups of these names, their data sets loaded; raises ValueError."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    asked = list(dict.fromkeys(name for task in names for name in PAPER.get(task, [task])))
-    known = manager(task_path, task_data)
-    if wrong := [name for name in asked if name not in known.task_index and not Path(name).is_file()]:
-        near = [word for name in wrong for word in difflib.get_close_matches(name, known.all_tasks, n=3)]
-        raise ValueError(f"tasks: none is called {', '.join(wrong)}" + (f"; there are {', '.join(near)}" if near else "") + "; for tasks of your own give --task_path")
+    asked, said = list(dict.fromkeys(name for task in names for name in PAPER.get(task, [task]))), f"tasks={','.join(names)}: "
+    known, missing = manager(task_path, task_data)
+    for name in asked:
+        if absent := [folder for folder, (tasks, _) in missing.items() if name in tasks]:
+            raise ValueError(f"{said}the data of {name} are not in {absent[0]}")
+        if name not in known.task_index and not Path(name).is_file():
+            near = difflib.get_close_matches(name, list(known.task_index), n=3)
+            raise ValueError(f"{said}none is called {name}" + (f"; there are {', '.join(near)}" if near else "") + "; for tasks of your own give --task_path")
     try:
-        found = known.load(asked)
+        with by_the_same_chance():
+            found = known.load(asked)
     except KeyError as problem:
-        raise ValueError(f"tasks={','.join(names)}: the data has no {problem}") from None
-    except (OSError, ValueError) as problem:
-        raise ValueError(f"tasks={','.join(names)}: {str(problem).splitlines()[0]}; where there is no network, put the data sets into a folder and name that with --task_data") from None
+        raise ValueError(f"{said}the data have no {problem}") from None
+    except OSError as problem:
+        raise ValueError(f"{said}{str(problem).splitlines()[0]}; where there is no network, put the data sets into a folder and name that with --task_data") from None
+    except Exception as problem:  # jinja's, datasets', of functions that come with a task: all of it is the task's
+        raise ValueError(f"{said}{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}") from None
+    for folder, (absent, every) in missing.items():
+        if absent and set(found["tasks"]) & set(every):
+            say(f"note: {folder} has the data of {len(every) - len(absent)} of {len(every)} tasks of this data set; the others are left out of their groups")
+    for name, task in found["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+            raise ValueError(f"{said}{name} " + ("runs code that a model wrote" if getattr(task, "UNSAFE_CODE", False) else "has pictures or sound in it") + ": not here")
     inside = {task for group in found.get("groups", {}).values() for task in [t.task_name for t in group.get_all_tasks()] + [g.name for g in group.get_all_groups()]}
     return [thing for name, thing in [*found.get("groups", {}).items(), *found["tasks"].items()] if name not in inside]
 
@@ -262,15 +308,23 @@ def writing(opened):
 def run_tasks(model, opened, limit=0, fewshot=-1, seed=1234):
     """What the harness measures of the `opened` tasks: {task or group: {metric: value, metric_stderr: …, examples, shots}}; None on ranks but the first.
 
-    Raises ValueError. The harness's seeds of Python, numpy and torch are left alone: a training run goes on afterwards.
+    Metrics of several filters are called metric:filter. What the tasks themselves raise is passed on.
     """
-    found = simple_evaluate(model, tasks=opened, num_fewshot=None if fewshot < 0 else fewshot, limit=limit or None, log_samples=False, bootstrap_iters=1000,
-                            task_manager=NO_OTHERS, random_seed=None, numpy_random_seed=None, torch_random_seed=None, fewshot_random_seed=seed)
+    os.environ["DISABLE_MULTIPROC"] = "1"  # the bootstrap forks otherwise, whatever this process holds
+    with by_the_same_chance(seed):
+        found = simple_evaluate(model, tasks=opened, num_fewshot=None if fewshot < 0 else fewshot, limit=limit or None, log_samples=False, bootstrap_iters=1000,
+                                task_manager=NO_OTHERS, random_seed=None, numpy_random_seed=None, torch_random_seed=None, fewshot_random_seed=seed)
     if found is None or model.scorer.ranks.rank:
         return None
-    results = {}
+    results, ours = {}, {task.task_name for thing in opened if isinstance(thing, Group) and thing.name == "mmlu_val" for task in thing.get_all_tasks()}
     for name, line in found["results"].items():
-        figures = {key.partition(",")[0]: value for key, value in line.items() if isinstance(value, float | int) and "," in key}
+        figures = {}
+        for key, value in line.items():
+            metric, comma, filtered = key.partition(",")
+            if comma and isinstance(value, float | int):
+                what = metric.removesuffix("_stderr")
+                figures[what + f":{filtered}" * (filtered != "none") + "_stderr" * metric.endswith("_stderr")] = value
         if figures:  # a group may be empty
-            results[name] = figures | dict(examples=found.get("n-samples", {}).get(name, {}).get("effective"), shots=found.get("n-shot", {}).get(name))
+            called = re.sub(r"^mmlu_(\w+)_continuation$", r"mmlu_val_\1", name) if name in ours else name
+            results[called] = figures | dict(examples=found.get("n-samples", {}).get(name, {}).get("effective"), shots=found.get("n-shot", {}).get(name))
     return results

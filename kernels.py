@@ -333,6 +333,9 @@ def linear_greedy(hidden, head, n_vocab):
     """The likeliest text token at each position and its probability. hidden (C, D) → (C,) int64 and (C,) fp32. No gradients."""
     if has_kernels(hidden):
         return head_greedy(hidden.detach(), head.detach(), n_vocab)
+    if len(hidden) > 128 and only_looks(hidden):
+        tokens, probs = zip(*(linear_greedy(rows, head, n_vocab) for rows in hidden.split(128)))
+        return torch.cat(tokens), torch.cat(probs)
     logits = head_logits(hidden.detach(), head.detach(), n_vocab)
     top, tokens = logits.max(-1)
     return tokens, (top - logits.logsumexp(-1)).exp()

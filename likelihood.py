@@ -45,6 +45,18 @@ def spread(n_rows, available, run=0):
     return data.permute(np.arange(n_rows), n_rows, VALIDATION_SEED, np.full(n_rows, run, np.int64)) * available // n_rows
 
 
+@contextlib.contextmanager
+def evaluating(objective):
+    """No dropout inside; afterwards the mode that was there before."""
+    before = objective.training
+    objective.eval()
+    try:
+        yield
+    finally:
+        objective.train(before)
+        parallel.release(objective)
+
+
 class Measured(NamedTuple):
     """The parts of the loss of each row in each pass, in order of the noise level, and which blocks these were."""
 
@@ -74,27 +86,25 @@ def evaluate(objective, process, blocks, n_rows, micro, ranks, device, autocast,
     """
     parts = -(-n_rows // (micro * ranks.world)) * ranks.world
     found, noise, ids = [], [], []
-    objective.eval()
-    for run in range(passes):
-        rows = diffusion.step_rows(process, run * n_rows, n_rows)
-        noise.append(rows)
-        ids.append(spread(n_rows, blocks.available, run))
-        values = None
-        for part in range(ranks.rank, parts, ranks.world):
-            which = rows.deal(part, parts)
-            valid = np.arange(micro) < len(which)
-            filled = np.concatenate((which, np.full(micro - len(which), n_rows - 1)))
-            batch = read(process, blocks, ids[-1][filled], rows, filled, valid, parts / n_rows)
-            with autocast():
-                nats = objective.look(engine.to_device(engine.to_tensors(batch, False), device)).double().cpu().numpy()
-            row = (np.arange(micro * process.block_len) if batch.index is None else batch.index) // process.block_len
-            if values is None:
-                values = np.zeros((n_rows, batch.weights.shape[1]))
-            for p, weight in enumerate(batch.weights.T):
-                values[which, p] += n_rows * np.bincount(row, nats * weight, micro)[: len(which)]  # weights hold the mean over rows
-        found.append(summed(ranks, values))
-    objective.train()
-    parallel.release(objective)
+    with evaluating(objective):
+        for run in range(passes):
+            rows = diffusion.step_rows(process, run * n_rows, n_rows)
+            noise.append(rows)
+            ids.append(spread(n_rows, blocks.available, run))
+            values = None
+            for part in range(ranks.rank, parts, ranks.world):
+                which = rows.deal(part, parts)
+                valid = np.arange(micro) < len(which)
+                filled = np.concatenate((which, np.full(micro - len(which), n_rows - 1)))
+                batch = read(process, blocks, ids[-1][filled], rows, filled, valid, parts / n_rows)
+                with autocast():
+                    nats = objective.look(engine.to_device(engine.to_tensors(batch, False), device)).double().cpu().numpy()
+                row = (np.arange(micro * process.block_len) if batch.index is None else batch.index) // process.block_len
+                if values is None:
+                    values = np.zeros((n_rows, batch.weights.shape[1]))
+                for p, weight in enumerate(batch.weights.T):
+                    values[which, p] += n_rows * np.bincount(row, nats * weight, micro)[: len(which)]  # weights hold the mean over rows
+            found.append(summed(ranks, values))
     return Measured(np.stack(found), np.stack(ids), noise)
 
 
@@ -194,12 +204,13 @@ def binned(r, values, bins):
 
 
 @torch.no_grad()
-def chain(objective, rows, order, mask_id, device, autocast, seed=0, numbers=None):
+def chain(objective, rows, order, mask_id, device, autocast, seed=0, numbers=None, documents=None, positions=None):
     """−log p of each token of the rows (B, L) in the chain rule's order, by L passes of a masked network: (B, L) nats, by position.
 
     order: left_to_right; confidence (next is where the network is surest before it sees the token, to 12 bits so that rounding decides
-    nothing, the first of equals: the order depends only on what has been read, so this, too, is a likelihood); random (its mean over orders
-    is the bound). Each is the exact likelihood of the sampler that writes in that order. numbers (B,): what a row's random order depends on.
+    next to nothing, the first of equals: the order depends only on what has been read, so this, too, is a likelihood); random (its mean over orders
+    is the bound). Each is the exact likelihood of the sampler that writes in that order. numbers (B,): what a row's random order depends on;
+    documents, positions (B, L): as in the batches of such models.
     """
     x = torch.as_tensor(rows, dtype=torch.int64, device=device)
     B, L = x.shape
@@ -208,23 +219,25 @@ def chain(objective, rows, order, mask_id, device, autocast, seed=0, numbers=Non
     if order == "random":
         keys = diffusion.random_bits(seed, diffusion.ORDER, np.arange(B) if numbers is None else numbers, L)
         turns = torch.from_numpy(np.argsort(keys, axis=1)).to(device)
-    for step in range(L):
-        if order == "confidence":
-            said, sure = asked(objective, z, x, left, first, autocast, sure=True)
-            best = (sure * 4096).round().argmax(1, keepdim=True)
-            column, said = left.gather(1, best), said.gather(1, best)
-            left = left[torch.arange(L - step, device=device) != best].view(B, L - step - 1)
-        else:
-            column = turns[:, step : step + 1] if order == "random" else left[:, step : step + 1]
-            said = asked(objective, z, x, column, first, autocast)
-        nats.scatter_(1, column, said.double())
-        z = z.scatter(1, column, x.gather(1, column))
+    borders = [None if a is None else torch.as_tensor(a, device=device) for a in (documents, positions)]
+    with evaluating(objective):
+        for step in range(L):
+            if order == "confidence":
+                said, sure = asked(objective, z, x, left, first, autocast, *borders, sure=True)
+                best = (sure * 4096).round().argmax(1, keepdim=True)
+                column, said = left.gather(1, best), said.gather(1, best)
+                left = left[torch.arange(L - step, device=device) != best].view(B, L - step - 1)
+            else:
+                column = turns[:, step : step + 1] if order == "random" else left[:, step : step + 1]
+                said = asked(objective, z, x, column, first, autocast, *borders)
+            nats.scatter_(1, column, said.double())
+            z = z.scatter(1, column, x.gather(1, column))
     return nats.cpu().numpy()
 
 
-def asked(objective, z, x, columns, first, autocast, sure=False):
+def asked(objective, z, x, columns, first, autocast, documents, positions, sure=False):
     """−log p of the tokens x at `columns` (B, n) of what z shows, (B, n); with `sure` also the probability of the likeliest token there."""
-    batch = diffusion.Batch(z, x.gather(1, columns).flatten(), None, (first + columns).flatten())
+    batch = diffusion.Batch(z, x.gather(1, columns).flatten(), None, (first + columns).flatten(), documents=documents, positions=positions)
     with autocast():
         said = objective.look(batch, likeliest=sure)
     return tuple(part.view(columns.shape) for part in (said[0], said[2])) if sure else said.view(columns.shape)
@@ -252,6 +265,12 @@ class Scorer(NamedTuple):
     samples: int = 128  # noisy copies of an answer that is too long to try every mask
     tokens: int = 16_384  # of a forward pass
     seed: int = 0
+    alive: Callable = lambda: None  # called between passes
+
+    @property
+    def most(self):
+        """Positions of a pass: half a gigabyte of logits, where a kernel doesn't do without."""
+        return max(1, (1 << 27) // self.process.n_vocab) if self.device.type == "cpu" else 1 << 20
 
     @property
     def size(self):
@@ -273,11 +292,15 @@ def windows(ids, prefix, size):
     return pairs
 
 
-def fitted(asked, size, eos_id):
-    """What is asked as pairs that fit into `size` tokens: the context is cut on the left; an answer that is too long itself goes in windows."""
-    if len(asked.answer) + bool(asked.context) > size:
-        return windows(asked.answer, asked.context[-1] if asked.context else eos_id, size)
-    return [(asked.context[max(0, len(asked.context) + len(asked.answer) - size) :], asked.answer)]
+def fitted(asked, scorer, eos_id):
+    """What is asked as pairs that fit: the context is cut on the left; an answer that is too long itself goes in windows. Causal networks read a separator
+    where there is no context."""
+    size, context = scorer.size, asked.context or [eos_id] * (scorer.process.objective == "ar")
+    if not asked.answer:
+        return []
+    if len(asked.answer) + bool(context) > size:
+        return windows(asked.answer, context[-1] if context else eos_id, size)
+    return [(context[max(0, len(context) + len(asked.answer) - size) :], asked.answer)]
 
 
 def number_of(key):
@@ -355,13 +378,12 @@ def batched(scorer, pieces):
         time = None if rows[0][1] is None else np.array([t for _, t in rows], np.float32)
         return diffusion.Batch(tokens, targets, weights[:, None], row * width + column, time, noisy=noisy, beta=beta), owner, weights, ended
 
-    most = max(1, (1 << 27) // p.n_vocab)  # half a gigabyte of logits
     for number, (context, answer, key) in enumerate(pieces):
         some = rows_of(scorer, context, answer, key)
         T = some.tokens.shape[1]
         for s, (first, last) in enumerate(zip(*(np.searchsorted(some.row, np.arange(len(some.tokens)), side) for side in ("left", "right")))):
             mine = slice(first, last)
-            full = rows and (p.objective != "ar" and len(rows[0][0]) != T or (len(rows) + 1) * T > scorer.tokens or positions + last - first > most)
+            full = rows and (p.objective != "ar" and len(rows[0][0]) != T or (len(rows) + 1) * T > scorer.tokens or positions + last - first > scorer.most)
             if full:
                 yield closed()
                 rows, place, parts, positions, ended = [], {}, [], 0, 0
@@ -378,35 +400,36 @@ def batched(scorer, pieces):
 
 
 @torch.no_grad()
-def answers(scorer, questions, eos_id, show=lambda done, of: None):
+def answers(scorer, questions, eos_id, show=lambda done, of: None, greedy=True):
     """log p(answer | context) of each question, in nats (for diffusion models its bound), and whether greedy decoding writes the answer.
 
     The sum over the answer's tokens: no end is appended, nothing else is scored. Masked models: the count form of the bound, over all masks
     where there are at most `samples` of them (a token alone: one pass, exact), else over `samples`. Greedy: the surest position first,
-    one at a time; uniform models do not write so, theirs is false. `show` hears how much is done. Returns (N,) fp64 and (N,) bool.
+    one at a time; uniform models do not write so, theirs is false (as all are without `greedy`). `show` hears how much is done. Returns (N,) fp64 and (N,) bool.
     """
     pieces = {}  # what is to be scored → the questions that need it
     for number, question in enumerate(questions):
-        for context, answer in fitted(question, scorer.size, eos_id):
-            pieces.setdefault((tuple(context), tuple(answer), question.key), []).append(number)
+        for part, (context, answer) in enumerate(fitted(question, scorer, eos_id)):
+            pieces.setdefault((tuple(context), tuple(answer), question.key + f" {part}" * (part > 0)), []).append(number)
     order = sorted(pieces, key=lambda piece: (len(piece[0]) + len(piece[1]), piece))
     sums, misses, ranks, count, done = np.zeros(len(order)), np.zeros(len(order)), scorer.ranks, 0, 0
-    alone = np.array([len(answer) == 1 or scorer.process.objective == "ar" for _, answer, _ in order])  # one pass tells what is likeliest
-    scorer.objective.eval()
-    for batch, owner, weights, ended in batched(scorer, order):
-        if count % ranks.world == ranks.rank:
-            nats, wrong = look(scorer, batch, alone[owner].any())
-            sums += np.bincount(owner, nats * weights, len(order))
-            misses += np.bincount(owner, wrong, len(order)) * alone
-        count, done = count + 1, done + ended
-        show(done, len(order))
-    if ranks.rank >= count % ranks.world > 0:
-        look(scorer, batch, False)  # for nothing: all ranks of a divided network take part in every pass
+    kind = scorer.process.objective
+    greedy = greedy and kind != "uniform"
+    alone = np.array([greedy and (len(answer) == 1 or kind == "ar") for _, answer, _ in order])  # one pass tells what is likeliest
+    with evaluating(scorer.objective):
+        for batch, owner, weights, ended in batched(scorer, order):
+            if count % ranks.world == ranks.rank:
+                nats, wrong = look(scorer, batch, alone[owner].any())
+                sums += np.bincount(owner, nats * weights, len(order))
+                misses += np.bincount(owner, wrong, len(order)) * alone
+            count, done = count + 1, done + ended
+            show(done, len(order))
+        if ranks.rank >= count % ranks.world > 0:
+            look(scorer, batch, False)  # for nothing: all ranks of a divided network take part in every pass
+        if kind == "masked" and greedy:
+            misses += not_written(scorer, order)
     sums, wrong = summed(ranks, sums), summed(ranks, misses) > 0
-    if scorer.process.objective == "masked":
-        wrong |= not_written(scorer, order)
-    parallel.release(scorer.objective)
-    total, right = np.zeros(len(questions)), np.full(len(questions), scorer.process.objective != "uniform")
+    total, right = np.zeros(len(questions)), np.full(len(questions), greedy)
     for piece, key in enumerate(order):
         for number in pieces[key]:
             total[number] -= sums[piece]
@@ -415,36 +438,47 @@ def answers(scorer, questions, eos_id, show=lambda done, of: None):
 
 
 def look(scorer, batch, likeliest):
-    """(nats, whether another token is likelier than the target) at the batch's positions, (n,) each; without `likeliest` the second is 0."""
-    with scorer.autocast(), kernels.of_many_shapes(scorer.device):
-        said = scorer.objective.look(engine.to_device(engine.to_tensors(batch, False), scorer.device), likeliest=bool(likeliest))
+    """(nats, whether another token is likelier than the target) at the batch's positions, (n,) each; without `likeliest` the second is false."""
+    scorer.alive()
+    said = passed(scorer, batch, bool(likeliest))
     nats, tokens = (said[0], said[1].cpu().numpy()) if likeliest else (said, batch.targets)
     return nats.double().cpu().numpy(), tokens != batch.targets
 
 
-def not_written(scorer, pieces):
-    """Which answers of more than a token greedy decoding does not write: the surest masked position becomes its likeliest token, one after the other.
+def passed(scorer, batch, likeliest):
+    with scorer.autocast(), kernels.of_many_shapes(scorer.device):
+        return scorer.objective.look(engine.to_device(engine.to_tensors(batch, False), scorer.device), likeliest=likeliest)
 
-    On every rank alike; most wrong answers are found out in their first passes."""
-    found, mask_id = np.zeros(len(pieces), bool), scorer.process.mask_id
-    several = [number for number, (_, answer, _) in enumerate(pieces) if len(answer) > 1]
+
+def not_written(scorer, pieces):
+    """Which answers of more than a token greedy decoding does not write, (N,) of 0 and 1, to be summed over ranks: the surest masked position becomes its
+    likeliest token, one after the other; most wrong answers are found out in their first passes.
+
+    Ranks take turns. Those of a divided network do all of it together, by the first one's decisions, and only the first reports it.
+    """
+    found, mask_id, ranks = np.zeros(len(pieces)), scorer.process.mask_id, scorer.ranks
+    together = ranks.world > 1 and parallel.is_divided(scorer.objective)
+    several, groups = [number for number, (_, answer, _) in enumerate(pieces) if len(answer) > 1], []
     for length, group in itertools.groupby(several, lambda number: len(pieces[number][0]) + len(pieces[number][1])):
         group = np.array(list(group))
-        for some in np.array_split(group, -(-len(group) * length // scorer.tokens)):
-            x = np.array([[*pieces[number][0], *pieces[number][1]] for number in some], np.int64)
-            masked = np.arange(length) >= np.array([[len(pieces[number][0])] for number in some])
-            active = np.arange(len(some))
-            while len(active):
-                here, targets = masked[active], x[active]
-                index = np.flatnonzero(here)
-                batch = diffusion.Batch(np.where(here, mask_id, targets), targets.reshape(-1)[index], None, index)
-                with scorer.autocast(), kernels.of_many_shapes(scorer.device):
-                    _, token, prob = scorer.objective.look(engine.to_device(engine.to_tensors(batch, False), scorer.device), likeliest=True)
-                sure, tokens = np.full(here.size, -1.0), np.zeros(here.size, np.int64)
-                sure[index], tokens[index] = prob.float().cpu().numpy(), token.cpu().numpy()
-                best = sure.reshape(here.shape).argmax(1)
-                right = tokens.reshape(here.shape)[np.arange(len(active)), best] == targets[np.arange(len(active)), best]
-                found[some[active[~right]]] = True
-                masked[active, best] = False
-                active = active[right & masked[active].any(1)]
-    return found
+        longest = max(len(pieces[number][1]) for number in group)
+        groups += [(length, some) for some in np.array_split(group, max(-(-len(group) * length // scorer.tokens), -(-len(group) * longest // scorer.most))) if len(some)]
+    for length, some in groups if together else groups[ranks.rank :: ranks.world]:
+        x = np.array([[*pieces[number][0], *pieces[number][1]] for number in some], np.int64)
+        masked = np.arange(length) >= np.array([[len(pieces[number][0])] for number in some])
+        active = np.arange(len(some))
+        while len(active):
+            scorer.alive()
+            here, targets = masked[active], x[active]
+            index = np.flatnonzero(here)
+            _, token, prob = passed(scorer, diffusion.Batch(np.where(here, mask_id, targets), targets.reshape(-1)[index], None, index), True)
+            sure, tokens = np.full(here.size, -1.0), np.zeros(here.size, np.int64)
+            sure[index], tokens[index] = prob.float().cpu().numpy(), token.cpu().numpy()
+            best = sure.reshape(here.shape).argmax(1)
+            right = tokens.reshape(here.shape)[np.arange(len(active)), best] == targets[np.arange(len(active)), best]
+            if together:
+                best, right = parallel.gathered(ranks, (best, right))[0]
+            found[some[active[~right]]] = 1
+            masked[active, best] = False
+            active = active[right & masked[active].any(1)]
+    return found * (not together or ranks.rank == 0)
