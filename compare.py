@@ -2,8 +2,8 @@
 
     python eval.py compare runs/a runs/b runs/c --out=runs/compared
 
-Losses are the last validations (or what eval.py measured, if it did so for all alike). On the same text, differences are taken row by row: the
-same blocks under the same noise, so that they are far better known than either loss.
+Losses are what eval.py measured, if it did so for all alike and of their last step, else the last validations. On the same text, differences are
+taken row by row: the same blocks under the same noise, so that they are far better known than either loss.
 """
 
 import json
@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 
 import configurator
+import cost
+import diffusion
 import likelihood
 from configurator import setting
 from metrics import read_metrics, read_rows
@@ -26,31 +28,43 @@ class Config:
     sigmas: float = setting(2.0, "a difference counts from this many standard errors on", above=0)
 
 
+SAME = ("text", "block_len", "passes")  # of what rows have in common if their differences mean anything
+
+
 class Run:
     """What a run folder says of itself. Raises ValueError."""
 
     def __init__(self, folder):
         self.folder, self.name = Path(folder), Path(folder).name
-        self.metrics = [m for m in read_metrics(folder) if "event" not in m]
+        self.metrics = [{k: number(v) if k in ("loss", "val_loss", "val_error", "val_bpb") else v for k, v in m.items()} for m in read_metrics(folder) if "event" not in m]
         validations = [m for m in self.metrics if "val_loss" in m]
         if not validations or not (self.folder / "settings.json").is_file():
             raise ValueError(f"{folder} has no validation: is it a run folder, and has the run got that far?")
         self.settings, self.last = json.loads((self.folder / "settings.json").read_text()), validations[-1]
-        self.rows, self.evaluated = read_rows(self.folder), read_rows(self.folder, "evaluation.npz")
-        self.model = self.shape()
-        train, self.seconds = [m for m in self.metrics if "tokens_per_s" in m], {}
-        spent, before = 0.0, 0
-        for m in train:  # of training alone: validations and checkpoints are not counted
-            spent += (m["tokens"] - before) / m["tokens_per_s"]
-            before = m["tokens"]
-            self.seconds[m["tokens"]] = spent
-        self.flops_per_token = self.model.flops_per_token(0.5 if self.last["objective"] == "masked" else 1.0) if self.model else math.nan
+        self.measured = {name: rows for name in ("evaluation.npz", "validation.npz") if (rows := read_rows(self.folder, name)) and rows[0]["step"] == self.last["step"]}
+        self.model, self.flops_per_token = self.shape(), math.nan
+        if self.model:
+            c, s = self.model.config, self.settings
+            process = diffusion.Process(s["objective"], c.n_vocab, c.mask_id, c.block_len, s["seed"], s["loss"], s["estimator"], s["schedule"], s["time"], s["time_sigma"])
+            self.flops_per_token = self.model.flops_per_token(cost.noisy_share(process))
+        spent, before, self.seconds = 0.0, 0, {}
+        for m in self.metrics:
+            if "tokens_per_s" in m:  # of training alone: validations and checkpoints are not counted
+                spent, before = spent + (m["tokens"] - before) / m["tokens_per_s"], m["tokens"]
+                self.seconds[m["tokens"]] = spent
 
     def shape(self):
         """The network, without values; None if there is no checkpoint to tell its vocabulary."""
         for record in sorted(self.folder.glob("step_*/checkpoint.json"))[-1:]:
             with torch.device("meta"):
                 return Transformer(ModelConfig(**json.loads(record.read_text())["model"]))
+
+    def loss(self, source):
+        """(nats per token, standard error, bits per byte) as eval.py or the last validation has it."""
+        if source == "evaluation.npz":
+            about, _, values = self.measured[source]
+            return float(values.mean()), about["error"], float(values.mean()) / math.log(2) / about["bytes_per_token"]
+        return self.last["val_loss"], self.last.get("val_error", math.nan), self.last["val_bpb"]
 
     def spent(self, tokens):
         """Seconds of training up to that many tokens, nan where that isn't logged."""
@@ -60,41 +74,49 @@ class Run:
         return {"tokens": tokens, "FLOPs": tokens * self.flops_per_token, "training time, s": self.spent(tokens)}[axis]
 
 
-def compared(first, other):
-    """(difference in nats per token, its standard error, how): row by row if both measured the same blocks under the same noise."""
-    for one, two in ((first.evaluated, other.evaluated), (first.rows, other.rows)):
-        if one and two and {k: v for k, v in one[0].items() if k != "step"} == {k: v for k, v in two[0].items() if k != "step"}:
-            if found := likelihood.difference(two[1:], one[1:]):
-                return *found, "row by row"
-    errors = [run.last.get("val_error") for run in (first, other)]
-    error = math.hypot(*errors) if all(isinstance(e, float) for e in errors) else math.nan
-    return other.last["val_loss"] - first.last["val_loss"], error, "of the two errors"
+def number(value):
+    """A figure of metrics.jsonl, where what isn't finite is text."""
+    return float(value) if isinstance(value, str) else value
 
 
-def same_text(first, other):
-    return first.rows and other.rows and all(first.rows[0][k] == other.rows[0][k] for k in ("text", "block_len"))
+def source_of(runs):
+    """What the table is about: eval.py's measurements if all runs have them, of their last step, of the same text; else the validations of training."""
+    return "evaluation.npz" if all("evaluation.npz" in run.measured for run in runs) and len({alike(run, "evaluation.npz") for run in runs}) == 1 else "validation.npz"
+
+
+def alike(run, source):
+    return tuple(run.measured[source][0][name] for name in SAME)
+
+
+def compared(first, other, source):
+    """(difference in nats per token, its standard error) row by row, of the same blocks under the same noise; None where there is no such thing."""
+    if source in first.measured and source in other.measured and alike(first, source) == alike(other, source):
+        return likelihood.difference(other.measured[source][1:], first.measured[source][1:])
+    return None
 
 
 def table(runs, sigmas):
-    """The table as markdown, and a line on each thing that keeps runs from being compared."""
+    """The table as markdown, and a line on what it is about and on each thing that keeps runs from being compared."""
+    source = source_of(runs)
     head = ["run", "objective", "parameters (in blocks)", "tokens", "training FLOPs", "time", "nats/token", "bits/byte", f"against {runs[0].name}", f"beyond {sigmas:g} errors"]
-    lines, notes = [], []
+    lines, notes = [], ["Losses: " + ("what eval.py measured" if source == "evaluation.npz" else "the last validations of training") + ", ± one standard error."]
     for run in runs:
-        m = run.last
+        m, (nats, error, bits) = run.last, run.loss(source)
         n = f"{run.model.n_params() / 1e6:.2f}M ({run.model.n_params(False) / 1e6:.2f}M)" if run.model else "?"
         spent = run.spent(max(run.seconds, default=0)) if run.seconds else math.nan
-        loss = f"{m['val_loss']:.4f}" + (f" ± {m['val_error']:.4f}" if isinstance(m.get("val_error"), float) else "")
         difference = verdict = ""
         if run is not runs[0]:
-            if same_text(runs[0], run):
-                d, error, how = compared(runs[0], run)
-                difference = f"{d:+.4f} ± {error:.4f} ({how})"
-                verdict = "?" if math.isnan(error) else ("yes, " + ("worse" if d > 0 else "better")) if abs(d) > sigmas * error else "no"
+            if found := compared(runs[0], run, source):
+                d, error_of_it = found
+                difference = f"{d:+.4f} ± {error_of_it:.4f} nats/token"
+                verdict = "?" if math.isnan(d) else ("yes, " + ("worse" if d > 0 else "better")) if abs(d) > sigmas * error_of_it else "no"
             else:
-                difference, verdict = f"{m['val_bpb'] - runs[0].last['val_bpb']:+.4f} bits/byte", "other text"
-                notes.append(f"{run.name} was validated on other text or blocks than {runs[0].name} (or by an older version): bits/byte only, and without an error")
+                difference, verdict = f"{bits - runs[0].loss(source)[2]:+.4f} bits/byte", "?"
+                notes.append(f"{run.name} and {runs[0].name} have no rows of their last step in common (other text, other blocks, too few, or a run of an older version): bits/byte, without an error. "
+                             "eval.py on both, with one --corpus, makes them comparable.")
+        loss = "diverged" if math.isnan(nats) else f"{nats:.4f}" + (f" ± {error:.4f}" if math.isfinite(error) else "")
         lines.append([run.name, m["objective"] + ("" if m["objective"] == "ar" else " (bound)"), n, f"{m['tokens']:,}", f"{m['tokens'] * run.flops_per_token:.3g}", clock(spent), loss,
-                      f"{m['val_bpb']:.4f}", difference, verdict])
+                      f"{bits:.4f}", difference, verdict])
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *lines)), notes
 
 
@@ -116,7 +138,7 @@ def draw(runs, path):
         for k, run in enumerate(runs):
             train = [(run.at(m["tokens"], axis), m["loss"]) for m in run.metrics if "loss" in m]
             val = [(run.at(m["tokens"], axis), m["val_loss"], m.get("val_error")) for m in run.metrics if "val_loss" in m]
-            val = [(x, y, e if isinstance(e, float) else 0.0) for x, y, e in val if not math.isnan(x)]
+            val = [(x, y, e if isinstance(e, float) and math.isfinite(e) else 0.0) for x, y, e in val if not math.isnan(x)]
             if train:
                 axes.plot(*zip(*train), color=f"C{k}", alpha=0.3, lw=1)
             if val:

@@ -10,12 +10,15 @@ Writes eval.json (everything measured), evaluation.npz (row by row, for compare)
 ratio) into the run folder. By torchrun on several ranks: the same figures, sooner.
 """
 
+import contextlib
 import csv
 import json
 import math
 import os
 import sys
+import traceback
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -23,8 +26,8 @@ import numpy as np
 import torch
 
 import configurator
+import data
 import decode
-import diffusion
 import engine
 import frontier
 import kernels
@@ -63,13 +66,13 @@ class Config:
     texts: str = setting("", "measure these instead: what sample.py --out wrote")
     judge: str = setting("", "an autoregressive run of the same tokenizer, for their NLL")
     length: int = setting(0, "tokens of a text (0: the model's context)", low=0)
-    order: Literal["ancestral", "first_hitting", "random", "low_confidence", "entropy", "margin"] = setting("ancestral", "in which masked models write, in tasks low_confidence unless told otherwise")
+    order: Literal["auto", "ancestral", "first_hitting", "random", "low_confidence", "entropy", "margin"] = setting("auto", "in which masked models write: auto is ancestral, and low_confidence in tasks")
     steps: int = setting(0, "denoising steps (0: one per token)", low=0)
     block: int = setting(0, "of masked models: tokens that are finished before the next ones begin (0: all at once)", low=0)
     temperature: float = setting(1.0, "of the softmax; tasks have their own", low=0)
     match: str = setting("8,16,32,64,128", "lengths of passages that are looked for in the training text, with commas (empty: none)")
     # the machine
-    micro_batch: int = setting(32, "blocks per rank and forward pass; makes no difference", low=1)
+    micro_batch: int = setting(32, "blocks per rank and forward pass; makes no difference but to memory and speed", low=1)
     pass_tokens: int = setting(0, "tokens per forward pass of tasks (0: 16384 on a CPU, 131072 on a GPU)", low=0)
     dtype: Literal["float32", "bfloat16"] = setting("float32", "of the matrix products; bfloat16 is faster on a GPU and rounds the figures in their third decimal")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one")
@@ -89,6 +92,8 @@ class Config:
             wrong.append("nothing to do: bound=False, and neither ordered, tasks, samples nor texts")
         if self.texts and not Path(self.texts).is_file():
             wrong.append(f"texts={self.texts}: no such file")
+        if self.samples == 1:
+            wrong.append("samples=1: one text has no error; write at least two")
         for name in ("task_path", "task_data"):
             if getattr(self, name) and not Path(getattr(self, name)).is_dir():
                 wrong.append(f"{name}={getattr(self, name)}: no such folder")
@@ -111,34 +116,30 @@ def open_text(cfg, writer):
     return settings, corpora, train.validation_blocks(corpora, settings.block_len)
 
 
-def process_of(writer):
-    c, settings = writer.record["model"], writer.record["settings"]
-    return diffusion.Process(writer.objective, c["n_vocab"], c["mask_id"], c["block_len"], schedule=settings["schedule"])
+def reader(settings, eos_id):
+    """What `likelihood.evaluate` reads batches with."""
+    return lambda process, blocks, *rest: train.read_batch(settings, process, blocks, eos_id, *rest)
 
 
 def bound(cfg, writer, settings, corpora, blocks, objective, ranks):
     """The bound on the validation split, its errors and the noise curve: a dict, and likelihood.Measured."""
-    process = likelihood.validation_process(process_of(writer), settings.schedule)
+    process = likelihood.validation_process(writer.process, settings.schedule)
     rows = min(cfg.rows if cfg.rows > 0 else blocks.available if cfg.rows else settings.eval_rows or blocks.available, blocks.available)
     exact = writer.objective == "ar"
     passes = 1 if exact else cfg.passes
-    eos = corpora[0].meta["eos_id"]
-
-    def read(process, blocks, *rest):
-        return train.read_batch(settings, process, blocks, eos, *rest)
 
     def measure(process):
-        return likelihood.evaluate(objective, process, blocks, rows, cfg.micro_batch, ranks, writer.device, writer.autocast, read, passes)
+        return likelihood.evaluate(objective, process, blocks, rows, cfg.micro_batch, ranks, writer.device, writer.autocast, reader(settings, writer.tokens.eos_id), passes)
 
     if cfg.compile:
-        objective = engine.Objective(writer.model, writer.posterior)  # the others' passes are of many shapes
+        objective = engine.Objective(writer.model, writer.posterior).eval()  # the others' passes are of many shapes
         objective.look = torch.compile(objective.look, dynamic=False)
     measured = measure(process)
     nats, (error, noise) = sum(measured.parts), likelihood.standard_error(measured, exact)
     bytes_per_token = float(np.mean([corpora[0].token_bytes[blocks.read(ids)[:, 1:]].mean() for ids in measured.blocks]))
     per_byte = 1 / (math.log(2) * bytes_per_token)
     found = dict(kind="exact NLL" if exact else "NELBO (upper bound)", nats_per_token=nats, error=error, noise_error=noise, bits_per_byte=nats * per_byte,
-                 bits_per_byte_error=error * per_byte, perplexity=math.exp(nats), bytes_per_token=bytes_per_token, rows=rows, passes=passes,
+                 bits_per_byte_error=error * per_byte, perplexity=math.exp(min(nats, 700.0)), bytes_per_token=bytes_per_token, rows=rows, passes=passes,
                  block_len=settings.block_len, text=train.digest(corpora, "val"))
     if cfg.bins and not exact:
         curve = likelihood.noise_curve(measured, process, cfg.bins)
@@ -150,40 +151,53 @@ def bound(cfg, writer, settings, corpora, blocks, objective, ranks):
     return found, measured
 
 
-def ordered(cfg, writer, blocks, objective, ranks):
-    """The exact likelihoods of the samplers that write in an order: {order: dict}, on the same blocks for each."""
-    n = min(cfg.ordered_rows, blocks.available)
+def ordered(cfg, writer, settings, corpora, blocks, objective, ranks):
+    """The exact likelihoods of the samplers that write in an order, and the bound on the same blocks: {order: dict}."""
+    n, eos = min(cfg.ordered_rows, blocks.available), writer.tokens.eos_id
     ids = likelihood.spread(n, blocks.available)
     mine, found = np.array_split(np.arange(n), ranks.world)[ranks.rank], {}
+    process = likelihood.validation_process(writer.process, settings.schedule)
+    measured = likelihood.evaluate(objective, process, blocks, n, cfg.micro_batch, ranks, writer.device, writer.autocast, reader(settings, eos), max(8, cfg.passes))
+    mean = dict(zip(*(part.tolist() for part in measured.rows)))  # of each block over passes
+    bound = np.array([mean[block] for block in ids.tolist()])
+    found["bound"] = dict(nats_per_token=float(bound.mean()), error=likelihood.standard_error(measured)[0], rows=n, values=bound.tolist())
     for order in split(cfg.ordered):
         nats = np.zeros(n)
         for start in range(0, len(mine), cfg.micro_batch):
             some = mine[start : start + cfg.micro_batch]
-            rows = blocks.read(ids[some])[:, 1:]
-            nats[some] = likelihood.chain(objective, rows, order, writer.tokens.mask_id, writer.device, writer.autocast, cfg.seed, some).mean(1)
+            rows = blocks.read(ids[some])
+            documents = blocks.documents(ids[some], rows, eos, False) if settings.document_attention else None
+            positions = data.positions_within(documents) if settings.reset_positions else None
+            nats[some] = likelihood.chain(objective, rows[:, 1:], order, writer.tokens.mask_id, writer.device, writer.autocast, cfg.seed, some, documents, positions).mean(1)
         nats = likelihood.summed(ranks, nats)
-        found[order] = dict(nats_per_token=float(nats.mean()), error=float(nats.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan, rows=n, values=nats.tolist())
+        below = nats - bound
+        found[order] = dict(nats_per_token=float(nats.mean()), error=error_of(nats), rows=n, below_bound=float(-below.mean()), below_bound_error=error_of(below), values=nats.tolist())
     return found
+
+
+def error_of(values):
+    """Standard error of the mean of independent values, over those that are finite."""
+    values = np.asarray(values)[np.isfinite(values)]
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
 # ------------------------------------------------------------------------------------------------- what it writes
 
 
-def written(cfg, writer):
-    """(ids of the new tokens, ids of all, where the new ones begin) of each text: written here, or read from sample.py's file."""
+def written(cfg, writer, most):
+    """(ids of the new tokens, ids of all, where the new ones begin) of each text: written here, or read from sample.py's file; of all the last `most`."""
     tokens = writer.tokens
     if not cfg.texts:
-        n = cfg.length or writer.block_len
-        if n > writer.block_len:
-            raise ValueError(f"length={n} is more than the model's context of {writer.block_len}")
-        how = decode.How(order=cfg.order if writer.objective == "masked" else "ancestral", steps=0 if cfg.order == "first_hitting" else cfg.steps, block=cfg.block, temperature=cfg.temperature,
+        n = cfg.length or most
+        order = "ancestral" if cfg.order == "auto" else cfg.order
+        how = decode.How(order=order, steps=cfg.steps, block=cfg.block, temperature=cfg.temperature,
                          seed=cfg.seed, cache="prefix" if writer.objective == "ar" else "no")
         rows = []
         for first in range(0, cfg.samples, cfg.micro_batch):
             rows += writer.generate([[tokens.mask_id] * n] * min(cfg.micro_batch, cfg.samples - first), how, first).rows
         return [(row, row, 0) for row in rows]
     found = []
-    for number, line in enumerate(Path(cfg.texts).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(filter(str.strip, Path(cfg.texts).read_text(encoding="utf-8").split("\n")), 1):
         try:
             text, new = (json.loads(line)[key] for key in ("text", "new"))
         except (ValueError, KeyError, TypeError):
@@ -191,44 +205,57 @@ def written(cfg, writer):
         given = text.removesuffix(new) if text.endswith(new) else ""  # holes stand anywhere: then the whole text is judged
         before, ids = tokens.encode(given).tolist(), tokens.encode(new).tolist() if given else tokens.encode(text).tolist()
         if ids:
-            found.append((ids, (before + ids)[-writer.block_len :], max(0, len(before) - max(0, len(before) + len(ids) - writer.block_len))))
+            found.append((ids, (before + ids)[-most:], max(0, len(before) - max(0, len(before) + len(ids) - most))))
     if len(found) < 2:
         raise ValueError(f"{cfg.texts} holds fewer than two texts")
     return found
 
 
-def of_texts(cfg, writer, corpora, judge):
+def stated(values):
+    """Mean and standard error, of what is finite."""
+    values = np.asarray(values)
+    return dict(mean=float(np.nanmean(values)), error=error_of(values))
+
+
+def of_texts(cfg, writer, settings, corpora, judge):
     """What is measured of texts: repetition, entropy, the judge's NLL, and copies of the training text."""
-    found = written(cfg, writer)
+    found = written(cfg, writer, min(writer.block_len, judge.block_len if judge else writer.block_len))
     rows = [new for new, _, _ in found]
-    mean = lambda values: dict(mean=float(np.nanmean(values)), error=float(np.nanstd(values, ddof=1) / math.sqrt(len(values))))  # noqa: E731
-    said = dict(texts=len(rows), tokens=sum(map(len, rows)), entropy=mean([frontier.entropy(row) for row in rows]), distinct={n: texts.distinct(rows, n) for n in (1, 2, 3, 4)},
-                repetition={n: mean([texts.repetition(row, n) for row in rows]) for n in (2, 3, 4) if max(map(len, rows)) >= n})
+    said = dict(texts=len(rows), tokens=sum(map(len, rows)), entropy=stated([frontier.entropy(row) for row in rows]), distinct={n: texts.distinct(rows, n) for n in (1, 2, 3, 4)},
+                repetition={n: stated([texts.repetition(row, n) for row in rows]) for n in (2, 3, 4) if max(map(len, rows)) >= n})
     if judge:
         nll = np.empty(len(found))
-        for length in sorted({(len(whole), skip) for _, whole, skip in found}):
-            some = [i for i, (_, whole, skip) in enumerate(found) if (len(whole), skip) == length]
-            nll[some] = frontier.judged(judge, [found[i][1] for i in some], length[1])
-        said |= dict(judge=cfg.judge, nll=mean(nll), pairs=[[frontier.entropy(row), float(value)] for row, value in zip(rows, nll)])
-    blocks = train.validation_blocks(corpora, writer.block_len)
-    held_out = blocks.read(likelihood.spread(min(len(rows), blocks.available), blocks.available))[:, 1:].tolist()
-    held_out = [text[: len(row)] for text, row in zip(held_out, rows)]  # how much of any text stands in the training text
-    said["copies"] = {name: copied(corpora, some, sorted(map(int, split(cfg.match)))) for name, some in (("texts", rows), ("held_out", held_out))} if cfg.match else {}
+        for length, skip in sorted({(len(whole), skip) for _, whole, skip in found}):
+            some = [i for i, (_, whole, first) in enumerate(found) if (len(whole), first) == (length, skip)]
+            nll[some] = frontier.judged(judge, [found[i][1] for i in some], skip)
+        said |= dict(judge=cfg.judge, nll=stated(nll), pairs=[[frontier.entropy(row), float(value)] for row, value in zip(rows, nll)])
+    if cfg.match:
+        blocks = train.validation_blocks(corpora, writer.block_len)
+        held_out = blocks.read(likelihood.spread(min(len(rows), blocks.available), blocks.available))[:, 1:].tolist()
+        held_out = [text[: len(row)] for text, row in zip(held_out, rows)]  # how much of any text stands in the training text
+        said["copies"] = copied(train.training_text(settings, corpora), rows, held_out, sorted(map(int, split(cfg.match))))
     return said
 
 
-def copied(corpora, rows, lengths):
-    """How much of the rows stands in the corpora's training text: for passages of each length the share of all that do, and the share of rows with
-    one; and the longest passage."""
-    lines, longest = {}, 0
+def copied(streams, rows, held_out, lengths):
+    """How much of texts and of held-out text stands in the training text: for passages of each length the share of all that do, and the share of rows with
+    one; and the longest passage. Of what no shorter passage of was found, no longer one is looked for."""
+    both, lines = rows + held_out, {name: dict(lengths={}, longest=0) for name in ("texts", "held_out")}
+    parts = dict(texts=slice(0, len(rows)), held_out=slice(len(rows), None))
     for n in lengths:
-        if max(map(len, rows)) < n:
+        if max(map(len, both)) < n:
             break
-        found = [texts.search(corpus.train, rows, n) for corpus in corpora]
-        inside = [np.any(parts, axis=0) for parts in zip(*(here.inside for here in found))]
-        lines[n] = dict(windows=float(np.concatenate(inside).mean()), rows=float(np.mean([part.any() for part in inside])))
-        longest = max([longest, *(texts.longest_copy(corpus.train, rows, here, n)[0] for corpus, here in zip(corpora, found))])
-    return dict(lengths=lines, longest=longest)
+        found = [texts.search(stream, both, n) for stream in streams]
+        inside = [np.any(some, axis=0) for some in zip(*(here.inside for here in found))]
+        for name, part in parts.items():
+            if windows := [w for w in inside[part] if len(w)]:
+                lines[name]["lengths"][n] = dict(windows=float(np.concatenate(windows).mean()), rows=float(np.mean([w.any() for w in windows])))
+                own = range(*part.indices(len(both)))
+                longest = [texts.longest_copy(stream, both, here._replace(places=[p for p in here.places if p[0] in own]), n)[0] for stream, here in zip(streams, found)]
+                lines[name]["longest"] = max(lines[name]["longest"], *longest)
+        if not any(w.any() for w in inside):
+            break
+    return lines
 
 
 # ------------------------------------------------------------------------------------------------- what is shown and kept
@@ -267,7 +294,8 @@ def show(found, run, step):
         print(f"{'':<22}{b['rows']:,} blocks of {b['block_len']}" + (f", {b['passes']} passes" if b["passes"] > 1 else "")
               + (f"; train.py logged {logged[-1]['val_loss']:.4f}" if logged else ""))
     for order, line in found.get("ordered", {}).items():
-        print(f"{'exact, ' + order:<22}{pm(line['nats_per_token'], line['error'])} nats/token   ({line['rows']} blocks)")
+        print(f"{'exact, ' + order if order != 'bound' else 'bound of these blocks':<22}{pm(line['nats_per_token'], line['error'])} nats/token   "
+              + (f"{pm(line['below_bound'], line['below_bound_error'])} below their bound" if "below_bound" in line else f"({line['rows']} blocks)"))
     if tasks := found.get("tasks"):
         print(f"{'task':<34}{'shots':>5} {'examples':>8}   score")
         for name, line in tasks.items():
@@ -278,7 +306,7 @@ def show(found, run, step):
               + (f", NLL under {t['judge']} {pm(**digits(t['nll']))} nats/token" if "nll" in t else ""))
         print("   distinct-n   " + "   ".join(f"{n}: {value:.3f}" for n, value in t["distinct"].items()) + "      repeated n-grams within a text   "
               + "   ".join(f"{n}: {value['mean']:.3f}" for n, value in t["repetition"].items()))
-        for name, copies in t["copies"].items():
+        for name, copies in t.get("copies", {}).items():
             print(f"   {'copied from the training text' if name == 'texts' else 'of held-out text as long':<30} " + "   ".join(f"{n} tokens: {c['windows']:.1%}" for n, c in copies["lengths"].items())
                   + f"   (longest {copies['longest'] or 'below these'})")
 
@@ -311,6 +339,10 @@ def main():
     except SystemExit as problem:
         code = problem.code
         raise
+    except Exception:
+        if ranks.world == 1:
+            raise
+        traceback.print_exc()
     finally:
         if ranks.world > 1:
             parallel.leave(ranks, code or 0)
@@ -325,34 +357,39 @@ def evaluate(cfg, ranks, harness):
         if cfg.ordered and writer.objective != "masked":
             raise ValueError("ordered: " + ("a uniform model has no chain rule: every position stays uncertain to the end" if writer.objective == "uniform"
                                             else "an autoregressive model has one order, and its exact NLL is what is measured anyway"))
-        needs_text = cfg.bound or cfg.ordered or cfg.samples or cfg.texts
+        meaningless = [name for name in ("order", "block") + ("steps",) * (writer.objective == "ar") if getattr(cfg, name) != getattr(Config, name)]
+        if meaningless and writer.objective != "masked":
+            raise ValueError(f"{', '.join(meaningless)} has no meaning for objective={writer.objective}")
+        needs_text = cfg.bound or cfg.ordered or (cfg.samples or cfg.texts) and cfg.match
         settings, corpora, blocks = open_text(cfg, writer) if needs_text else (None, None, None)
         if cfg.judge:
             judge = Writer.of(cfg.judge, cfg.device, "float32")
             if judge.objective != "ar" or (judge.tokens.name, judge.tokens.n_vocab) != (writer.tokens.name, writer.tokens.n_vocab):
                 raise ValueError(f"judge={cfg.judge} must be an autoregressive run that reads the same tokens")
             judge.load()
-        opened = harness.open_tasks(split(cfg.tasks), cfg.task_path, cfg.task_data) if cfg.tasks else None
+        if cfg.length > min(writer.block_len, judge.block_len if judge else writer.block_len):
+            raise ValueError(f"length={cfg.length} is more than the model's context of {writer.block_len}" + (f", or the judge's of {judge.block_len}" if judge else ""))
+        opened = harness.open_tasks(split(cfg.tasks), cfg.task_path, cfg.task_data, partial(say, file=sys.stderr)) if cfg.tasks else None
         out = Path(cfg.out or writer.folder.parent)
         out.mkdir(parents=True, exist_ok=True)
         writer.load()
-        objective = engine.Objective(writer.model, writer.posterior)
+        objective = engine.Objective(writer.model, writer.posterior).eval()
         step = writer.record["step"]
         say(f"{writer.folder}: {writer.objective}, {writer.model.n_params():,} parameters, step {step}, {cfg.dtype} on {ranks.world} × {writer.device.type}")
         with torch.no_grad():
             if cfg.bound:
                 found["bound"], measured = bound(cfg, writer, settings, corpora, blocks, objective, ranks)
             if cfg.ordered:
-                found["ordered"] = ordered(cfg, writer, blocks, objective, ranks)
+                found["ordered"] = ordered(cfg, writer, settings, corpora, blocks, objective, ranks)
             if cfg.tasks:
-                order = cfg.order if cfg.order != Config.order else "low_confidence"
+                order = "low_confidence" if cfg.order == "auto" else cfg.order
                 model = harness.NanoQuokka(writer=writer, objective=objective, ranks=ranks, masks=cfg.masks, tokens=cfg.pass_tokens, seed=cfg.seed,
                                            order=order, steps=cfg.steps, block=cfg.block)
                 found["tasks"] = harness.run_tasks(model, opened, cfg.limit, cfg.fewshot)
             if (cfg.samples or cfg.texts) and ranks.rank == 0:
-                found["texts"] = of_texts(cfg, writer, corpora, judge)
+                found["texts"] = of_texts(cfg, writer, settings, corpora, judge)
     except (ValueError, OSError) as problem:
-        configurator.fail(str(problem))
+        configurator.fail(str(problem), everywhere=ranks.rank > 0)
     if ranks.rank:
         return
     show(found, writer.folder.parent, step)
@@ -362,25 +399,30 @@ def evaluate(cfg, ranks, harness):
         configurator.fail(str(problem))
 
 
+def finite(thing):
+    """The same for JSON, which knows no nan: null."""
+    if isinstance(thing, dict):
+        return {key: finite(value) for key, value in thing.items()}
+    if isinstance(thing, list):
+        return [finite(value) for value in thing]
+    return None if isinstance(thing, float) and not math.isfinite(thing) else thing
+
+
 def keep(cfg, found, measured, out, writer, step):
     """eval.json, in which other things that were measured of the same checkpoint stay, evaluation.npz, and the noise curve."""
     path, before = out / "eval.json", {}
-    if path.is_file():
-        try:
-            before = json.loads(path.read_text())
-        except ValueError:
-            pass
-    if before.get("checkpoint") != str(writer.folder):
+    with contextlib.suppress(OSError, ValueError):
+        before = json.loads(path.read_text())
+    if not isinstance(before, dict) or before.get("checkpoint") != str(writer.folder.resolve()):
         before = {}
-    used = {name: vars(cfg) for name in found}
-    about = dict(checkpoint=str(writer.folder), step=step, objective=writer.objective, parameters=writer.model.n_params(), device=str(writer.device), torch=torch.__version__)
-    report = before | about | found | dict(settings=before.get("settings", {}) | used)
-    path.with_suffix(".tmp").write_text(json.dumps(report, indent=1))
+    about = dict(checkpoint=str(writer.folder.resolve()), step=step, objective=writer.objective, parameters=writer.model.n_params(), device=str(writer.device), torch=torch.__version__)
+    report = before | about | found | dict(settings=before.get("settings", {}) | {name: vars(cfg) for name in found})
+    path.with_suffix(".tmp").write_text(json.dumps(finite(report), indent=1))
     path.with_suffix(".tmp").replace(path)
     names = [path.name]
     if measured:
         b = found["bound"]
-        keep_rows(out / "evaluation.npz", measured, step=step, text=b["text"], block_len=b["block_len"], passes=b["passes"])
+        keep_rows(out / "evaluation.npz", measured, step=step, **{name: b[name] for name in ("text", "block_len", "passes", "error", "bytes_per_token")})
         names.append("evaluation.npz")
     if curve := found.get("bound", {}).get("curve"):
         with open(out / "noise.csv", "w", newline="") as file:

@@ -36,7 +36,6 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from tqdm import tqdm
 
 import decode
-import diffusion
 import engine
 import likelihood
 import parallel
@@ -56,9 +55,7 @@ class NanoQuokka(TemplateLM):
 
             writer = Writer.of(run_dir, device or "auto", dtype).load()
         self.writer, self.tokenizer = writer, None
-        c, settings = writer.record["model"], writer.record["settings"]
-        process = diffusion.Process(writer.objective, c["n_vocab"], c["mask_id"], c["block_len"], schedule=settings["schedule"])
-        self.scorer = Scorer(objective or engine.Objective(writer.model, writer.posterior).eval(), process, writer.device, writer.autocast, ranks, int(masks),
+        self.scorer = Scorer(objective or engine.Objective(writer.model, writer.posterior).eval(), writer.process, writer.device, writer.autocast, ranks, int(masks),
                              int(tokens) or (131_072 if writer.device.type == "cuda" else 16_384), int(seed), lambda: self.alive())
         self.how = decode.How(order=order, steps=int(steps), block=int(block), seed=int(seed), end=True) if writer.objective == "masked" else \
             decode.How(steps=int(steps), seed=int(seed), end=True, cache="prefix" if writer.objective == "ar" else "no")
@@ -288,7 +285,8 @@ def open_tasks(names, task_path="", task_data="", say=lambda line: print(line, f
     except OSError as problem:
         raise ValueError(f"{said}{str(problem).splitlines()[0]}; where there is no network, put the data sets into a folder and name that with --task_data") from None
     except Exception as problem:  # jinja's, datasets', of functions that come with a task: all of it is the task's
-        raise ValueError(f"{said}{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}") from None
+        kind = "" if isinstance(problem, ValueError) else f"{type(problem).__name__}: "
+        raise ValueError(f"{said}{kind}{str(problem).splitlines()[0] if str(problem) else ''}") from None
     for folder, (absent, every) in missing.items():
         if absent and set(found["tasks"]) & set(every):
             say(f"note: {folder} has the data of {len(every) - len(absent)} of {len(every)} tasks of this data set; the others are left out of their groups")

@@ -70,7 +70,8 @@ class Journal:
 
 
 def keep_rows(path, measured, **about):
-    """Write what was measured row by row (likelihood.Measured): `eval.py compare` takes differences of it. Raises OSError."""
+    """Write what was measured row by row (likelihood.Measured): `eval.py compare` takes differences of it. about: step, text (its digest), block_len,
+    passes, error, bytes_per_token. Raises OSError."""
     blocks, values = measured.rows
     path = Path(path)
     with open(path.with_suffix(".tmp"), "wb") as file:

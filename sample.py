@@ -210,6 +210,7 @@ class Writer:
         self.record, self.tokens, self.device, self.bf16, self.model = record, tokens, device, bf16, model
         self.objective, self.block_len, self.causal = settings["objective"], model_settings["block_len"], model_settings["causal"]
         self.posterior, self.schedule = settings["loss"] == "paper", diffusion.schedule(settings["schedule"])
+        self.process = diffusion.Process(self.objective, tokens.n_vocab, tokens.mask_id, self.block_len, schedule=settings["schedule"])
 
     @classmethod
     def of(cls, run_dir, device, dtype="auto"):

@@ -174,6 +174,9 @@ class Config:
                     say(f"{name}={getattr(self, name)} contradicts model={self.model}; give one of the two")
         if self.min_lr > self.lr or -1 < self.min_lr < 0:
             say(f"min_lr={self.min_lr} must be -1 or lie between 0 and lr={self.lr}")
+        for name in ("task_path", "task_data"):
+            if getattr(self, name) and not Path(getattr(self, name)).is_dir():
+                say(f"{name}={getattr(self, name)}: no such folder")
         try:
             self.kept_steps()
         except ValueError as problem:
@@ -272,6 +275,22 @@ def validation_blocks(corpora, block_len):
     return blocks[0] if len(blocks) == 1 else data.Mixture(blocks)
 
 
+def training_text(cfg, corpora):
+    """What a run with these settings reads of each corpus: its whole training split, or the blocks of its unique tokens, as data.Streams."""
+    streams = []
+    for i, (corpus, (_, _, unique)) in enumerate(zip(corpora, data.parse_corpora(cfg.corpus))):
+        if unique := unique or cfg.unique_tokens:
+            blocks = data.Blocks(corpus.train, cfg.block_len, cfg.seed + i, unique, corpus.meta["n_vocab"])
+            chosen = np.sort(blocks.chosen(np.arange(blocks.n)))
+            runs = np.split(chosen, np.flatnonzero(np.diff(chosen) > 1) + 1)  # neighbours stay together
+            border = np.array([corpus.meta["mask_id"]], corpus.train.dtype)  # stands in no text
+            parts = [corpus.train.read(1 + int(run[0]) * cfg.block_len, 1 + (int(run[-1]) + 1) * cfg.block_len) for run in runs]
+            streams.append(data.Stream([array for part in parts for array in (part, border)]))
+        else:
+            streams.append(corpus.train)
+    return streams
+
+
 def digest(corpora, split):
     return " ".join(corpus.meta[split]["sha256"] for corpus in corpora)
 
@@ -311,7 +330,7 @@ def open_inputs(cfg):
     return Inputs(corpora, blocks, val_blocks, model_config, corpus_record, steps, eval_rows, bytes_per_token)
 
 
-def open_benchmarks(cfg):
+def open_benchmarks(cfg, say):
     """(harness.py, its tasks) that eval_tasks names, None for none; raises ValueError."""
     if not cfg.eval_tasks:
         return None
@@ -319,7 +338,7 @@ def open_benchmarks(cfg):
         import harness
     except ImportError as problem:
         raise ValueError(f"eval_tasks needs lm-evaluation-harness ({problem}): pip install '.[eval]'") from None
-    opened = harness.open_tasks(configurator.split(cfg.eval_tasks), cfg.task_path, cfg.task_data)
+    opened = harness.open_tasks(configurator.split(cfg.eval_tasks), cfg.task_path, cfg.task_data, say)
     if cfg.layout() != "no" and (writing := harness.writing(opened)):
         raise ValueError(f"eval_tasks={', '.join(writing)}: there the model writes, which needs whole weights on each rank: shard=no")
     return harness, opened
@@ -493,7 +512,7 @@ def train(cfg, device, ranks, watch, stop):
     if cfg.dry_run:
         print(cost.report(cfg, process, model_config, steps, blocks.n, dtype, on_gpu))
         return 0
-    benchmarks = together(open_benchmarks, cfg)
+    benchmarks = together(open_benchmarks, cfg, say)
     need = None
     watch.at(0)
     if rank == 0 and on_gpu:
@@ -600,7 +619,7 @@ def train(cfg, device, ranks, watch, stop):
         bits = loss / math.log(2) / bytes_per_token
         log(step, objective=cfg.objective, val_loss=loss, val_error=error, val_bpb=bits, **extra)
         if journal:
-            journal.keep_rows(measured, step=step, text=corpus_record["val_sha256"], block_len=cfg.block_len, passes=1)
+            journal.keep_rows(measured, step=step, text=corpus_record["val_sha256"], block_len=cfg.block_len, passes=1, error=error, bytes_per_token=bytes_per_token)
         say(f"step {step:>6}  validation {loss:.4f}" + (f" ± {error:.4f}" if math.isfinite(error) else "") + f" nats/token  {bits:.4f} bits/byte"
             + "".join(f"  {k[4:]} {v:.4f}" for k, v in extra.items()), flush=True)
 
@@ -609,13 +628,17 @@ def train(cfg, device, ranks, watch, stop):
         from sample import Writer
 
         harness, opened = benchmarks
-        tokens = data.tokenizer(meta["tokenizer"], (run, corpora[0].folder))
-        writer = Writer(dict(settings=asdict(cfg), model=asdict(model_config)), tokens, device, bf16, network)
-        model = harness.NanoQuokka(writer=writer, objective=plain, ranks=ranks, masks=cfg.eval_tasks_masks)
-        model.alive = lambda: watch.at(step)
-        with torch.compiler.set_stance("force_eager"):  # their rows are of many lengths
-            scores = harness.run_tasks(model, opened, cfg.eval_tasks_limit)
-        plain.train()
+        failure = scores = None
+        try:
+            writer = Writer(dict(settings=asdict(cfg), model=asdict(model_config)), data.tokenizer(meta["tokenizer"], (run, corpora[0].folder)), device, bf16, network)
+            model = harness.NanoQuokka(writer=writer, objective=plain, ranks=ranks, masks=cfg.eval_tasks_masks, tokens=min(131_072, max(4096, micro * cfg.block_len)))
+            model.alive = lambda: watch.at(step)
+            with torch.compiler.set_stance("force_eager"):  # their rows are of many lengths
+                scores = harness.run_tasks(model, opened, cfg.eval_tasks_limit)
+        except Exception as problem:  # the run is worth more than a benchmark
+            failure = f"{type(problem).__name__}: {problem}".partition("\n")[0]
+        if failed := next(filter(None, parallel.gathered(ranks, failure)), None):
+            return decide("benchmarks failed", f"step {step}: the benchmarks failed ({failed}); training goes on", why=failed)
         if rank == 0:
             log(step, **{f"eval/{task}/{name}": value for task, line in scores.items() for name, value in line.items() if isinstance(value, float)})
             for task, line in scores.items():
@@ -781,12 +804,12 @@ def train(cfg, device, ranks, watch, stop):
             compare_ranks()
         if evaluating:
             validate()
-        if benchmarks and (step == steps or cfg.eval_tasks_every and step % cfg.eval_tasks_every == 0):
-            receive(wait=True)
-            measure_tasks()
-            start, clock_tokens = engine.moment(device), 0
         if saving and (not streak or stopping or step == steps or step in kept_steps):  # amid skipped steps there is nothing good to keep
             save()
+        if benchmarks and not stopping and (step == steps or cfg.eval_tasks_every and step % cfg.eval_tasks_every == 0):
+            receive(wait=True)
+            measure_tasks()
+            evaluating = True
         if evaluating or saving:  # the next line's speed is of training alone
             start, clock_tokens = engine.moment(device), 0
         hear_of_saving()

@@ -50,7 +50,7 @@ def test_the_figures_of_training_again(run_main, measure, tmp_path, flags):  # n
         assert b["nats_per_token"] == pytest.approx(logged["val_loss"], rel=1e-6) and b["bits_per_byte"] == pytest.approx(logged["val_bpb"], rel=1e-6)
         assert b["error"] == pytest.approx(logged["val_error"], rel=1e-5) and b["perplexity"] == pytest.approx(math.exp(b["nats_per_token"]))
         about, blocks, values = read_rows(tmp_path / f"e{micro}", "evaluation.npz")
-        assert {k: about[k] for k in ("text", "block_len", "passes")} == {k: rows[0][k] for k in ("text", "block_len", "passes")}
+        assert {k: about[k] for k in compare.SAME} == {k: rows[0][k] for k in compare.SAME} and about["error"] == pytest.approx(rows[0]["error"], rel=1e-5)
         assert blocks.tolist() == rows[1].tolist() and values == pytest.approx(rows[2], rel=1e-5)
         assert f"train.py logged {logged['val_loss']:.4f}" in out
     more = measure(run, "--passes=3", "--rows=-1", out=tmp_path / "more")[1]["bound"]
@@ -88,10 +88,14 @@ def test_what_is_written(run_main, measure):  # noqa: F811
     assert np.mean([float(line["nats"]) for line in lines]) == pytest.approx(first["bound"]["nats_per_token"], rel=0.05)  # its integral is the bound
     assert (run / "noise.png").read_bytes()[:4] == b"\x89PNG" and "noise alone ±" in out and 0 < first["bound"]["noise_error"] < first["bound"]["error"]
     out, second = measure(run, "--bound=False", "--ordered=left_to_right,confidence", "--ordered_rows=6")
-    assert second["bound"] == first["bound"] and list(second["ordered"]) == ["left_to_right", "confidence"] and out.count("nats/token") == 2
+    assert second["bound"] == first["bound"] and list(second["ordered"]) == ["bound", "left_to_right", "confidence"] and out.count("nats/token") == 3
     assert second["settings"]["bound"]["rows"] == 100 and second["settings"]["ordered"]["ordered_rows"] == 6
     _, third = measure(run / "step_00000003", "--bound=False", "--ordered=random", "--ordered_rows=3", out=run)
-    assert "bound" not in third and list(third["ordered"]) == ["random"] and third["step"] == 3
+    assert "bound" not in third and list(third["ordered"]) == ["bound", "random"] and third["step"] == 3
+    (run / "eval.json").write_text("[1]")
+    (run.parent / "elsewhere").mkdir()
+    assert list(measure(run.parent / "elsewhere" / ".." / run.name, "--rows=8", "--bins=0", out=run)[1])[:2] == ["checkpoint", "step"]
+    assert "NaN" not in (run / "eval.json").read_text() and "noise_error" in (run / "eval.json").read_text()  # null, with one pass
 
 
 def test_the_curve_of_a_uniform_model(run_main, measure):  # noqa: F811
@@ -105,14 +109,23 @@ def test_the_curve_of_a_uniform_model(run_main, measure):  # noqa: F811
 
 
 def test_ordered_likelihoods_and_the_bound(run_main, measure):  # noqa: F811
-    """A random order's mean is the bound; the order in which a model is surest is no worse."""
+    """On the same blocks: a random order's mean is the bound; the order in which a model is surest is no worse."""
     run = run_main("--steps=150", "--lr=1e-2")
-    _, found = measure(run, "--rows=32", "--passes=24", "--ordered=left_to_right,confidence,random", "--ordered_rows=32")
-    bound, (left, confidence, random) = found["bound"], (found["ordered"][o] for o in ("left_to_right", "confidence", "random"))
-    spread = np.std(np.array(random["values"]) - np.array(left["values"])) / math.sqrt(32)
-    assert abs(random["nats_per_token"] - bound["nats_per_token"]) < 4 * spread + 4 * bound["noise_error"]
-    assert confidence["nats_per_token"] < random["nats_per_token"] + 4 * np.std(np.array(random["values"]) - np.array(confidence["values"])) / math.sqrt(32)
-    assert len(left["values"]) == 32 and 0 < left["error"] < 0.2
+    out, found = measure(run, "--bound=False", "--passes=24", "--ordered=left_to_right,confidence,random", "--ordered_rows=32")
+    bound, left, confidence, random = (found["ordered"][o] for o in ("bound", "left_to_right", "confidence", "random"))
+    assert abs(random["below_bound"]) < 4 * random["below_bound_error"] and random["below_bound"] == pytest.approx(bound["nats_per_token"] - random["nats_per_token"], abs=1e-9)
+    assert confidence["below_bound"] > -4 * confidence["below_bound_error"] and len(left["values"]) == 32 and 0 < left["below_bound_error"] < left["error"] + bound["error"]
+    assert "below their bound" in out
+
+
+def test_dropout_and_documents_are_as_they_were_trained(run_main, measure):  # noqa: F811
+    """No dropout in any measurement, whatever came before; attention within documents in all of them."""
+    run = run_main("--steps=40", "--lr=1e-2", "--dropout=0.5", "--document_attention")
+    _, alone = measure(run, "--bound=False", "--ordered=left_to_right", "--ordered_rows=6", "--samples=3", "--match=")
+    _, after = measure(run, "--rows=16", "--ordered=left_to_right", "--ordered_rows=6", "--samples=3", "--match=")
+    assert alone["ordered"] == after["ordered"] and alone["texts"] == after["texts"]
+    _, random = measure(run, "--bound=False", "--passes=24", "--ordered=random", "--ordered_rows=32")
+    assert abs(random["ordered"]["random"]["below_bound"]) < 4 * random["ordered"]["random"]["below_bound_error"]  # so both see the same documents
 
 
 # texts --------------------------------------------------------------------------------------------------------------------------
@@ -138,7 +151,7 @@ def test_texts_that_it_writes_and_texts_of_a_file(run_main, measure, monkeypatch
     monkeypatch.setattr(sys, "argv", ["sample.py", f"--run_dir={run}", "--prompt=7 squared", "--length=12", "--batch=3", "--device=cpu", f"--out={tmp_path / 'own.jsonl'}"])
     sample.main()
     _, found = measure(run, "--bound=False", f"--texts={tmp_path / 'own.jsonl'}", "--match=", out=tmp_path / "own")
-    assert found["texts"]["texts"] == 3 and "nll" not in found["texts"] and found["texts"]["copies"] == {}
+    assert found["texts"]["texts"] == 3 and not {"nll", "copies"} & set(found["texts"])
     _, found = measure(judge, "--bound=False", "--samples=4", "--length=9", "--match=", f"--judge={judge}")
     assert found["texts"]["tokens"] == 36
 
@@ -166,8 +179,8 @@ def test_runs_side_by_side(run_main, compared, tmp_path):  # noqa: F811
     assert [row[0] for row in table[2:]] == ["a", "b", "c", "d"] and table[2][8:] == ["", ""]
     for run, row in zip(runs, table[2:]):
         assert row[6] == f"{last(run)['val_loss']:.4f} ± {last(run)['val_error']:.4f}" and row[3] == f"{last(run)['tokens']:,}"
-    assert table[4][9] == "yes, worse" and table[5][9] == "yes, better" and "row by row" in table[3][8]  # less learned; AR
-    difference, error = (float(x) for x in table[3][8].split(" (")[0].split(" ± "))
+    assert table[4][9] == "yes, worse" and table[5][9] == "yes, better" and "nats/token" in table[3][8]  # less learned; AR
+    difference, error = (float(x) for x in table[3][8].removesuffix(" nats/token").split(" ± "))
     assert difference == pytest.approx(last(runs[1])["val_loss"] - last(runs[0])["val_loss"], abs=1e-4)
     assert error < 0.6 * math.hypot(last(runs[0])["val_error"], last(runs[1])["val_error"])
     loose = compared(runs[0], runs[2], "--sigmas=1000")
@@ -183,7 +196,7 @@ def test_axes_of_the_curves(run_main):  # noqa: F811
 def test_other_text_is_compared_in_bits_per_byte_only(run_main, compared, tmp_path):  # noqa: F811
     one, two = run_main("--steps=3", run="one"), run_main("--steps=3", "--block_len=16", run="two")
     out = compared(one, two)
-    assert "other text" in out and "bits/byte only" in out
+    assert "other text" in out and "bits/byte, without an error" in out
     old = tmp_path / "old"
     shutil.copytree(one, old)
     (old / "validation.npz").unlink()  # of a run before there were any
@@ -195,7 +208,28 @@ def test_other_text_is_compared_in_bits_per_byte_only(run_main, compared, tmp_pa
 def test_differences_of_the_same_run_are_none(run_main, compared, tmp_path):  # noqa: F811
     one = run_main("--steps=3", run="one")
     shutil.copytree(one, tmp_path / "copy")
-    assert "+0.0000 ± 0.0000 (row by row) | no |" in compared(one, tmp_path / "copy")
+    assert "+0.0000 ± 0.0000 nats/token | no |" in compared(one, tmp_path / "copy")
+
+
+def test_only_what_is_of_the_last_step_and_of_one_text_is_compared(run_main, compared, measure, corpus, tmp_path):  # noqa: F811
+    one, two = (run_main("--steps=10", "--lr=1e-2", "--save_every=5", f"--seed={seed}", run=f"r{seed}") for seed in (1, 2))
+    plain = compared(one, two)
+    measure(one / "step_00000005", out=one)  # of an earlier step: it is passed over
+    measure(two, "--rows=100")
+    assert compared(one, two) == plain and "the last validations" in plain
+    measure(one, "--rows=100")
+    row = compared(one, two).splitlines()[3].split("|")
+    assert "what eval.py measured" in compared(one, two) and float(row[7].split("±")[0]) == pytest.approx(read_rows(two, "evaluation.npz")[2].mean(), abs=1e-4)
+    assert float(row[9].split("±")[0]) == pytest.approx(read_rows(two, "evaluation.npz")[2].mean() - read_rows(one, "evaluation.npz")[2].mean(), abs=2e-4)
+
+
+def test_a_diverged_run_has_its_line(run_main, compared, tmp_path):  # noqa: F811
+    one = run_main("--steps=3", run="one")
+    shutil.copytree(one, tmp_path / "bad")
+    text = (one / "metrics.jsonl").read_text().splitlines()
+    last_line = json.loads(text[-1]) | dict(val_loss="nan", val_bpb="nan", val_error="nan")
+    (tmp_path / "bad/metrics.jsonl").write_text("\n".join([*text[:-1], json.dumps(last_line)]) + "\n")
+    assert "| diverged |" in compared(one, tmp_path / "bad")
 
 
 # bad input ----------------------------------------------------------------------------------------------------------------------
@@ -205,11 +239,14 @@ def test_differences_of_the_same_run_are_none(run_main, compared, tmp_path):  # 
     (["--ordered=leftt"], "ordered: there is no 'leftt'"), (["--match=4,x"], "match: 'x' is no length"), (["--samples=2", "--texts=x"], "give samples"),
     (["--judge=x"], "judge needs samples or texts"), (["--bound=False"], "nothing to do"), (["--texts=nowhere.jsonl"], "no such file"),
     (["--task_data=nowhere", "--tasks=x"], "task_data=nowhere: no such folder"), (["--corpus=nowhere"], "no corpus in 'nowhere'"),
-    (["--samples=3", "--judge=RUN"], "must be an autoregressive run"), (["--samples=3", "--length=99"], "more than the model's context of 32"),
+    (["--samples=3", "--judge=RUN"], "must be an autoregressive run"), (["--samples=1"], "one text has no error"), (["--samples=3", "--judge=SHORT", "--length=20"], "or the judge's of 16"), (["--samples=3", "--length=99"], "more than the model's context of 32"),
     (["--rows=-2"], "must be at least -1"), (["--passes=0"], "must be at least 1"), (["--run_dir=nowhere"], "no usable checkpoint"),
 ])
 def test_bad_input_ends_in_one_line(run_main, measure, capsys, flags, message):  # noqa: F811
     run = run_main("--steps=3")
+    if "--judge=SHORT" in flags:
+        short = run_main("--steps=3", "--objective=ar", "--block_len=16", run="short")
+        flags = [flag.replace("SHORT", str(short)) for flag in flags]
     flags = [flag.replace("RUN", str(run)) for flag in flags]
     with pytest.raises(SystemExit) as exit_:
         measure(run, *flags)
@@ -222,6 +259,31 @@ def test_a_uniform_model_has_no_chain_rule(run_main, measure, capsys):  # noqa: 
     with pytest.raises(SystemExit):
         measure(run, "--ordered=left_to_right")
     assert "no chain rule" in capsys.readouterr().err
+
+
+def test_settings_that_mean_nothing(run_main, measure, capsys):  # noqa: F811
+    for objective, flag in (("ar", "--steps=3"), ("uniform", "--block=4"), ("ar", "--order=margin")):
+        run = run_main("--steps=3", f"--objective={objective}", run=f"{objective}{flag[2]}")
+        with pytest.raises(SystemExit):
+            measure(run, "--samples=2", flag)
+        assert f"has no meaning for objective={objective}" in capsys.readouterr().err
+
+
+def test_what_a_rank_meets_is_said(run_main):  # noqa: F811
+    """An unexpected exception on two ranks: its text, and an exit code."""
+    run = run_main("--steps=3")
+    code = f"import eval, sys; sys.argv = ['eval.py', '--run_dir={run}', '--device=cpu']; eval.bound = lambda *a: 1 / 0; eval.main()"
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--no-python", sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and "ZeroDivisionError" in done.stderr
+
+
+def test_copies_are_of_what_the_run_has_read(run_main, measure, tmp_path):  # noqa: F811
+    """A run on few unique tokens is not charged with copying the rest of the corpus."""
+    lines = [dict(text=f"{i} squared is {i * i}, and its double is {2 * i}.\n", new=f"{i} squared is {i * i}, and its double is {2 * i}.\n") for i in range(100, 140)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    few, all_ = (measure(run_main("--steps=3", *flags, run=name), "--bound=False", f"--texts={tmp_path / 't.jsonl'}", "--match=20")[1]["texts"]["copies"]["texts"]["lengths"]["20"]["windows"]
+                 for name, flags in (("few", ["--unique_tokens=320"]), ("all", [])))
+    assert few < 0.5 < all_
 
 
 def test_an_autoregressive_model_has_one_order(run_main, measure, capsys):  # noqa: F811

@@ -299,7 +299,7 @@ def test_ranks_share_the_work(monkeypatch):
     parts, passes = [], []
     for rank in range(3):
         looks = []
-        monkeypatch.setattr(likelihood, "not_written", lambda scorer, pieces: np.zeros(len(pieces), bool))
+        monkeypatch.setattr(likelihood, "not_written", lambda scorer, pieces: np.zeros(len(pieces)))
         monkeypatch.setattr(likelihood, "summed", lambda ranks, values: values)
         parts.append(answers(scorer(MASKED, looks=looks, samples=20, tokens=60, ranks=SimpleNamespace(rank=rank, world=3)), questions, EOS)[0])
         passes.append(len(looks))
@@ -319,7 +319,18 @@ def test_what_is_too_long_is_cut_on_the_left(kind, network):
     assert [token for _, part in pieces for token in part] == long and all(len(c) + len(part) <= size for c, part in pieces)
     assert all(c and long[: len(c)] != c or n == 0 for n, (c, _) in enumerate(pieces)) and len(pieces[-1][0]) + len(pieces[-1][1]) == size
     total = answers(score, [Asked(context, long, "b")], EOS)[0][0]
-    assert total == pytest.approx(sum(answers(score, [Asked(c, part, "b") for c, part in pieces], EOS)[0]), rel=1e-4) and total < -300
+    parts = [Asked(c, part, "b" + f" {n}" * (n > 0)) for n, (c, part) in enumerate(pieces)]
+    assert total == pytest.approx(sum(answers(score, parts, EOS)[0]), rel=1e-4) and total < -300
+
+
+def test_nothing_before_and_nothing_asked():
+    """Without a context a causal network reads a separator; an empty answer is certain and costs nothing."""
+    looks = []
+    found, greedy = answers(scorer(AR, "ar", looks=looks), [Asked([], [3, 4]), Asked([EOS], [3, 4]), Asked([1], []), Asked([], [])], EOS)
+    assert found[0] == found[1] < 0 and found[2:].tolist() == [0, 0] and greedy[2:].all() and len(looks) == 1
+    assert answers(scorer(MASKED), [Asked([], []), Asked([2], [])], EOS)[0].tolist() == [0, 0]
+    assert answers(scorer(UNIFORM, "uniform"), [Asked([], [])], EOS)[0].tolist() == [0]
+    assert not answers(scorer(AR, "ar"), [Asked([1], [2])], EOS, greedy=False)[1].any()
 
 
 def test_windows_are_those_of_the_harness():
