@@ -97,6 +97,8 @@ class Config:
         for name in ("task_path", "task_data"):
             if getattr(self, name) and not Path(getattr(self, name)).is_dir():
                 wrong.append(f"{name}={getattr(self, name)}: no such folder")
+        if self.steps and self.order == "first_hitting":
+            wrong.append("order=first_hitting takes as many steps as it needs; leave steps out")
         if self.device == "cuda" and not torch.cuda.is_available():
             wrong.append("device=cuda, but this machine has no usable GPU; use --device=cpu")
         return wrong
@@ -141,6 +143,7 @@ def bound(cfg, writer, settings, corpora, blocks, objective, ranks):
     found = dict(kind="exact NLL" if exact else "NELBO (upper bound)", nats_per_token=nats, error=error, noise_error=noise, bits_per_byte=nats * per_byte,
                  bits_per_byte_error=error * per_byte, perplexity=math.exp(min(nats, 700.0)), bytes_per_token=bytes_per_token, rows=rows, passes=passes,
                  block_len=settings.block_len, text=train.digest(corpora, "val"))
+    found["own_text"] = found["text"] == writer.record["corpus"].get("val_sha256")  # that of training
     if cfg.bins and not exact:
         curve = likelihood.noise_curve(measured, process, cfg.bins)
         found["curve"] = [dict(zip(("noise_ratio", "nats", "error", "rows"), line)) for line in curve.values()]
@@ -233,6 +236,7 @@ def of_texts(cfg, writer, settings, corpora, judge):
         blocks = train.validation_blocks(corpora, writer.block_len)
         held_out = blocks.read(likelihood.spread(min(len(rows), blocks.available), blocks.available))[:, 1:].tolist()
         held_out = [text[: len(row)] for text, row in zip(held_out, rows)]  # how much of any text stands in the training text
+        said["own_text"] = train.digest(corpora, "train") == writer.record["corpus"].get("train_sha256")
         said["copies"] = copied(train.training_text(settings, corpora), rows, held_out, sorted(map(int, split(cfg.match))))
     return said
 
@@ -292,7 +296,7 @@ def show(found, run, step):
               + (f"   (noise alone ± {b['noise_error']:.4f})" if b["passes"] > 1 else ""))
         logged = [m for m in read_metrics(run) if m.get("step") == step and "val_loss" in m]
         print(f"{'':<22}{b['rows']:,} blocks of {b['block_len']}" + (f", {b['passes']} passes" if b["passes"] > 1 else "")
-              + (f"; train.py logged {logged[-1]['val_loss']:.4f}" if logged else ""))
+              + (f"; train.py logged {logged[-1]['val_loss']:.4f}" if logged and b["own_text"] else "" if b["own_text"] else "; another text than in training"))
     for order, line in found.get("ordered", {}).items():
         print(f"{'exact, ' + order if order != 'bound' else 'bound of these blocks':<22}{pm(line['nats_per_token'], line['error'])} nats/token   "
               + (f"{pm(line['below_bound'], line['below_bound_error'])} below their bound" if "below_bound" in line else f"({line['rows']} blocks)"))
@@ -307,7 +311,8 @@ def show(found, run, step):
         print("   distinct-n   " + "   ".join(f"{n}: {value:.3f}" for n, value in t["distinct"].items()) + "      repeated n-grams within a text   "
               + "   ".join(f"{n}: {value['mean']:.3f}" for n, value in t["repetition"].items()))
         for name, copies in t.get("copies", {}).items():
-            print(f"   {'copied from the training text' if name == 'texts' else 'of held-out text as long':<30} " + "   ".join(f"{n} tokens: {c['windows']:.1%}" for n, c in copies["lengths"].items())
+            whose = "copied from the training text" if t["own_text"] else "in the corpus's training text"  # not this run's
+            print(f"   {whose if name == 'texts' else 'of held-out text as long':<30} " + "   ".join(f"{n} tokens: {c['windows']:.1%}" for n, c in copies["lengths"].items())
                   + f"   (longest {copies['longest'] or 'below these'})")
 
 

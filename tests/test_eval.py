@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, prepared
 from test_train import run_main  # noqa: F401  (fixtures)
 
 import compare
@@ -240,7 +240,7 @@ def test_a_diverged_run_has_its_line(run_main, compared, tmp_path):  # noqa: F81
     (["--judge=x"], "judge needs samples or texts"), (["--bound=False"], "nothing to do"), (["--texts=nowhere.jsonl"], "no such file"),
     (["--task_data=nowhere", "--tasks=x"], "task_data=nowhere: no such folder"), (["--corpus=nowhere"], "no corpus in 'nowhere'"),
     (["--samples=3", "--judge=RUN"], "must be an autoregressive run"), (["--samples=1"], "one text has no error"), (["--samples=3", "--judge=SHORT", "--length=20"], "or the judge's of 16"), (["--samples=3", "--length=99"], "more than the model's context of 32"),
-    (["--rows=-2"], "must be at least -1"), (["--passes=0"], "must be at least 1"), (["--run_dir=nowhere"], "no usable checkpoint"),
+    (["--samples=2", "--order=first_hitting", "--steps=4"], "leave steps out"), (["--rows=-2"], "must be at least -1"), (["--passes=0"], "must be at least 1"), (["--run_dir=nowhere"], "no usable checkpoint"),
 ])
 def test_bad_input_ends_in_one_line(run_main, measure, capsys, flags, message):  # noqa: F811
     run = run_main("--steps=3")
@@ -284,6 +284,19 @@ def test_copies_are_of_what_the_run_has_read(run_main, measure, tmp_path):  # no
     few, all_ = (measure(run_main("--steps=3", *flags, run=name), "--bound=False", f"--texts={tmp_path / 't.jsonl'}", "--match=20")[1]["texts"]["copies"]["texts"]["lengths"]["20"]["windows"]
                  for name, flags in (("few", ["--unique_tokens=320"]), ("all", [])))
     assert few < 0.5 < all_
+
+
+def test_another_text_is_named_as_such(run_main, measure, tmp_path):  # noqa: F811
+    """The same corpus elsewhere is the run's own; another one is not, and the figure of training doesn't stand beside it."""
+    run = run_main("--steps=3")
+    own = json.loads((run / "settings.json").read_text())["corpus"]
+    shutil.copytree(own, tmp_path / "moved")
+    (tmp_path / "o.txt").write_text("".join(f"{i} cubed is {i**3}.\n" for i in range(1500)))
+    prepared(tmp_path / "other", tmp_path / "o.txt")
+    for corpus, is_own in ((tmp_path / "moved", True), (tmp_path / "other", False)):
+        out, found = measure(run, f"--corpus={corpus}", "--samples=2", "--match=8", out=tmp_path / f"out{is_own}")
+        assert found["bound"]["own_text"] == found["texts"]["own_text"] == is_own
+        assert ("train.py logged" in out) == ("copied from the training text" in out) == is_own and ("another text than in training" in out) != is_own
 
 
 def test_an_autoregressive_model_has_one_order(run_main, measure, capsys):  # noqa: F811
