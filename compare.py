@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import configurator
@@ -41,7 +42,8 @@ class Run:
         if not validations or not (self.folder / "settings.json").is_file():
             raise ValueError(f"{folder} has no validation: is it a run folder, and has the run got that far?")
         self.settings, self.last = json.loads((self.folder / "settings.json").read_text()), validations[-1]
-        self.measured = {name: rows for name in ("evaluation.npz", "validation.npz") if (rows := read_rows(self.folder, name)) and rows[0]["step"] == self.last["step"]}
+        places = {"evaluation.npz": self.folder / f"eval_{self.last['step']:08d}", "validation.npz": self.folder}
+        self.measured = {name: rows for name, place in places.items() if (rows := read_rows(place, name)) and rows[0]["step"] == self.last["step"]}
         self.model, self.flops_per_token = self.shape(), math.nan
         if self.model:
             c, s = self.model.config, self.settings
@@ -67,8 +69,9 @@ class Run:
         return self.last["val_loss"], self.last.get("val_error", math.nan), self.last["val_bpb"]
 
     def spent(self, tokens):
-        """Seconds of training up to that many tokens, nan where that isn't logged."""
-        return self.seconds.get(tokens, 0.0 if not tokens else math.nan)
+        """Seconds of training up to that many tokens, between two lines of progress in proportion; nan after the last."""
+        known = [0, *self.seconds]
+        return float(np.interp(tokens, known, [0.0, *self.seconds.values()])) if tokens <= known[-1] else math.nan
 
     def at(self, tokens, axis):
         return {"tokens": tokens, "FLOPs": tokens * self.flops_per_token, "training time, s": self.spent(tokens)}[axis]
@@ -85,7 +88,9 @@ def source_of(runs):
 
 
 def alike(run, source):
-    return tuple(run.measured[source][0][name] for name in SAME)
+    """What must be equal for rows to be the same text under the same noise: which text, cut how, how many rows, how often."""
+    about, blocks, _ = run.measured[source]
+    return *(about[name] for name in SAME), len(blocks)
 
 
 def compared(first, other, source):
@@ -145,6 +150,7 @@ def draw(runs, path):
                 x, y, e = zip(*val)
                 axes.errorbar(x, y, e, color=f"C{k}", marker="o", ms=3, capsize=2, label=run.name)
         axes.set(xlabel=axis)
+        axes.ticklabel_format(axis="x", scilimits=(-3, 4))
         axes.grid(alpha=0.3)
     panels[0].set(ylabel="validation loss, nats per token (training: faint)")
     panels[0].legend()

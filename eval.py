@@ -6,8 +6,8 @@
     python eval.py --run_dir=runs/quickstart --samples=64 --judge=runs/quickstart_ar
     python eval.py compare runs/quickstart runs/quickstart_ar
 
-Writes eval.json (everything measured), evaluation.npz (row by row, for compare), noise.csv and noise.png (the loss against the noise
-ratio) into the run folder. By torchrun on several ranks: the same figures, sooner.
+Writes eval.json (everything measured so far of this checkpoint), evaluation.npz (row by row, for compare), noise.csv and noise.png (the loss
+against the noise ratio) into eval_<step> in the run folder. By torchrun on several ranks: the same figures, sooner.
 """
 
 import contextlib
@@ -24,6 +24,8 @@ from typing import Literal
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import Progress
 
 import configurator
 import data
@@ -79,7 +81,7 @@ class Config:
     compile: bool = setting(False, "torch.compile the scoring of blocks")
     seed: int = setting(0, "of what is written and of the noise on answers; the bound has noise of its own", low=0, high=2**62)
     timeout: float = setting(3600.0, "of several ranks: seconds that one waits for another", above=0, high=1e6)
-    out: str = setting("", "folder for what is written (empty: the run's)")
+    out: str = setting("", "folder for what is written (empty: eval_<step> in the run's, with the corpus's name where the text is another)")
 
     def problems(self):
         wrong = [f"ordered: there is no '{order}'; choose from {', '.join(ORDERS)}" for order in split(self.ordered) if order not in ORDERS]
@@ -102,6 +104,17 @@ class Config:
         if self.device == "cuda" and not torch.cuda.is_available():
             wrong.append("device=cuda, but this machine has no usable GPU; use --device=cpu")
         return wrong
+
+
+@contextlib.contextmanager
+def progress(what, ranks):
+    """A function (done, of) that draws a bar, where somebody looks at the terminal; it leaves nothing behind."""
+    if ranks.rank or not sys.stderr.isatty():
+        yield lambda done, of: None
+        return
+    with Progress(transient=True, console=Console(stderr=True)) as bar:
+        task = bar.add_task(what)
+        yield lambda done, of: bar.update(task, completed=done, total=of)
 
 
 # ------------------------------------------------------------------------------------------------- likelihoods
@@ -131,7 +144,8 @@ def bound(cfg, writer, settings, corpora, blocks, objective, ranks):
     passes = 1 if exact else cfg.passes
 
     def measure(process):
-        return likelihood.evaluate(objective, process, blocks, rows, cfg.micro_batch, ranks, writer.device, writer.autocast, reader(settings, writer.tokens.eos_id), passes)
+        with progress("bound", ranks) as show:
+            return likelihood.evaluate(objective, process, blocks, rows, cfg.micro_batch, ranks, writer.device, writer.autocast, reader(settings, writer.tokens.eos_id), passes, show)
 
     if cfg.compile:
         objective = engine.Objective(writer.model, writer.posterior).eval()  # the others' passes are of many shapes
@@ -171,7 +185,8 @@ def ordered(cfg, writer, settings, corpora, blocks, objective, ranks):
             rows = blocks.read(ids[some])
             documents = blocks.documents(ids[some], rows, eos, False) if settings.document_attention else None
             positions = data.positions_within(documents) if settings.reset_positions else None
-            nats[some] = likelihood.chain(objective, rows[:, 1:], order, writer.tokens.mask_id, writer.device, writer.autocast, cfg.seed, some, documents, positions).mean(1)
+            with progress(f"{order}, rows {start + 1} to {start + len(some)} of {len(mine)}", ranks) as show:
+                nats[some] = likelihood.chain(objective, rows[:, 1:], order, writer.tokens.mask_id, writer.device, writer.autocast, cfg.seed, some, documents, positions, show).mean(1)
         nats = likelihood.summed(ranks, nats)
         below = nats - bound
         found[order] = dict(nats_per_token=float(nats.mean()), error=error_of(nats), rows=n, below_bound=float(-below.mean()), below_bound_error=error_of(below), values=nats.tolist())
@@ -202,13 +217,16 @@ def written(cfg, writer, most):
     found = []
     for number, line in enumerate(filter(str.strip, Path(cfg.texts).read_text(encoding="utf-8").split("\n")), 1):
         try:
-            text, new = (json.loads(line)[key] for key in ("text", "new"))
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{cfg.texts}, line {number}: expected what sample.py --out writes: {{\"text\": …, \"new\": …}}") from None
-        given = text.removesuffix(new) if text.endswith(new) else ""  # holes stand anywhere: then the whole text is judged
-        before, ids = tokens.encode(given).tolist(), tokens.encode(new).tolist() if given else tokens.encode(text).tolist()
+            record = json.loads(line)
+            text, new = record["text"], record.get("new", record["text"])
+            whole, ids = record.get("ids") or tokens.encode(text).tolist(), record.get("new_ids") or tokens.encode(new).tolist()  # bytes that are no UTF-8 lie in the ids only
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{cfg.texts}, line {number}: expected what sample.py --out writes: {{\"text\": …, \"new\": …}}, or the first alone") from None
+        if max(whole + ids, default=0) >= tokens.n_vocab:
+            raise ValueError(f"{cfg.texts}, line {number}: ids of another tokenizer")
+        ids = ids if whole[len(whole) - len(ids) :] == ids else whole  # holes stand anywhere: then the whole text is judged
         if ids:
-            found.append((ids, (before + ids)[-most:], max(0, len(before) - max(0, len(before) + len(ids) - most))))
+            found.append((ids, whole[-most:], max(0, min(len(whole), most) - len(ids))))
     if len(found) < 2:
         raise ValueError(f"{cfg.texts} holds fewer than two texts")
     return found
@@ -299,7 +317,7 @@ def show(found, run, step):
               + (f"; train.py logged {logged[-1]['val_loss']:.4f}" if logged and b["own_text"] else "" if b["own_text"] else "; another text than in training"))
     for order, line in found.get("ordered", {}).items():
         print(f"{'exact, ' + order if order != 'bound' else 'bound of these blocks':<22}{pm(line['nats_per_token'], line['error'])} nats/token   "
-              + (f"{pm(line['below_bound'], line['below_bound_error'])} below their bound" if "below_bound" in line else f"({line['rows']} blocks)"))
+              + (f"{pm(abs(line['below_bound']), line['below_bound_error'])} {'below' if line['below_bound'] >= 0 else 'above'} their bound" if "below_bound" in line else f"({line['rows']} blocks)"))
     if tasks := found.get("tasks"):
         print(f"{'task':<34}{'shots':>5} {'examples':>8}   score")
         for name, line in tasks.items():
@@ -344,6 +362,9 @@ def main():
     except SystemExit as problem:
         code = problem.code
         raise
+    except KeyboardInterrupt:
+        print("eval.py: interrupted; nothing was written", file=sys.stderr)
+        code = 130
     except Exception:
         if ranks.world == 1:
             raise
@@ -351,6 +372,8 @@ def main():
     finally:
         if ranks.world > 1:
             parallel.leave(ranks, code or 0)
+    if code:
+        raise SystemExit(code)
 
 
 def evaluate(cfg, ranks, harness):
@@ -375,12 +398,14 @@ def evaluate(cfg, ranks, harness):
         if cfg.length > min(writer.block_len, judge.block_len if judge else writer.block_len):
             raise ValueError(f"length={cfg.length} is more than the model's context of {writer.block_len}" + (f", or the judge's of {judge.block_len}" if judge else ""))
         opened = harness.open_tasks(split(cfg.tasks), cfg.task_path, cfg.task_data, partial(say, file=sys.stderr)) if cfg.tasks else None
-        out = Path(cfg.out or writer.folder.parent)
-        out.mkdir(parents=True, exist_ok=True)
+        step = writer.record["step"]
+        own = not needs_text or train.digest(corpora, "val") == writer.record["corpus"].get("val_sha256")
+        out = Path(cfg.out or writer.folder.parent / (f"eval_{step:08d}" + ("" if own else "_" + "_".join(corpus.folder.name for corpus in corpora))))
+        if ranks.rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
         writer.load()
         objective = engine.Objective(writer.model, writer.posterior).eval()
-        step = writer.record["step"]
-        say(f"{writer.folder}: {writer.objective}, {writer.model.n_params():,} parameters, step {step}, {cfg.dtype} on {ranks.world} × {writer.device.type}")
+        say(f"{writer.folder}: {writer.objective}, {writer.model.n_params():,} parameters, step {step}, {cfg.dtype} on {ranks.world} × {writer.device.type}", flush=True)
         with torch.no_grad():
             if cfg.bound:
                 found["bound"], measured = bound(cfg, writer, settings, corpora, blocks, objective, ranks)
@@ -390,7 +415,9 @@ def evaluate(cfg, ranks, harness):
                 order = "low_confidence" if cfg.order == "auto" else cfg.order
                 model = harness.NanoQuokka(writer=writer, objective=objective, ranks=ranks, masks=cfg.masks, tokens=cfg.pass_tokens, seed=cfg.seed,
                                            order=order, steps=cfg.steps, block=cfg.block)
-                found["tasks"] = harness.run_tasks(model, opened, cfg.limit, cfg.fewshot)
+                found["tasks"] = harness.run_tasks(model, opened, cfg.limit, cfg.fewshot) or {}
+                for line in found["tasks"].values():
+                    line |= dict(limit=cfg.limit or None, masks=cfg.masks)
             if (cfg.samples or cfg.texts) and ranks.rank == 0:
                 found["texts"] = of_texts(cfg, writer, settings, corpora, judge)
     except (ValueError, OSError) as problem:
@@ -420,8 +447,15 @@ def keep(cfg, found, measured, out, writer, step):
         before = json.loads(path.read_text())
     if not isinstance(before, dict) or before.get("checkpoint") != str(writer.folder.resolve()):
         before = {}
+    was, b = before.get("bound"), found.get("bound")
+    if was and b and was["text"] == b["text"] and was["rows"] * was["passes"] > b["rows"] * b["passes"]:  # a passing look doesn't cost the better measurement
+        print(f"kept in {path}: the bound from {was['rows']:,} rows in {was['passes']} passes; with --out, this one has a place of its own")
+        del found["bound"]
+        measured = None
     about = dict(checkpoint=str(writer.folder.resolve()), step=step, objective=writer.objective, parameters=writer.model.n_params(), device=str(writer.device), torch=torch.__version__)
     report = before | about | found | dict(settings=before.get("settings", {}) | {name: vars(cfg) for name in found})
+    for name in {"tasks", "ordered"} & set(found):  # each task and order for itself
+        report[name] = before.get(name, {}) | found[name]
     path.with_suffix(".tmp").write_text(json.dumps(finite(report), indent=1))
     path.with_suffix(".tmp").replace(path)
     names = [path.name]

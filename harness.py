@@ -170,7 +170,7 @@ def read_records(path):
     if path.suffix in (".jsonl", ".json"):
         found = [json.loads(line) for line in text.split("\n") if line.strip()] if path.suffix == ".jsonl" else json.loads(text)
         if not found or not isinstance(found, list) or not all(isinstance(record, dict) for record in found):
-            raise ValueError("expected records")
+            raise ValueError("expected records, one a line" if found else "it is empty")
         return found
     rows = list(csv.reader(io.StringIO(text, newline="")))
     if rows and len(rows[0]) == 6 and all(row[5] in "ABCD" and row[5] for row in rows):
@@ -202,52 +202,87 @@ def all_tasks(task_path):
     return TaskManager(include_path=task_path or None)
 
 
-def manager(task_path, task_data):
-    """(a TaskManager that knows the tasks described in the folder `task_path`, too, and reads data sets that lie in `task_data` from there,
-    {folder: (tasks whose data are not in it, all tasks of this data set)}). Folders are called as on the hub, without their owner. Raises ValueError."""
+def leaves(index, name):
+    """The names of the tasks that a task, group or tag of the harness's index consists of; those that are not in the index, too."""
+    if name not in index:
+        return {name}
+    entry = index[name]
+    members = entry.tags if entry.kind.name == "TAG" else (entry.cfg or {}).get("task")
+    if isinstance(members, str) or members is None:
+        return {name}
+    found = set()
+    for member in members:
+        if isinstance(member, dict) and isinstance(member.get("task"), list):  # a group within the group
+            found |= {leaf for inner in member["task"] for leaf in leaves(index, inner if isinstance(inner, str) else inner.get("task"))}
+        else:
+            found |= leaves(index, member if isinstance(member, str) else member.get("task") or member.get("group"))
+    return found
+
+
+def manager(asked, task_path, task_data, say):
+    """A TaskManager that knows the tasks described in the folder `task_path`, too, and, if `task_data` is given, reads the data of those `asked` for from there and nowhere
+    else: from folders called as on the hub, without their owner. Of groups, what isn't there is left out. Raises ValueError."""
     import datasets
 
+    datasets.disable_progress_bars()
     for path in sorted(Path(task_path).rglob("*.yaml")) if task_path else ():
         try:
             load_yaml(path, resolve_func=False, recursive=True)
         except Exception as problem:  # the harness leaves such files out without a word
             raise ValueError(f"{path}: {type(problem).__name__}: {str(problem).splitlines()[0]}") from None
-    found, missing = copy.copy(all_tasks(str(task_path))), {}
+    found = copy.copy(all_tasks(str(task_path)))
     index = found._index = {name: dataclasses.replace(entry, tags=set(entry.tags)) for name, entry in found._index.items()}
-    for entry in list(index.values()) if task_data else ():
-        dataset = (entry.cfg or {}).get("dataset_path")
-        folder = Path(task_data) / str(dataset).rpartition("/")[2]
-        if not dataset or not entry.yaml_path or not folder.is_dir() or not isinstance(entry.cfg.get("task"), str):
-            continue
-        files = local_files(folder, entry.cfg.get("dataset_name"))
-        absent, every = missing.setdefault(folder, ([], []))
-        every.append(entry.name)
-        if not files:
-            absent.append(entry.name)
-            continue
-
-        def read(files=files, **_):
-            found = {}
-            for split, paths in files.items():
-                for path in paths:
-                    try:
-                        found.setdefault(split, []).extend(read_records(path))
-                    except Exception as problem:  # json's, pyarrow's, of the encoding …
-                        raise ValueError(f"{path} can't be read as records: {problem}") from None
-            return datasets.DatasetDict({split: datasets.Dataset.from_list(records) for split, records in found.items()})
-
-        config = load_yaml(entry.yaml_path, resolve_func=True) | dict(custom_dataset=read)
-        entry.cfg = config | {key: None for key in ("training_split", "fewshot_split") if config.get(key) not in files}  # examples then come from what is evaluated
-        entry.yaml_path = None
-    for name in (name for absent, _ in missing.values() for name in absent):  # what isn't there leaves its groups
-        del index[name]
-        for entry in index.values():
-            entry.tags.discard(name)
     parts = [name for name in index if re.fullmatch(r"mmlu_\w+_continuation", name) and isinstance((index[name].cfg or {}).get("task"), str)]
     config = dict(group="mmlu_val", task=[dict(task=name, test_split="validation") for name in parts],
                   aggregate_metric_list=[dict(metric=metric, weight_by_size=True) for metric in ("acc", "acc_norm")], metadata=dict(version=1))
     index["mmlu_val"] = dataclasses.replace(index["mmlu"], name="mmlu_val", yaml_path=None, cfg=config)
-    return found, missing
+    for name in asked:
+        if name not in index and not Path(name).is_file():
+            near = difflib.get_close_matches(name, list(index), n=3)
+            raise ValueError(f"tasks: none is called {name}" + (f"; there are {', '.join(near)}" if near else "") + "; for tasks of your own give --task_path")
+    gone = set()
+    for name in asked if task_data else ():
+        members, absent, folders = leaves(index, name), set(), set()
+        for leaf in sorted(members):
+            entry = index.get(leaf)
+            dataset = (entry.cfg or {}).get("dataset_path") if entry else None
+            if not dataset or not entry.yaml_path or (entry.cfg.get("dataset_kwargs") or {}).get("data_files"):
+                continue  # done already; or of a file of its own
+            folder = Path(task_data) / str(dataset).rpartition("/")[2]
+            folders.add(folder)
+            files = local_files(folder, entry.cfg.get("dataset_name")) if folder.is_dir() else {}
+            if files:
+                config = load_yaml(entry.yaml_path, resolve_func=True) | dict(custom_dataset=functools.partial(read_dataset, files))
+                entry.cfg = config | {key: None for key in ("training_split", "fewshot_split") if config.get(key) not in files}  # examples then come from what is evaluated
+                entry.yaml_path = None
+            else:
+                absent.add(leaf)
+        if absent and absent == members:
+            raise ValueError(f"tasks: the data of {name} are not in {', '.join(map(str, sorted(folders)))}" + ("" if all(f.is_dir() for f in folders) else ": there is no such folder"))
+        if absent:
+            say(f"note: {', '.join(map(str, sorted(folders)))} has the data of {len(members) - len(absent)} of {len(members)} parts of {name}; the others are left out")
+        gone |= absent
+    for name in gone:
+        index.pop(name, None)
+        for entry in index.values():
+            entry.tags.discard(name)
+    if gone:
+        index["mmlu_val"].cfg["task"] = [member for member in index["mmlu_val"].cfg["task"] if member["task"] not in gone]
+    return found
+
+
+def read_dataset(files, **_):
+    """A data set from local files, {split: paths}; raises ValueError."""
+    import datasets
+
+    found = {}
+    for split, paths in files.items():
+        for path in paths:
+            try:
+                found.setdefault(split, []).extend(read_records(path))
+            except Exception as problem:  # json's, pyarrow's, of the encoding …
+                raise ValueError(f"{path} can't be read as records: {problem}") from None
+    return datasets.DatasetDict({split: datasets.Dataset.from_list(records) for split, records in found.items()})
 
 
 NO_OTHERS = TaskManager(include_defaults=False)  # loads only what is there already
@@ -269,27 +304,18 @@ def by_the_same_chance(seed=1234):
 def open_tasks(names, task_path="", task_data="", say=lambda line: print(line, file=sys.stderr)):
     """The harness's tasks and groups of these names, their data sets loaded; raises ValueError."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    asked, said = list(dict.fromkeys(name for task in names for name in PAPER.get(task, [task]))), f"tasks={','.join(names)}: "
-    known, missing = manager(task_path, task_data)
-    for name in asked:
-        if absent := [folder for folder, (tasks, _) in missing.items() if name in tasks]:
-            raise ValueError(f"{said}the data of {name} are not in {absent[0]}")
-        if name not in known.task_index and not Path(name).is_file():
-            near = difflib.get_close_matches(name, list(known.task_index), n=3)
-            raise ValueError(f"{said}none is called {name}" + (f"; there are {', '.join(near)}" if near else "") + "; for tasks of your own give --task_path")
+    asked, said = list(dict.fromkeys(name for task in names for name in PAPER.get(task, [task]))), f"tasks {', '.join(names)}: "
+    known = manager(asked, task_path, task_data, say)
     try:
         with by_the_same_chance():
             found = known.load(asked)
     except KeyError as problem:
-        raise ValueError(f"{said}the data have no {problem}") from None
+        raise ValueError(f"{said}the data" + f" in {task_data}" * bool(task_data) + f" have no {problem}") from None
     except OSError as problem:
         raise ValueError(f"{said}{str(problem).splitlines()[0]}; where there is no network, put the data sets into a folder and name that with --task_data") from None
     except Exception as problem:  # jinja's, datasets', of functions that come with a task: all of it is the task's
         kind = "" if isinstance(problem, ValueError) else f"{type(problem).__name__}: "
         raise ValueError(f"{said}{kind}{str(problem).splitlines()[0] if str(problem) else ''}") from None
-    for folder, (absent, every) in missing.items():
-        if absent and set(found["tasks"]) & set(every):
-            say(f"note: {folder} has the data of {len(every) - len(absent)} of {len(every)} tasks of this data set; the others are left out of their groups")
     for name, task in found["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             raise ValueError(f"{said}{name} " + ("runs code that a model wrote" if getattr(task, "UNSAFE_CODE", False) else "has pictures or sound in it") + ": not here")
@@ -314,6 +340,10 @@ def run_tasks(model, opened, limit=0, fewshot=-1, seed=1234):
                                 task_manager=NO_OTHERS, random_seed=None, numpy_random_seed=None, torch_random_seed=None, fewshot_random_seed=seed)
     if found is None or model.scorer.ranks.rank:
         return None
+    count = {name: line["effective"] for name, line in found.get("n-samples", {}).items()}
+    for thing in opened:
+        for group in [thing, *thing.get_all_groups()] if isinstance(thing, Group) else ():
+            count[group.name] = sum(count.get(task.task_name, 0) for task in group.get_all_tasks())
     results, ours = {}, {task.task_name for thing in opened if isinstance(thing, Group) and thing.name == "mmlu_val" for task in thing.get_all_tasks()}
     for name, line in found["results"].items():
         figures = {}
@@ -324,5 +354,5 @@ def run_tasks(model, opened, limit=0, fewshot=-1, seed=1234):
                 figures[what + f":{filtered}" * (filtered != "none") + "_stderr" * metric.endswith("_stderr")] = value
         if figures:  # a group may be empty
             called = re.sub(r"^mmlu_(\w+)_continuation$", r"mmlu_val_\1", name) if name in ours else name
-            results[called] = figures | dict(examples=found.get("n-samples", {}).get(name, {}).get("effective"), shots=found.get("n-shot", {}).get(name))
+            results[called] = figures | dict(examples=count.get(name), shots=found.get("n-shot", {}).get(name))
     return results

@@ -78,11 +78,11 @@ class Measured(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(objective, process, blocks, n_rows, micro, ranks, device, autocast, read, passes=1):
+def evaluate(objective, process, blocks, n_rows, micro, ranks, device, autocast, read, passes=1, show=lambda done, of: None):
     """The loss of n_rows evenly spread blocks under `process`, `passes` times with fresh noise, from all ranks; `read` is train.read_batch.
 
     One lattice spans all rows of a pass, dealt out strided, so that a batch never masks more than its capacity. The first pass is
-    what train.py logs as its validation.
+    what train.py logs as its validation. `show` hears how many batches of this rank are done.
     """
     parts = -(-n_rows // (micro * ranks.world)) * ranks.world
     found, noise, ids = [], [], []
@@ -104,6 +104,7 @@ def evaluate(objective, process, blocks, n_rows, micro, ranks, device, autocast,
                     values = np.zeros((n_rows, batch.weights.shape[1]))
                 for p, weight in enumerate(batch.weights.T):
                     values[which, p] += n_rows * np.bincount(row, nats * weight, micro)[: len(which)]  # weights hold the mean over rows
+                show((run * parts + part) // ranks.world + 1, passes * parts // ranks.world)
             found.append(summed(ranks, values))
     return Measured(np.stack(found), np.stack(ids), noise)
 
@@ -204,7 +205,7 @@ def binned(r, values, bins):
 
 
 @torch.no_grad()
-def chain(objective, rows, order, mask_id, device, autocast, seed=0, numbers=None, documents=None, positions=None):
+def chain(objective, rows, order, mask_id, device, autocast, seed=0, numbers=None, documents=None, positions=None, show=lambda done, of: None):
     """−log p of each token of the rows (B, L) in the chain rule's order, by L passes of a masked network: (B, L) nats, by position.
 
     order: left_to_right; confidence (next is where the network is surest before it sees the token, to 12 bits so that rounding decides
@@ -232,6 +233,7 @@ def chain(objective, rows, order, mask_id, device, autocast, seed=0, numbers=Non
                 said = asked(objective, z, x, column, first, autocast, *borders)
             nats.scatter_(1, column, said.double())
             z = z.scatter(1, column, x.gather(1, column))
+            show(step + 1, L)
     return nats.cpu().numpy()
 
 

@@ -216,6 +216,8 @@ class Writer:
     def of(cls, run_dir, device, dtype="auto"):
         """The newest checkpoint of a run, or the one in a folder; its weights are read by `load`. Raises ValueError or OSError."""
         run = Path(run_dir)
+        if not run.is_dir():
+            raise FileNotFoundError(f"no usable checkpoint in '{run}': there is no such folder")
         if (run / "checkpoint.json").is_file():
             folder, record = run, read_checkpoint(run)
         else:
@@ -250,11 +252,11 @@ def how_of(cfg, objective):
 
 
 def save(path, written, given, batch, tokens):
-    """All samples as .jsonl: which prompt, which sample of it, the text, and of it what is new."""
+    """All samples as .jsonl: which prompt, which sample of it, the text, and of it what is new; both as token ids, too."""
     with open(path, "w", encoding="utf-8") as file:
         for number, (row, template) in enumerate(zip(written, given)):
             fresh = [i for i, was in zip(row, template) if was == tokens.mask_id]
-            line = dict(prompt=number // batch, sample=number % batch, text=tokens.decode(row), new=tokens.decode(fresh))
+            line = dict(prompt=number // batch, sample=number % batch, text=tokens.decode(row), new=tokens.decode(fresh), ids=row, new_ids=fresh)
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 

@@ -26,9 +26,14 @@ def measure(monkeypatch, capsys):
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", ["eval.py", f"--run_dir={run}", "--device=cpu", *map(str, flags), *([f"--out={out}"] if out else [])])
         evaluation.main()
-        return capsys.readouterr().out, json.loads(((out or run) / "eval.json").read_text())
+        return capsys.readouterr().out, json.loads(((out or folder(run)) / "eval.json").read_text())
 
     return call
+
+
+def folder(run):
+    """Where eval.py writes what it measured of the run's newest checkpoint."""
+    return sorted(run.glob("eval_*"))[-1]
 
 
 def last(run):
@@ -79,23 +84,31 @@ def test_ranks_batches_and_the_compiler_change_nothing(run_main, tmp_path, objec
             assert line["nats_per_token"] == pytest.approx(found["plain"]["ordered"][order]["nats_per_token"], abs=2e-6), (name, order)
 
 
-def test_what_is_written(run_main, measure):  # noqa: F811
+def test_what_is_written(run_main, measure, monkeypatch):  # noqa: F811
     """The curve as CSV and PNG; other measurements of the same checkpoint stay in eval.json, those of another go."""
     run = run_main("--steps=6", "--save_every=3")
     out, first = measure(run, "--rows=100", "--bins=5", "--passes=2")
-    lines = list(csv.DictReader((run / "noise.csv").open()))
+    lines = list(csv.DictReader((folder(run) / "noise.csv").open()))
     assert len(lines) == 5 and list(lines[0]) == ["noise_ratio", "nats", "error", "rows"] and sum(int(line["rows"]) for line in lines) == 200
     assert np.mean([float(line["nats"]) for line in lines]) == pytest.approx(first["bound"]["nats_per_token"], rel=0.05)  # its integral is the bound
-    assert (run / "noise.png").read_bytes()[:4] == b"\x89PNG" and "noise alone ±" in out and 0 < first["bound"]["noise_error"] < first["bound"]["error"]
+    assert (folder(run) / "noise.png").read_bytes()[:4] == b"\x89PNG" and "noise alone ±" in out and 0 < first["bound"]["noise_error"] < first["bound"]["error"]
     out, second = measure(run, "--bound=False", "--ordered=left_to_right,confidence", "--ordered_rows=6")
     assert second["bound"] == first["bound"] and list(second["ordered"]) == ["bound", "left_to_right", "confidence"] and out.count("nats/token") == 3
     assert second["settings"]["bound"]["rows"] == 100 and second["settings"]["ordered"]["ordered_rows"] == 6
-    _, third = measure(run / "step_00000003", "--bound=False", "--ordered=random", "--ordered_rows=3", out=run)
-    assert "bound" not in third and list(third["ordered"]) == ["bound", "random"] and third["step"] == 3
-    (run / "eval.json").write_text("[1]")
+    out, third = measure(run, "--rows=20")  # a passing look
+    assert third["bound"] == first["bound"] and "kept in" in out and len(read_rows(folder(run), "evaluation.npz")[2]) == 100
+    _, fourth = measure(run, "--rows=100", "--passes=3")
+    assert fourth["bound"]["passes"] == 3 and fourth["ordered"] == second["ordered"]
+    _, early = measure(run / "step_00000003", "--bound=False", "--ordered=random", "--ordered_rows=3", out=run / "eval_00000003")
+    assert "bound" not in early and list(early["ordered"]) == ["bound", "random"] and early["step"] == 3
+    monkeypatch.setattr(sys, "argv", ["eval.py", f"--run_dir={run / 'step_00000003'}", "--device=cpu", "--rows=8", "--bins=0"])
+    evaluation.main()  # of a checkpoint: in a folder of its own
+    assert json.loads((run / "eval_00000003/eval.json").read_text())["bound"]["rows"] == 8 and json.loads((folder(run) / "eval.json").read_text())["step"] == 6
+    (folder(run) / "eval.json").write_text("[1]")
     (run.parent / "elsewhere").mkdir()
-    assert list(measure(run.parent / "elsewhere" / ".." / run.name, "--rows=8", "--bins=0", out=run)[1])[:2] == ["checkpoint", "step"]
-    assert "NaN" not in (run / "eval.json").read_text() and "noise_error" in (run / "eval.json").read_text()  # null, with one pass
+    assert list(measure(run.parent / "elsewhere" / ".." / run.name, "--rows=8", "--bins=0")[1])[:2] == ["checkpoint", "step"]
+    text = (folder(run) / "eval.json").read_text()
+    assert "NaN" not in text and '"noise_error": null' in text  # with one pass
 
 
 def test_the_curve_of_a_uniform_model(run_main, measure):  # noqa: F811
@@ -152,6 +165,10 @@ def test_texts_that_it_writes_and_texts_of_a_file(run_main, measure, monkeypatch
     sample.main()
     _, found = measure(run, "--bound=False", f"--texts={tmp_path / 'own.jsonl'}", "--match=", out=tmp_path / "own")
     assert found["texts"]["texts"] == 3 and not {"nll", "copies"} & set(found["texts"])
+    own = [json.loads(line) for line in (tmp_path / "own.jsonl").read_text().split("\n") if line]
+    assert found["texts"]["tokens"] == sum(len(line["new_ids"]) for line in own) == 36 and all(line["ids"][-12:] == line["new_ids"] for line in own)
+    (tmp_path / "plain.jsonl").write_text('{"text": "one and one"}\n{"text": "two"}\n')
+    assert measure(run, "--bound=False", f"--texts={tmp_path / 'plain.jsonl'}", "--match=", out=tmp_path / "plain")[1]["texts"]["tokens"] == 14
     _, found = measure(judge, "--bound=False", "--samples=4", "--length=9", "--match=", f"--judge={judge}")
     assert found["texts"]["tokens"] == 36
 
@@ -189,7 +206,7 @@ def test_runs_side_by_side(run_main, compared, tmp_path):  # noqa: F811
 
 def test_axes_of_the_curves(run_main):  # noqa: F811
     run = compare.Run(run_main("--steps=20", "--log_every=5"))
-    assert run.spent(0) == 0 and run.spent(20 * 256) > run.spent(5 * 256) > 0 and math.isnan(run.spent(3))
+    assert run.spent(0) == 0 and run.spent(20 * 256) > run.spent(7 * 256) > run.spent(5 * 256) > 0 and math.isnan(run.spent(21 * 256))
     assert run.at(5120, "FLOPs") == 5120 * run.flops_per_token > 5120 * 6 * run.model.n_params(False) * 0.5
 
 
@@ -211,16 +228,22 @@ def test_differences_of_the_same_run_are_none(run_main, compared, tmp_path):  # 
     assert "+0.0000 ± 0.0000 nats/token | no |" in compared(one, tmp_path / "copy")
 
 
+def folder_of(run, step):
+    return run / f"eval_{step:08d}"
+
+
 def test_only_what_is_of_the_last_step_and_of_one_text_is_compared(run_main, compared, measure, corpus, tmp_path):  # noqa: F811
     one, two = (run_main("--steps=10", "--lr=1e-2", "--save_every=5", f"--seed={seed}", run=f"r{seed}") for seed in (1, 2))
     plain = compared(one, two)
-    measure(one / "step_00000005", out=one)  # of an earlier step: it is passed over
+    measure(one / "step_00000005", out=folder_of(one, 10))  # of an earlier step: it is passed over
     measure(two, "--rows=100")
     assert compared(one, two) == plain and "the last validations" in plain
-    measure(one, "--rows=100")
+    measure(one, "--rows=120")  # other rows have other noise: that, too, is passed over
+    assert compared(one, two) == plain
+    measure(two, "--rows=120")
     row = compared(one, two).splitlines()[3].split("|")
-    assert "what eval.py measured" in compared(one, two) and float(row[7].split("±")[0]) == pytest.approx(read_rows(two, "evaluation.npz")[2].mean(), abs=1e-4)
-    assert float(row[9].split("±")[0]) == pytest.approx(read_rows(two, "evaluation.npz")[2].mean() - read_rows(one, "evaluation.npz")[2].mean(), abs=2e-4)
+    assert "what eval.py measured" in compared(one, two) and float(row[7].split("±")[0]) == pytest.approx(read_rows(folder(two), "evaluation.npz")[2].mean(), abs=1e-4)
+    assert float(row[9].split("±")[0]) == pytest.approx(read_rows(folder(two), "evaluation.npz")[2].mean() - read_rows(folder(one), "evaluation.npz")[2].mean(), abs=2e-4)
 
 
 def test_a_diverged_run_has_its_line(run_main, compared, tmp_path):  # noqa: F811
@@ -251,7 +274,7 @@ def test_bad_input_ends_in_one_line(run_main, measure, capsys, flags, message): 
     with pytest.raises(SystemExit) as exit_:
         measure(run, *flags)
     err = capsys.readouterr().err
-    assert exit_.value.code == 2 and message in err and "Traceback" not in err and not (run / "eval.json").exists()
+    assert exit_.value.code == 2 and message in err and "Traceback" not in err and not list(run.glob("eval_*/eval.json"))
 
 
 def test_a_uniform_model_has_no_chain_rule(run_main, measure, capsys):  # noqa: F811
@@ -275,6 +298,19 @@ def test_what_a_rank_meets_is_said(run_main):  # noqa: F811
     code = f"import eval, sys; sys.argv = ['eval.py', '--run_dir={run}', '--device=cpu']; eval.bound = lambda *a: 1 / 0; eval.main()"
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--no-python", sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0 and "ZeroDivisionError" in done.stderr
+
+
+def test_ctrl_c_is_one_line(run_main, tmp_path):  # noqa: F811
+    import signal
+    import time
+
+    run = run_main("--steps=3")
+    process = subprocess.Popen([sys.executable, "eval.py", f"--run_dir={run}", "--device=cpu", "--passes=100000", f"--out={tmp_path / 'out'}"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "masked" in process.stdout.readline()  # the header: it has begun
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == "eval.py: interrupted; nothing was written\n" and not list((tmp_path / "out").glob("*"))
 
 
 def test_copies_are_of_what_the_run_has_read(run_main, measure, tmp_path):  # noqa: F811
@@ -317,7 +353,8 @@ def test_bad_comparisons(compared, run_main, capsys, tmp_path):  # noqa: F811
 
 def test_texts_that_are_no_texts(run_main, measure, capsys, tmp_path):  # noqa: F811
     run = run_main("--steps=3")
-    for text, message in (("{}\n", "line 1: expected what sample.py --out writes"), ("[1]\n", "line 1"), ("not json\n", "line 1"), ("", "fewer than two texts")):
+    for text, message in (("{}\n", "line 1: expected what sample.py --out writes"), ("[1]\n", "line 1"), ("not json\n", "line 1"), ("", "fewer than two texts"),
+                          ('{"text": "a", "ids": [999]}\n', "ids of another tokenizer"), ('{"text": 3}\n', "line 1")):
         (tmp_path / "t.jsonl").write_text(text)
         with pytest.raises(SystemExit):
             measure(run, "--bound=False", f"--texts={tmp_path / 't.jsonl'}")

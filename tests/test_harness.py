@@ -120,6 +120,7 @@ def test_a_rigged_model_gets_the_score_it_must(request, layout, objective):
     found = harness.run_tasks(rigged({"C": 0.1}, objective), harness.open_tasks(["mmlu"], task_data=data))
     for k, subject in enumerate(("abstract_algebra", "anatomy")):
         assert found[f"mmlu_{subject}"]["acc"] == np.mean([right == 2 for _, _, right in mmlu(8, k)]) and found[f"mmlu_{subject}"]["examples"] == 8
+    assert found["mmlu"]["examples"] == found["mmlu_stem"]["examples"] == 16
     assert found["mmlu"]["acc"] == pytest.approx((found["mmlu_abstract_algebra"]["acc"] + found["mmlu_anatomy"]["acc"]) / 2)
     # the paper's: answers are the choices, on the validation split
     found = harness.run_tasks(rigged({"0": 0.1, "1": 0.2, "2": 0.3, "3": 0.4, "4": 0.5}, objective), harness.open_tasks(["paper"], task_data=data))
@@ -324,13 +325,17 @@ def test_bad_tasks_end_in_one_line(tmp_path, published):
             harness.open_tasks(["squares"], task_path=tmp_path / "tasks")
 
 
-def test_groups_say_what_they_lack(published):
+def test_groups_say_what_they_lack(published, tmp_path):
     said = []
     harness.open_tasks(["mmlu"], task_data=published, say=said.append)
-    assert len(said) == 1 and "mmlu has the data of" in said[0] and "left out of their groups" in said[0]
+    assert said == [f"note: {published / 'mmlu'} has the data of 2 of 57 parts of mmlu; the others are left out"]
     said.clear()
     harness.open_tasks(["hellaswag"], task_data=published, say=said.append)
     assert said == []
+    (tmp_path / "mmlu").mkdir()  # nothing in it: that is no score
+    for name, message in (("mmlu", "the data of mmlu are not in"), ("mmlu_val", "the data of mmlu_val are not in"), ("arc_easy", "ai2_arc: there is no such folder")):
+        with pytest.raises(ValueError, match=message):
+            harness.open_tasks([name], task_data=tmp_path)
 
 
 def test_lines_end_where_records_end(tmp_path):

@@ -90,7 +90,7 @@ def test_sampling_commands(command, trained):
 def test_evaluation_commands(command, trained):
     words = [] if "compare" in command else ["--device=cpu", "--rows=8", *(["--samples=4"] if "--samples" in command else []), *(["--ordered_rows=2"] if "--ordered" in command else [])]
     assert run(command.replace("runs/", f"{trained}/"), *words).strip()
-    assert (trained / "quickstart" / ("compare.md" if "compare" in command else "eval.json")).stat().st_size > 100
+    assert (trained / "quickstart" / ("compare.md" if "compare" in command else "eval_00000003/eval.json")).stat().st_size > 100
 
 
 SCALING = [c for c in COMMANDS if "scaling.py" in c]
