@@ -221,7 +221,7 @@ def test_settings_without_meaning_are_refused(run_main, write, capsys, objective
 
 def test_no_run_no_traceback():
     done = subprocess.run([sys.executable, "sample.py", "--run_dir=nowhere"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.strip() == "sample.py: no usable checkpoint in 'nowhere'"
+    assert done.returncode == 2 and done.stderr.strip() == "sample.py: no usable checkpoint in 'nowhere': there is no such folder"
 
 
 def test_a_trained_model_writes_what_it_read(run_main, write, corpus):  # noqa: F811
