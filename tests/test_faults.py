@@ -156,6 +156,7 @@ def test_killing_the_job_loses_nothing_but_the_last_steps(corpus, tmp_path):
     assert kills == 3
 
 
+@pytest.mark.slow
 def test_killing_one_rank_under_torchrun(corpus, tmp_path):
     kill_ranks(corpus, tmp_path, 1, random.Random(2))
 
@@ -164,6 +165,7 @@ def test_stop_signals_lose_nothing(corpus, tmp_path):
     assert stop_signals(corpus, tmp_path, 2, random.Random(3)) == 2
 
 
+@pytest.mark.slow
 def test_a_stop_signal_to_the_launcher_or_one_rank(corpus, tmp_path):
     """All ranks save and leave with it; a launcher that may restart goes on by itself where only a rank was told."""
     flags = ["--steps=4000", "--save_every=0", f"--corpus={corpus}", f"--run_dir={tmp_path / 'run'}", "--resume=auto"]
@@ -315,6 +317,7 @@ def test_rank_0_that_hangs_is_named(corpus, tmp_path):
     assert "rank 1: rank 0 at localhost is dead or stopped: its store does not answer" in (tmp_path / "log").read_text()
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named(corpus, tmp_path):
     with open(tmp_path / "log", "w") as log:
         process = start("--steps=100000", f"--corpus={corpus}", "--batch_size=9", f"--run_dir={tmp_path / 'run'}", "--timeout=8", ranks=3, log=log)
@@ -332,6 +335,7 @@ def test_a_rank_that_hangs_is_named(corpus, tmp_path):
     assert "rank 0 on" not in text and "rank 2 on" not in text  # they answer
 
 
+@pytest.mark.slow
 def test_two_launchers_train_together_and_one_may_come_back(corpus, tmp_path):
     """Two nodes on one machine, over loopback; the one that does not keep the rendezvous is killed and started again.
 
@@ -449,6 +453,7 @@ def test_damage_to_any_file_of_the_newest_checkpoint(run_main, capsys, harm):
         shutil.rmtree(run)
 
 
+@pytest.mark.slow
 def test_ranks_fall_back_together(run_main, corpus, tmp_path):
     """Only one of two ranks checks the damaged file."""
     flags = ["--steps=20", "--save_every=10", f"--corpus={corpus}", f"--run_dir={tmp_path / 'two'}"]
