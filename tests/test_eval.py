@@ -131,14 +131,24 @@ def test_ordered_likelihoods_and_the_bound(run_main, measure):  # noqa: F811
     assert "below their bound" in out
 
 
-def test_dropout_and_documents_are_as_they_were_trained(run_main, measure):  # noqa: F811
+def test_dropout_and_documents_are_as_they_were_trained(run_main, measure, monkeypatch):  # noqa: F811
     """No dropout in any measurement, whatever came before; attention within documents in all of them."""
-    run = run_main("--steps=40", "--lr=1e-2", "--dropout=0.5", "--document_attention")
+    run = run_main("--steps=40", "--lr=1e-2", "--dropout=0.5", "--document_attention", "--reset_positions")
+    chain, seen = likelihood.chain, []
+
+    def noting(objective, rows, order, mask_id, device, autocast, seed, some, documents, positions, show):
+        seen.append((rows, documents, positions))
+        return chain(objective, rows, order, mask_id, device, autocast, seed, some, documents, positions, show)
+
+    monkeypatch.setattr(likelihood, "chain", noting)
     _, alone = measure(run, "--bound=False", "--ordered=left_to_right", "--ordered_rows=6", "--samples=3", "--match=")
     _, after = measure(run, "--rows=16", "--ordered=left_to_right", "--ordered_rows=6", "--samples=3", "--match=")
     assert alone["ordered"] == after["ordered"] and alone["texts"] == after["texts"]
     _, random = measure(run, "--bound=False", "--passes=24", "--ordered=random", "--ordered_rows=32")
-    assert abs(random["ordered"]["random"]["below_bound"]) < 4 * random["ordered"]["random"]["below_bound_error"]  # so both see the same documents
+    assert abs(random["ordered"]["random"]["below_bound"]) < 4 * random["ordered"]["random"]["below_bound_error"]
+    assert seen
+    for rows, documents, positions in seen:  # a document begins after its separator, and is counted from there
+        assert (documents[:, 1:] != documents[:, :-1]).sum() == (rows[:, :-1] == 256).sum() and (positions[:, 1:][rows[:, :-1] == 256] == 0).all()
 
 
 # texts --------------------------------------------------------------------------------------------------------------------------
