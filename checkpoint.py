@@ -22,10 +22,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, shard_like
 from parallel import ALONE, gathered
 
 FILE_BYTES = 5e9  # of weights per file
@@ -123,6 +123,36 @@ def load_model(folder, record, device="cpu"):
     except (SafetensorError, RuntimeError) as problem:
         raise ValueError(f"{folder}: its weights can't be read: {str(problem).splitlines()[0]}") from None
     return model.tables().to(device)
+
+
+@torch.no_grad()
+def begin_with(folder, record, network):
+    """Give `network` the weights of another checkpoint of its shape, parameter by parameter; raises ValueError.
+
+    Of the embedding the text tokens' rows count: the mask may have another id now. Its row is the old mask's, or, if that has never
+    been seen (an AR model's), the mean of the tokens'. What the checkpoint has not (a time embedding) stays as it is.
+    """
+    old, new = ModelConfig(**record["model"]), network.config
+    where = {}
+    for file in weight_files(folder):
+        with safe_open(file, "pt") as tensors:
+            where |= dict.fromkeys(tensors.keys(), file)
+    for name, p in network.named_parameters():
+        if name not in where and not name.startswith("time."):
+            raise ValueError(f"{folder} has no {name}")
+        if name not in where:
+            continue
+        with safe_open(where[name], "pt") as tensors:
+            values = tensors.get_tensor(name)
+        if name in ("embed.weight", "lm_head.weight"):
+            text = values[: new.n_vocab].float()
+            rows = text.new_zeros(p.shape)
+            rows[: new.n_vocab] = text
+            rows[new.mask_id] = text.mean(0) if old.causal else values[old.mask_id].float()
+            values = rows
+        if values.shape != p.shape:
+            raise ValueError(f"{folder}: {name} is {tuple(values.shape)}, and should be {tuple(p.shape)}")
+        p.copy_(shard_like(values, p))
 
 
 def restore(folder, record, network, optimizer, ranks=ALONE):
@@ -242,7 +272,8 @@ class Saver:
             dcp.save(values, storage_writer=writer, process_group=group, no_dist=alone)
 
         put(staged["moments"], building / "optimizer")
-        weights, names = staged["weights"], file_names(staged["weights"])
+        weights = staged["weights"]
+        names = file_names({name: value.numel() * value.element_size() for name, value in weights.items()})
         divided = any(hasattr(value, "placements") for value in weights.values())
         if divided:
             put(weights, building / "shards")
@@ -312,11 +343,10 @@ class Saver:
                 discard(later)
 
 
-def file_names(weights):
-    """{file: names of the tensors in it}, in files of at most FILE_BYTES, one tensor at least."""
+def file_names(sizes):
+    """{file: names of the tensors in it} for {name: bytes}, in files of at most FILE_BYTES, one tensor at least."""
     groups, room = [[]], FILE_BYTES
-    for name, value in weights.items():
-        size = value.numel() * value.element_size()
+    for name, size in sizes.items():
         if groups[-1] and size > room:
             groups.append([])
             room = FILE_BYTES

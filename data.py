@@ -87,6 +87,7 @@ class TokenizerFile:
     """A tokenizer.json (Hugging Face's `tokenizers`). Known by its digest: a copy travels with the corpus and the run."""
 
     ENDS = ("<|endoftext|>", "<|end_of_text|>", "<|eos|>", "<eos>", "</s>", "<|im_end|>", "[SEP]")
+    MASKS = ("<|mdm_mask|>", "<|mask|>", "<mask>", "[MASK]")
     SPLITS = [dict(type="Split", behavior="Isolated", invert=False, pattern={  # Qwen's and Llama 3's
         "Regex": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"})
         for digits in ("", "{1,3}")]
@@ -112,7 +113,10 @@ class TokenizerFile:
             raise ValueError(f"{path}: " + (f"has no token {eos!r}" if eos else "which token ends a document?") + "; give it with --eos="
                              + (f" (its specials: {', '.join(self.specials)})" if self.specials else ""))
         self.eos, self.eos_id = eos, vocab[eos]
-        self.n_vocab = self.mask_id = max(vocab.values()) + 1
+        added = {t["id"] for t in layout.get("added_tokens", ())}
+        text = max(i for i in vocab.values() if i not in added)
+        own = next((self.specials[mask] for mask in self.MASKS if self.specials.get(mask, -1) > max(text, self.eos_id)), None)
+        self.n_vocab = self.mask_id = max(vocab.values()) + 1 if own is None else own  # one that comes after the text ends it: LLaDA's, Dream's
         self.name = f"tokenizer.json {hashlib.sha256(raw).hexdigest()[:16]} {eos}"
         *splits, last = components(layout.get("pre_tokenizer")) or [{}]
         plain = (layout.get("normalizer") or {"type": "NFC"})["type"] == "NFC"  # which composes nothing with a newline or a space
@@ -128,6 +132,8 @@ class TokenizerFile:
         if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
             raise ValueError(f"{self.path}: neither byte-level nor with byte fallback: its tokens do not spell the text they stand for")
         for token, i in vocab.items():
+            if i >= self.n_vocab:
+                continue
             if i in added:
                 lengths[i] = 0 if token in self.specials else len(token.encode("utf-8"))
             elif "ByteLevel" in kinds:

@@ -46,7 +46,7 @@ def schedule(name):
 
 # ----------------------------------------------------------------------------------- counter-based randomness
 
-MASK, REPLACE, LEVEL, OFFSET, LENGTH, ORDER, TOKEN, CHANGE, START = range(9)  # independent streams
+MASK, REPLACE, LEVEL, OFFSET, LENGTH, ORDER, TOKEN, CHANGE, START, SIGHT = range(10)  # independent streams
 
 
 def mix(x):
@@ -74,6 +74,13 @@ def random_bits(seed, stream, sample, length):
 def unit(bits):
     """Uniform in (0, 1] from 64 random bits."""
     return ((bits >> np.uint64(11)).astype(np.float64) + 1) * 2.0**-53
+
+
+def visible_pairs(seed, step, length, share):
+    """What each position (row) attends to while attention turns from causal to bidirectional: all that is not after it, and a
+    random `share` of what is, drawn anew for each step (DiffuLLaMA's annealing). → (length, length) bool."""
+    u = unit(random_bits(seed, SIGHT, [step], length * length)).reshape(length, length)
+    return np.tri(length, dtype=bool) | (u <= share)
 
 
 # ------------------------------------------------------------------------------------------- noise of a step
@@ -203,6 +210,7 @@ class Batch(NamedTuple):
     noisy: np.ndarray | None = None  # (C,) z, for the uniform bound only
     beta: np.ndarray | None = None  # (C,) Vα/(1−α), likewise
     positions: np.ndarray | None = None  # (B, L) for the rotary encoding, where they start again in each document
+    visible: np.ndarray | None = None  # (L, L) what positions (rows) attend to, while that is annealed
 
 
 def make_batch(p, x, rows, which, valid=None, spacing=None, documents=None):

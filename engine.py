@@ -58,7 +58,7 @@ class Objective(nn.Module):
         self.loss_of = diffusion.loss_and_parts  # a name of its own: `blocks` compiles it by itself
 
     def forward(self, batch):
-        hidden = self.network(batch.tokens, batch.time, batch.documents, batch.index, batch.positions)
+        hidden = self.network(batch.tokens, batch.time, batch.documents, batch.index, batch.positions, batch.visible)
         return self.loss_of(hidden, self.network.head, batch, self.network.config.n_vocab, self.posterior)
 
     def look(self, batch, likeliest=False):

@@ -32,6 +32,7 @@ import data
 import decode
 import engine
 import frontier
+import inputs
 import kernels
 import likelihood
 import parallel
@@ -124,11 +125,11 @@ def open_text(cfg, writer):
     """(training settings, corpora, validation blocks) for a checkpoint; raises ValueError or OSError."""
     known = {k: v for k, v in writer.record["settings"].items() if k in train.Config.__dataclass_fields__}
     settings = train.Config(**known | ({"corpus": cfg.corpus} if cfg.corpus else {}))
-    corpora = train.open_corpora(settings)
+    corpora = inputs.open_corpora(settings)
     meta = corpora[0].meta
-    if differ := [f"{k} {writer.record['corpus'][k]} and {meta[k]}" for k in train.VOCABULARY if writer.record["corpus"][k] != meta[k]]:
+    if differ := [f"{k} {writer.record['corpus'][k]} and {meta[k]}" for k in inputs.VOCABULARY if writer.record["corpus"][k] != meta[k]]:
         raise ValueError(f"checkpoint and corpus don't go together: {', '.join(differ)}")
-    return settings, corpora, train.validation_blocks(corpora, settings.block_len)
+    return settings, corpora, inputs.validation_blocks(corpora, settings.block_len)
 
 
 def reader(settings, eos_id):
@@ -156,7 +157,7 @@ def bound(cfg, writer, settings, corpora, blocks, objective, ranks):
     per_byte = 1 / (math.log(2) * bytes_per_token)
     found = dict(kind="exact NLL" if exact else "NELBO (upper bound)", nats_per_token=nats, error=error, noise_error=noise, bits_per_byte=nats * per_byte,
                  bits_per_byte_error=error * per_byte, perplexity=math.exp(min(nats, 700.0)), bytes_per_token=bytes_per_token, rows=rows, passes=passes,
-                 block_len=settings.block_len, text=train.digest(corpora, "val"))
+                 block_len=settings.block_len, text=inputs.digest(corpora, "val"))
     found["own_text"] = found["text"] == writer.record["corpus"].get("val_sha256")  # that of training
     if cfg.bins and not exact:
         curve = likelihood.noise_curve(measured, process, cfg.bins)
@@ -251,11 +252,11 @@ def of_texts(cfg, writer, settings, corpora, judge):
             nll[some] = frontier.judged(judge, [found[i][1] for i in some], skip)
         said |= dict(judge=cfg.judge, nll=stated(nll), pairs=[[frontier.entropy(row), float(value)] for row, value in zip(rows, nll)])
     if cfg.match:
-        blocks = train.validation_blocks(corpora, writer.block_len)
+        blocks = inputs.validation_blocks(corpora, writer.block_len)
         held_out = blocks.read(likelihood.spread(min(len(rows), blocks.available), blocks.available))[:, 1:].tolist()
         held_out = [text[: len(row)] for text, row in zip(held_out, rows)]  # how much of any text stands in the training text
-        said["own_text"] = train.digest(corpora, "train") == writer.record["corpus"].get("train_sha256")
-        said["copies"] = copied(train.training_text(settings, corpora), rows, held_out, sorted(map(int, split(cfg.match))))
+        said["own_text"] = inputs.digest(corpora, "train") == writer.record["corpus"].get("train_sha256")
+        said["copies"] = copied(inputs.training_text(settings, corpora), rows, held_out, sorted(map(int, split(cfg.match))))
     return said
 
 
@@ -399,7 +400,7 @@ def evaluate(cfg, ranks, harness):
             raise ValueError(f"length={cfg.length} is more than the model's context of {writer.block_len}" + (f", or the judge's of {judge.block_len}" if judge else ""))
         opened = harness.open_tasks(split(cfg.tasks), cfg.task_path, cfg.task_data, partial(say, file=sys.stderr)) if cfg.tasks else None
         step = writer.record["step"]
-        own = not needs_text or train.digest(corpora, "val") == writer.record["corpus"].get("val_sha256")
+        own = not needs_text or inputs.digest(corpora, "val") == writer.record["corpus"].get("val_sha256")
         out = Path(cfg.out or writer.folder.parent / (f"eval_{step:08d}" + ("" if own else "_" + "_".join(corpus.folder.name for corpus in corpora))))
         if ranks.rank == 0:
             out.mkdir(parents=True, exist_ok=True)

@@ -193,6 +193,8 @@ def main(argv):
         n = cfg.length or most - cfg.prompt
         if not 0 < n <= most - cfg.prompt:
             raise ValueError(f"prompt and length are {cfg.prompt + n} tokens together, and the smaller context is {most}")
+        if set(split(cfg.caches)) - {"no"} and writer.record["model"].get("shift"):
+            raise ValueError("caches are not for a shifted model, whose predictions stand one position before what is written")
         asked = ways(cfg, writer.objective, n)
         corpus = cfg.corpus or writer.record["settings"]["corpus"]
         held_out = None

@@ -2,6 +2,7 @@
 
 Pre-norm, RMSNorm, rotary positions (half rotation), QK-norm, SwiGLU, no biases. `Transformer.forward`
 returns hidden states, so that the LM head and the loss can be fused over just the rows that count.
+Weights that convert.py brings from elsewhere may lack the QK-norm (Llama) and have biases instead (Qwen2.5).
 """
 
 import functools
@@ -88,6 +89,13 @@ class ModelConfig:
     init_std: float = 0.02
     scaled_init: bool = True  # residual outputs N(0, init_std/√(2·n_layer))
     local_init: bool = False  # heads start out looking at neighbouring positions
+    qk_norm: bool = True
+    qkv_bias: bool = False
+    rope_stretch: tuple = ()  # Llama 3.1's, of the long wavelengths: factor, low and high frequency factor, original length
+    shift: bool = False  # position i is predicted from i − 1, as an AR model's would be (Dream, DiffuLLaMA)
+
+    def __post_init__(self):
+        object.__setattr__(self, "rope_stretch", tuple(self.rope_stretch))  # JSON has but lists
 
     @property
     def padded_vocab(self):
@@ -128,17 +136,19 @@ class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.c = c
-        self.q_proj = nn.Linear(c.d_model, c.n_head * c.head_dim, bias=False)
-        self.k_proj = nn.Linear(c.d_model, c.n_kv_head * c.head_dim, bias=False)
-        self.v_proj = nn.Linear(c.d_model, c.n_kv_head * c.head_dim, bias=False)
+        self.q_proj = nn.Linear(c.d_model, c.n_head * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.d_model, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.d_model, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
         self.o_proj = nn.Linear(c.n_head * c.head_dim, c.d_model, bias=False)
-        self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.norm_eps), RMSNorm(c.head_dim, c.norm_eps)
+        self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity() for _ in "qk")
 
     def forward(self, x, cos, sin, mask, index, recall=None):
         B, L, _ = x.shape
         c = self.c
-        qkv = joint_linear(x, self.q_proj, self.k_proj, self.v_proj, fp8=self.fp8).view(B, L, -1, c.head_dim)
-        q, k, v = qkv.split((c.n_head, c.n_kv_head, c.n_kv_head), dim=2)
+        qkv = joint_linear(x, self.q_proj, self.k_proj, self.v_proj, fp8=self.fp8)
+        if c.qkv_bias:
+            qkv = qkv + torch.cat((self.q_proj.bias, self.k_proj.bias, self.v_proj.bias)).to(qkv.dtype)
+        q, k, v = qkv.view(B, L, -1, c.head_dim).split((c.n_head, c.n_kv_head, c.n_kv_head), dim=2)
         q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)  # (B, H, L, head_dim)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if recall is not None:
@@ -185,6 +195,15 @@ class Recall:
 def pick(x, index):
     """Positions `index` (C,) of a flattened batch; all of them if it is None. (B, L, D) → (C, D)."""
     return x if index is None else x.flatten(0, 1).index_select(0, index)
+
+
+def predecessors(index, length, documents):
+    """The positions before `index` (C,) in a flattened batch of rows of `length`; the first of a row or document stays itself. (C,)"""
+    before = torch.where(index % length == 0, index, index - 1)
+    if documents is None:
+        return before
+    of = documents.flatten()
+    return torch.where(of[before] == of[index], before, index)
 
 
 class MLP(nn.Module):
@@ -282,6 +301,10 @@ class Transformer(nn.Module):
         """Fill the rotary tables, (L, head_dim/2) each; a network that began on the meta device has none yet. Returns self."""
         c = self.config
         frequency = c.rope_base ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float64, device="cpu") / c.head_dim)
+        if c.rope_stretch:  # waves that turn less than `low` times in the original length become `factor` times longer, more than `high` times stay
+            factor, low, high, length = c.rope_stretch
+            kept = ((length * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+            frequency = kept * frequency + (1 - kept) * frequency / factor
         angle = torch.arange(c.block_len, dtype=torch.float64, device="cpu")[:, None] * frequency
         self.cos.copy_(angle.cos())
         self.sin.copy_(angle.sin())
@@ -289,7 +312,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator=None):
-        """N(0, init_std) everywhere, residual outputs smaller, norms 1; then `local_init`. Returns self.
+        """N(0, init_std) everywhere, residual outputs smaller, norms 1, biases 0; then `local_init`. Returns self.
 
         Drawn on the CPU, whole parameter by whole parameter: the same on every device and however the network is divided,
         and never more than one parameter whole on a rank that holds shards.
@@ -297,7 +320,7 @@ class Transformer(nn.Module):
         c = self.config
         for name, p in self.named_parameters():
             if p.dim() == 1:
-                p.fill_(1)
+                p.fill_(0 if name.endswith("bias") else 1)
             else:
                 residual = c.scaled_init and name.endswith(("o_proj.weight", "down_proj.weight"))
                 std = c.init_std / math.sqrt(2 * c.n_layer) if residual else c.init_std
@@ -328,17 +351,23 @@ class Transformer(nn.Module):
         for block in self.blocks:
             block.attn.q_proj.weight += shard_like(size * torch.outer(q, shared), block.attn.q_proj.weight)
             block.attn.k_proj.weight += shard_like(size * torch.outer(k, shared), block.attn.k_proj.weight)
-            block.attn.q_norm.weight.fill_(1.7)  # sharper than QK-norm's plain unit scale allows
-            block.attn.k_norm.weight.fill_(1.7)
+            if c.qk_norm:
+                block.attn.q_norm.weight.fill_(1.7)  # sharper than QK-norm's plain unit scale allows
+                block.attn.k_norm.weight.fill_(1.7)
 
     @property
     def head(self):
         return self.embed.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(self, ids, t=None, documents=None, index=None, positions=None):
+    def forward(self, ids, t=None, documents=None, index=None, positions=None, visible=None):
         """Hidden states after the last norm. ids (B, L); t (B,) where timed; documents (B, L) ids, within which
-        attention stays; positions (B, L) if not 0 … L − 1. Returns (B, L, D), or with `index` (C,) into the flattened
-        batch just those positions, (C, D): after the last attention only they are computed."""
+        attention stays; positions (B, L) if not 0 … L − 1; visible (L, L) bool: what each position (row) attends to, if not
+        what the network always does. Returns (B, L, D), or with `index` (C,) into the flattened batch just those positions,
+        (C, D): after the last attention only they are computed. Where the network is shifted, the states are those that
+        predict the positions."""
+        whole = index is None
+        if self.config.shift:
+            index = predecessors(torch.arange(ids.numel(), device=ids.device) if whole else index, ids.shape[1], documents)
         x = self.embed(ids)
         if self.time is not None:
             x = x + self.time(t).to(x.dtype)
@@ -348,10 +377,14 @@ class Transformer(nn.Module):
         L = ids.shape[1]
         cos, sin = (self.cos[:L], self.sin[:L]) if positions is None else (self.cos[positions][:, None], self.sin[positions][:, None])
         c = self.config
-        mask = None if documents is None else document_mask(documents, c.causal, c.dropout if self.training else 0.0)
+        if visible is not None:
+            mask = visible[None, None] if documents is None else visible & (documents[:, :, None] == documents[:, None, :])[:, None]
+        else:
+            mask = None if documents is None else document_mask(documents, c.causal, c.dropout if self.training else 0.0)
         for block in self.blocks[:-1]:
             x = block(x, cos, sin, mask)
-        return self.norm(self.blocks[-1](x, cos, sin, mask, index))
+        x = self.norm(self.blocks[-1](x, cos, sin, mask, index))
+        return x.view(*ids.shape, -1) if whole else x
 
     def read(self, ids, memory, columns, mine=None, index=None, positions=None, real=None, upto=None):
         """Like `forward`, for the `columns` (B, W) of a canvas that hold `ids` (B, W); keys and values of the others come from

@@ -117,7 +117,7 @@ DIFFUSION_ONLY = ("steps", "order", "threshold", "beside", "block", "remask", "e
 MASKED_ONLY = ("order", "threshold", "beside", "block", "remask", "eta", "refresh", "cache", "guidance")
 
 
-def check_meaning(cfg, objective):
+def check_meaning(cfg, objective, shifted=False):
     """Raises ValueError if a setting says nothing to a model of this objective."""
     for name in {"ar": DIFFUSION_ONLY, "uniform": MASKED_ONLY, "masked": ()}[objective]:
         if getattr(cfg, name) != cfg.__dataclass_fields__[name].default:
@@ -126,6 +126,8 @@ def check_meaning(cfg, objective):
         raise ValueError("cache=dual has no meaning for objective=ar: there is nothing after the position that is written")
     if objective == "masked" and cfg.cache == "prefix" and not cfg.block:
         raise ValueError("cache=prefix needs block: what is before it is kept")
+    if shifted and cfg.cache != "auto" and cfg.cache != "no":
+        raise ValueError(f"cache={cfg.cache} is not for a shifted model, whose predictions stand one position before what is written; leave it out")
     if cfg.refresh and cfg.cache in ("auto", "no"):
         raise ValueError("refresh needs cache=prefix or dual")
 
@@ -268,7 +270,7 @@ def main():
     cfg = configurator.load(Config, about=__doc__, aliases=ALIASES)
     try:
         writer = Writer.of(cfg.run_dir, cfg.device, cfg.dtype)
-        check_meaning(cfg, writer.objective)
+        check_meaning(cfg, writer.objective, writer.record["model"].get("shift", False))
         asked = templates(cfg, writer.tokens, writer.block_len, writer.causal)
         writer.load()
     except UnicodeDecodeError as problem:

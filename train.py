@@ -29,13 +29,14 @@ import cost
 import data
 import diffusion
 import engine
+import inputs
 import kernels
 import likelihood
 import parallel
-from checkpoint import checkpoints, load_newest
+from checkpoint import load_newest
 from configurator import setting
 from metrics import Journal, draw, open_tracker, summary
-from model import ModelConfig, Transformer, ladder, swiglu_width
+from model import Transformer, ladder, swiglu_width
 
 
 @dataclass
@@ -47,6 +48,7 @@ class Config:
     val_share: float = setting(0.0, "share of such token files kept for validation, where none of them is", low=0, high=0.5)
     resume: Literal["no", "auto", "yes"] = setting("no", "continue from the newest checkpoint: auto if there is one, yes must have one")
     seed: int = setting(1337, "of the weights, the data order and the noise", low=0, high=2**62)
+    init_from: str = setting("", "begin with the weights of this run or checkpoint, and its shape: another run's, or what convert.py made of a Megatron's or Hugging Face's")
     # what is learned
     objective: Literal["masked", "uniform", "ar"] = setting("masked", "masked diffusion, uniform diffusion, or autoregressive")
     loss: Literal["elbo", "maskgit", "paper"] = setting("elbo", "elbo: the bound; maskgit: unweighted, masked only; paper: Quokka's, uniform only")
@@ -55,6 +57,8 @@ class Config:
     time: Literal["uniform", "iid", "moving_gaussian"] = setting("uniform", "how t is drawn: one lattice per step, independently, or around a moving mean")
     time_sigma: float = setting(0.2, "standard deviation of moving_gaussian", above=0)
     time_correction: bool = setting(False, "weigh moving_gaussian's rows by the inverse density of t")
+    shift: Literal["auto", "no", "yes"] = setting("auto", "masked diffusion: position i is predicted from i − 1, as in an AR model (auto: if init_from is one, or shifted)")
+    anneal: int = setting(0, "steps in which attention turns from causal to bidirectional: of what is ahead, a growing random share is seen", low=0)
     document_attention: bool = setting(False, "attention stays within a document")
     reset_positions: bool = setting(False, "positions start again in each document (needs document_attention)")
     short_rows: float = setting(0.0, "share of rows cut to a random length (the paper's recipe: 0.01)", low=0, high=1)
@@ -142,6 +146,10 @@ class Config:
             for name in ("schedule", "time", "time_sigma"):
                 if getattr(self, name) != getattr(defaults, name):
                     say(f"{name}={getattr(self, name)} has no meaning for objective=ar; add --{name}={getattr(defaults, name)}")
+        if self.shift == "yes" and self.objective != "masked":
+            say(f"shift=yes needs objective=masked, not {self.objective}")
+        if self.anneal and self.objective == "ar":
+            say("anneal has no meaning for objective=ar, whose attention stays causal")
         if self.time_correction and (self.time != "moving_gaussian" or self.loss != "elbo"):
             say("time_correction needs time=moving_gaussian and loss=elbo")
         if self.reset_positions and not self.document_attention:
@@ -168,10 +176,11 @@ class Config:
                     say(f"fp8 needs widths that are multiples of 16, not {what}{' × head_dim' if 'head' in what else ''}={width}")
         except ValueError as problem:
             say(str(problem))
-        if self.model:
-            for name in ("n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "d_ff"):
-                if getattr(self, name) != getattr(defaults, name):
-                    say(f"{name}={getattr(self, name)} contradicts model={self.model}; give one of the two")
+        shape_of = f"model={self.model}" if self.model else f"init_from={self.init_from}"
+        for name in (("n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "d_ff") if self.model or self.init_from else ()) \
+                + (("model", "tied", "rope_base", "local_init") if self.init_from else ()):
+            if getattr(self, name) != getattr(defaults, name):
+                say(f"{name}={getattr(self, name)} contradicts {shape_of}; give one of the two")
         if self.min_lr > self.lr or -1 < self.min_lr < 0:
             say(f"min_lr={self.min_lr} must be -1 or lie between 0 and lr={self.lr}")
         for name in ("task_path", "task_data"):
@@ -241,135 +250,6 @@ class Config:
         return shape
 
 
-# ----------------------------------------------------------------------------------------- the user's files
-
-
-class Inputs(NamedTuple):
-    """What a run reads before it writes anything."""
-
-    corpora: list[data.Corpus]
-    blocks: data.Blocks | data.Mixture
-    val_blocks: data.Blocks | data.Mixture
-    model_config: ModelConfig
-    corpus_record: dict  # what a checkpoint keeps of the corpus
-    steps: int
-    eval_rows: int
-    bytes_per_token: float  # of exactly the validation tokens that are scored
-
-
-VOCABULARY = ("tokenizer", "n_vocab", "mask_id", "eos_id")
-
-
-def open_corpora(cfg):
-    """The corpora that cfg names, of one vocabulary; raises ValueError or OSError."""
-    corpora = [data.load_corpus(path, cfg.tokenizer, cfg.val_share) for path, *_ in data.parse_corpora(cfg.corpus)]
-    for corpus in corpora[1:]:
-        if differ := [f"{k} {corpora[0].meta[k]} and {corpus.meta[k]}" for k in VOCABULARY if corpora[0].meta[k] != corpus.meta[k]]:
-            raise ValueError(f"{corpora[0].folder} and {corpus.folder} don't go together: {', '.join(differ)}")
-    return corpora
-
-
-def validation_blocks(corpora, block_len):
-    """Blocks of all the corpora's validation splits; raises ValueError."""
-    blocks = [data.Blocks(corpus.val, block_len, n_vocab=corpus.meta["n_vocab"], what="validation" + f" ({corpus.folder})" * (len(corpora) > 1)) for corpus in corpora]
-    return blocks[0] if len(blocks) == 1 else data.Mixture(blocks)
-
-
-def training_text(cfg, corpora):
-    """What a run with these settings reads of each corpus: its whole training split, or the blocks of its unique tokens, as data.Streams."""
-    streams = []
-    for i, (corpus, (_, _, unique)) in enumerate(zip(corpora, data.parse_corpora(cfg.corpus))):
-        if unique := unique or cfg.unique_tokens:
-            blocks = data.Blocks(corpus.train, cfg.block_len, cfg.seed + i, unique, corpus.meta["n_vocab"])
-            chosen = np.sort(blocks.chosen(np.arange(blocks.n)))
-            runs = np.split(chosen, np.flatnonzero(np.diff(chosen) > 1) + 1)  # neighbours stay together
-            border = np.array([corpus.meta["mask_id"]], corpus.train.dtype)  # stands in no text
-            parts = [corpus.train.read(1 + int(run[0]) * cfg.block_len, 1 + (int(run[-1]) + 1) * cfg.block_len) for run in runs]
-            streams.append(data.Stream([array for part in parts for array in (part, border)]))
-        else:
-            streams.append(corpus.train)
-    return streams
-
-
-def digest(corpora, split):
-    return " ".join(corpus.meta[split]["sha256"] for corpus in corpora)
-
-
-def open_inputs(cfg):
-    """Check everything that can be wrong with the user's files; raises ValueError or OSError, writes nothing."""
-    run = Path(cfg.run_dir)
-    given, corpora = data.parse_corpora(cfg.corpus), open_corpora(cfg)
-    meta = corpora[0].meta
-    of = [f" ({corpus.folder})" if len(corpora) > 1 else "" for corpus in corpora]
-    blocks = [data.Blocks(corpus.train, cfg.block_len, cfg.seed + i, unique or cfg.unique_tokens, meta["n_vocab"], f"training{of[i]}")
-              for i, (corpus, (_, _, unique)) in enumerate(zip(corpora, given))]
-    blocks = blocks[0] if len(corpora) == 1 else data.Mixture(blocks, [w for _, w, _ in given] if given[0][1] else None, cfg.seed)
-    val_blocks = validation_blocks(corpora, cfg.block_len)
-    budget = cfg.tokens or cfg.epochs * blocks.n * cfg.block_len
-    steps = cfg.steps or math.ceil(budget / (cfg.batch_size * cfg.block_len))
-    if cfg.lr_schedule == "wsd" and cfg.decay >= 1 and cfg.warmup + cfg.decay > steps:
-        raise ValueError(f"warmup={cfg.warmup} and decay={cfg.decay:g} don't fit into {steps} steps")
-    model_config = ModelConfig(
-        **cfg.shape(), n_vocab=meta["n_vocab"], mask_id=meta["mask_id"], block_len=cfg.block_len,
-        causal=cfg.objective == "ar", tied=cfg.tied, timed=cfg.objective == "uniform", dropout=cfg.dropout,
-        rope_base=cfg.rope_base, init_std=cfg.init_std, scaled_init=cfg.scaled_init, local_init=cfg.local_init)
-    corpus_record = {k: meta[k] for k in VOCABULARY}
-    eval_rows = min(cfg.eval_rows or val_blocks.available, val_blocks.available)
-    bytes_per_token = float(corpora[0].token_bytes[val_blocks.read(likelihood.spread(eval_rows, val_blocks.available))[:, 1:]].mean())
-    corpus_record |= {f"{split}_sha256": digest(corpora, split) for split in ("train", "val")}
-    if run.exists() and any(path.name != ".lock" for path in run.iterdir()) and cfg.resume == "no" and not cfg.dry_run:
-        raise FileExistsError(f"{run} is not empty; continue it with --resume=auto or choose another --run_dir")
-    if cfg.compare and not Path(cfg.compare).is_dir():
-        raise FileNotFoundError(f"compare={cfg.compare}: no such run")
-    if not cfg.dry_run and not (run / f"step_{steps:08d}").is_dir():
-        kept = cfg.keep + len(cfg.kept_steps()) + (steps // cfg.keep_every if cfg.keep_every else 0)
-        saved = steps // cfg.save_every + 1 + len(cfg.kept_steps()) if cfg.save_every else 1 + len(cfg.kept_steps())
-        with torch.device("meta"):
-            n_params = Transformer(model_config).n_params()
-        checkpoint.check_space(run, n_params, cfg.layout() != "no", min(kept, saved))
-    return Inputs(corpora, blocks, val_blocks, model_config, corpus_record, steps, eval_rows, bytes_per_token)
-
-
-def open_benchmarks(cfg, say):
-    """(harness.py, its tasks) that eval_tasks names, None for none; raises ValueError."""
-    if not cfg.eval_tasks:
-        return None
-    try:
-        import harness
-    except ImportError as problem:
-        raise ValueError(f"eval_tasks needs lm-evaluation-harness ({problem}): pip install '.[eval]'") from None
-    opened = harness.open_tasks(configurator.split(cfg.eval_tasks), cfg.task_path, cfg.task_data, say)
-    if cfg.layout() != "no" and (writing := harness.writing(opened)):
-        raise ValueError(f"eval_tasks={', '.join(writing)}: there the model writes, which needs whole weights on each rank: shard=no")
-    return harness, opened
-
-
-def find_checkpoint(cfg, inputs, ranks, warn):
-    """(folder, record) of the checkpoint that `resume` asks for, (None, None) if it asks for none; raises ValueError or OSError."""
-    run = Path(cfg.run_dir)
-    if cfg.resume == "no" or cfg.resume == "auto" and not any(parallel.gathered(ranks, bool(checkpoints(run)))):
-        return None, None
-    folder, record = load_newest(run, warn, ranks)
-    check_resumable(record, inputs.model_config, inputs.corpus_record)
-    restarted = [k for k in ("seed", "unique_tokens") if record["settings"][k] != getattr(cfg, k)]
-    if [rest for _, *rest in data.parse_corpora(record["settings"]["corpus"])] != [rest for _, *rest in data.parse_corpora(cfg.corpus)]:
-        restarted.append("mixture")
-    if restarted:
-        warn(f"resumed with another {' and '.join(restarted)}: the data order changes here, epochs are no longer exact")
-    return folder, record
-
-
-def check_resumable(record, model_config, corpus_record):
-    """Raises ValueError, naming each difference, if a checkpoint is of another architecture or corpus."""
-    if "updates" not in record:
-        raise ValueError("cannot resume a checkpoint of an older format, which kept the optimizer's state otherwise; sample.py reads its weights")
-    initial = ("dropout", "init_std", "scaled_init", "local_init")  # of no consequence to the weights' shapes
-    for what, old, new in (("architecture", record["model"], asdict(model_config)), ("corpus", record["corpus"], corpus_record)):
-        differ = [f"{k} {old.get(k)} → {new.get(k)}" for k in new if old.get(k) != new.get(k) and k not in initial]
-        if differ:
-            raise ValueError(f"cannot resume with another {what}: {', '.join(differ)}; use another --run_dir")
-
-
 # --------------------------------------------------------------------------------------------------- pieces
 
 
@@ -409,13 +289,14 @@ def training_batches(process, blocks, eos_id, first_sample, first_step, steps, c
         if place == 0:
             ids = blocks.ids(first + np.arange(ahead * cfg.batch_size))
         rows = diffusion.step_rows(process, first, cfg.batch_size, step / steps)
+        visible = diffusion.visible_pairs(cfg.seed, step, cfg.block_len, (step + 1) / cfg.anneal) if step < cfg.anneal else None
         for part in range(rank, parts, world):
             which = rows.deal(part, parts)
             try:
                 batch = read_batch(cfg, process, blocks, eos_id, ids[place + which], rows, which)
             except ValueError as problem:  # tokens outside the vocabulary, in a corpus too large to check at the start
                 configurator.fail(f"step {step + 1}: {problem}", everywhere=True)
-            yield engine.to_tensors(batch, pin)
+            yield engine.to_tensors(batch._replace(visible=visible), pin)
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -489,8 +370,9 @@ def train(cfg, device, ranks, watch, stop):
             configurator.fail(first if all(problems) else f"rank {problems.index(first)}: {first}")
         return result
 
-    inputs = together(open_inputs, cfg)
-    corpora, blocks, val_blocks, model_config, corpus_record, steps, eval_rows, bytes_per_token = inputs
+    start = together(inputs.find_start, cfg, ranks, warn)
+    given = together(inputs.open_inputs, cfg, start)
+    corpora, blocks, val_blocks, model_config, corpus_record, steps, eval_rows, bytes_per_token = given
     tokens_per_step, kept_steps = cfg.batch_size * cfg.block_len, cfg.kept_steps()
     meta = corpora[0].meta
     micro = cfg.micro_batch or cfg.batch_size // world
@@ -512,7 +394,7 @@ def train(cfg, device, ranks, watch, stop):
     if cfg.dry_run:
         print(cost.report(cfg, process, model_config, steps, blocks.n, dtype, on_gpu))
         return 0
-    benchmarks = together(open_benchmarks, cfg, say)
+    benchmarks = together(inputs.open_benchmarks, cfg, say)
     need = None
     watch.at(0)
     if rank == 0 and on_gpu:
@@ -530,7 +412,7 @@ def train(cfg, device, ranks, watch, stop):
 
     watch.at(0)
     together(claim)
-    folder, record = together(find_checkpoint, cfg, inputs, ranks, warn)
+    folder, record = together(inputs.find_checkpoint, cfg, given, ranks, warn)
     tracker = together(lambda: open_tracker(cfg, run) if cfg.wandb and rank == 0 else None)
     with torch.device("meta"):
         network = Transformer(model_config)
@@ -556,6 +438,9 @@ def train(cfg, device, ranks, watch, stop):
         course = restore(folder, record)
     else:
         network.init_weights(torch.Generator().manual_seed(cfg.seed))
+        if start:
+            together(checkpoint.begin_with, *start, network)
+            say(f"begins with the weights of {start[0]}")
     to_do = step < steps  # else nothing changes
     watch.at(step)
     seen = parallel.gathered(ranks, parallel.appears(run))

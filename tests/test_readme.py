@@ -93,6 +93,14 @@ def test_evaluation_commands(command, trained):
     assert (trained / "quickstart" / ("compare.md" if "compare" in command else "eval_00000003/eval.json")).stat().st_size > 100
 
 
+def test_conversion_commands(trained):
+    """One after the other: what is written is read again."""
+    for command in [c for c in COMMANDS if "convert.py" in c]:
+        command = re.sub(r"=(exported|mega)\b", rf"={trained}/\1", command.replace("runs/", f"{trained}/"))
+        assert run(command).strip()
+    assert (trained / "exported/modeling_nanoquokka.py").is_file() and (trained / "back/latest").is_file()
+
+
 SCALING = [c for c in COMMANDS if "scaling.py" in c]
 
 
@@ -146,14 +154,16 @@ def test_what_can_be_installed():
 def test_nobody_imports_what_the_readme_says_they_do_not():
     import ast
 
-    library = {"engine", "memory", "model", "diffusion", "kernels", "data", "sources", "configurator", "parallel", "checkpoint", "metrics", "cost", "decode", "film", "likelihood", "texts"}
+    library = {"engine", "memory", "model", "diffusion", "kernels", "data", "sources", "configurator", "parallel", "checkpoint", "metrics", "cost", "decode", "film", "likelihood", "texts", "inputs"}
     allowed = {"train": library | {"harness", "sample"}, "eval": library | {"train", "frontier", "sample", "harness", "compare"}, "compare": library, "harness": {"decode", "diffusion", "engine", "likelihood", "parallel", "sample"},
                "likelihood": {"data", "diffusion", "engine", "kernels", "parallel"}, "texts": set(), "sample": library | {"frontier"}, "frontier": library | {"sample"}, "bench": library, "bench_sampling": library, "prepare": {"data", "sources", "configurator"}, "sources": set(), "memory": {"engine", "model", "diffusion", "kernels"},
-               "cost": {"memory", "engine", "model", "diffusion", "parallel", "checkpoint"}, "checkpoint": {"model", "parallel"}, "parallel": set(), "metrics": set(), "film": set(), "decode": {"model", "diffusion", "kernels", "engine"},
+               "cost": {"memory", "engine", "model", "diffusion", "parallel", "checkpoint"}, "checkpoint": {"model", "parallel"}, "inputs": {"checkpoint", "configurator", "data", "harness", "likelihood", "model", "parallel"},
+               "convert": {"checkpoint", "configurator", "data", "download", "huggingface", "megatron", "model", "tensors", "train"}, "download": {"checkpoint", "configurator"},
+               "tensors": set(), "megatron": {"tensors"}, "huggingface": {"tensors"}, "modeling_nanoquokka": set(), "parallel": set(), "metrics": set(), "film": set(), "decode": {"model", "diffusion", "kernels", "engine"},
                "engine": {"diffusion", "kernels", "parallel"}, "model": {"kernels"}, "diffusion": {"kernels"}, "kernels": set(),
                "data": {"prepare"},  # run as a script it prepares
                "configurator/__init__": set()}
-    ours = library | {"train", "sample", "bench", "prepare", "frontier", "eval", "harness", "compare"}
+    ours = library | {"train", "sample", "bench", "prepare", "frontier", "eval", "harness", "compare", "convert", "download", "tensors", "megatron", "huggingface", "modeling_nanoquokka"}
     for name, may in allowed.items():
         nodes = list(ast.walk(ast.parse((ROOT / f"{name}.py").read_text())))
         found = {a.name.split(".")[0] for n in nodes if isinstance(n, ast.Import) for a in n.names}

@@ -26,6 +26,7 @@ import parallel
 import train
 from checkpoint import checkpoints, load_model, load_newest
 from metrics import read_metrics
+from model import ModelConfig
 
 TINY = ["--n_layer=2", "--n_head=2", "--d_model=32", "--block_len=32", "--batch_size=8", "--compile=no", "--warmup=5",
         "--eval_rows=16", "--log_every=5", "--eval_every=0", "--save_every=0", "--dtype=float32", "--device=cpu"]
@@ -190,7 +191,7 @@ def test_whoever_can_read_the_folder_can_read_the_weights(run_main):
 
 def test_ranks_that_all_hold_all_copy_only_what_they_write(tmp_path, monkeypatch):
     """DDP: the weights on rank 0, every moment on one rank."""
-    network = train.Transformer(train.ModelConfig(1, 2, 2, 8, 16, 64, 50, 50, 8, causal=False)).init_weights()
+    network = train.Transformer(ModelConfig(1, 2, 2, 8, 16, 64, 50, 50, 8, causal=False)).init_weights()
     optimizer = torch.optim.AdamW(network.parameters())
     network(torch.zeros(1, 8, dtype=torch.int64)).sum().backward()
     optimizer.step()
@@ -217,7 +218,7 @@ def test_a_checkpoint_of_an_older_format_is_refused_in_one_line(run_main, capsys
 
 def test_a_slow_write_is_no_standstill(tmp_path):
     """Whoever waits for a checkpoint hears that it grows, and nothing once it does not."""
-    network = train.Transformer(train.ModelConfig(1, 2, 2, 8, 16, 64, 50, 50, 8, causal=False)).init_weights()
+    network = train.Transformer(ModelConfig(1, 2, 2, 8, 16, 64, 50, 50, 8, causal=False)).init_weights()
     heard = []
     saver = checkpoint.Saver(tmp_path, network, None, parallel.ALONE, 2, alive=lambda: heard.append(time.monotonic()))
 
@@ -393,7 +394,7 @@ def test_dry_run_prints_and_writes_nothing(run_main, capsys):
     large = capsys.readouterr().out
     assert not run.exists() and "GiB: parameters 0.39" not in small and "as on a GPU" in large and "bfloat16" in large
     flops = float(large.split("tokens takes ")[1].split(" FLOP")[0])
-    network = train.Transformer(train.ModelConfig(12, 12, 12, 64, 768, 2048, 257, 257, 32, causal=False))
+    network = train.Transformer(ModelConfig(12, 12, 12, 64, 768, 2048, 257, 257, 32, causal=False))
     assert flops == pytest.approx(8 * 32 * network.flops_per_token(33 / 64), rel=0.02)
 
 
@@ -592,7 +593,7 @@ def test_settings_are_saved_and_complete(run_main):
 
 
 def test_only_matrices_decay():
-    network = train.Transformer(train.ModelConfig(1, 2, 2, 8, 16, 64, 50, 50, 8, causal=False))
+    network = train.Transformer(ModelConfig(1, 2, 2, 8, 16, 64, 50, 50, 8, causal=False))
     optimizer = engine.make_optimizer(network, 1e-3, (0.9, 0.95), 0.1)
     decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert {name: decay[id(p)] for name, p in network.named_parameters()} == {

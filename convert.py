@@ -1,0 +1,392 @@
+"""Convert checkpoints between Megatron, Hugging Face and nanoquokka, in one process and without any of the programs that wrote them.
+
+    python convert.py --source=ckpts/1024_96b_1e_1b_ar --tokenizer=gpt2 --out=runs/imported     # Megatron → a run of ours
+    python convert.py --source=Qwen3-0.6B --out=runs/qwen3                                      # a Hugging Face folder → a run of ours
+    python convert.py --source=runs/quickstart --out=exported                                   # ours → a Hugging Face folder
+    python convert.py --source=runs/quickstart --to=megatron --tensor_parallel=2 --out=mp       # ours → Megatron's torch format
+    python convert.py download MDGA-1/quokka_ckpts --folder=…                                   # a folder of a hub: download --help
+
+What the source is, its files say. Nothing in them is run, and one tensor at a time is in memory.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+import checkpoint
+import configurator
+import data
+import huggingface
+import megatron
+import tensors
+import train
+from configurator import setting
+from model import ModelConfig, Transformer
+from tensors import Lazy
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Config:
+    source: str = setting("", "what is converted: a run or checkpoint of ours, a Hugging Face folder, a Megatron run (its latest iteration) or iteration")
+    out: str = setting("", "folder to write, which must not exist")
+    to: Literal["auto", "ours", "hf", "megatron"] = setting("auto", "the format to write (auto: ours; hf of what is ours)")
+    tokenizer: str = setting("", "a tiktoken encoding such as gpt2, a tokenizer.json, or none (empty: the source's own)")
+    eos: str = setting("", "of a tokenizer.json: the token that ends a document")
+    objective: Literal["auto", "masked", "ar"] = setting("auto", "what the source was trained for, where its files don't say")
+    mask_id: int = setting(-1, "the mask's id, where neither the source nor its tokenizer knows it", low=-1)
+    block_len: int = setting(0, "longest sequence (0: as the source says)", low=0)
+    dtype: Literal["source", "float32", "bfloat16", "float16"] = setting("source", "of the weights that are written")
+    tensor_parallel: int = setting(1, "of Megatron: ranks that share each layer", low=1)
+    pipeline_parallel: int = setting(1, "of Megatron: ranks that share the layers", low=1)
+    verify: bool = setting(False, "compare the logits of what was written with the source's on random tokens; where they differ, nothing is written")
+
+    def problems(self):
+        wrong = [f"give --{name}" for name in ("source", "out") if not getattr(self, name)]
+        if self.source and not Path(self.source).is_dir():
+            wrong.append(f"source={self.source}: no such folder")
+        if self.out and Path(self.out).exists():
+            wrong.append(f"out={self.out} exists; nothing is overwritten")
+        if self.eos and not self.tokenizer:
+            wrong.append("eos is of a tokenizer that you name: give --tokenizer, too")
+        if self.to in ("ours", "hf") and (self.tensor_parallel, self.pipeline_parallel) != (1, 1):
+            wrong.append("tensor_parallel and pipeline_parallel are for --to=megatron")
+        return wrong
+
+
+class Source(NamedTuple):
+    """A checkpoint of any format, in our words."""
+
+    kind: str  # ours, hf, megatron
+    folder: Path
+    config: ModelConfig
+    objective: str  # masked, uniform, ar
+    weights: dict[str, Lazy]  # under our names
+    tokens: Any  # data's tokenizer, None if it has none
+    step: int
+    logits: Callable  # ids (B, L) → what the source itself makes of them, unshifted, (B, L, ≥ n_vocab) fp32
+
+
+# ------------------------------------------------------------------------------------------------------- reading
+
+
+def open_source(cfg, path=None):
+    """The checkpoint at `path`, by default cfg.source; raises ValueError or OSError."""
+    path = Path(path or cfg.source)
+    if (path / "checkpoint.json").is_file() or checkpoint.checkpoints(path):
+        return open_ours(path)
+    if huggingface.is_one(path):
+        return open_huggingface(cfg, path)
+    if megatron.is_one(path):
+        return open_megatron(cfg, path)
+    raise ValueError(f"{path} is no checkpoint that is known: neither a run of ours, nor has it a config.json (Hugging Face), a latest_checkpointed_iteration.txt, "
+                     ".metadata or mp_rank_* (Megatron)")
+
+
+def open_ours(path):
+    if (path / "checkpoint.json").is_file():
+        folder, record = path, checkpoint.read_checkpoint(path)
+    else:
+        folder, record = checkpoint.load_newest(path, lambda warning: print(f"warning: {warning}", file=sys.stderr))
+    config, name = ModelConfig(**record["model"]), record["corpus"]["tokenizer"]
+    weights = {}
+    for file in checkpoint.weight_files(folder):
+        weights |= tensors.of_safetensors(file)
+    check(folder, {name: tuple(p.shape) for name, p in skeleton(config).named_parameters()}, weights)
+    tokens = data.tokenizer(name, (folder.parent, folder)) if name else None
+    return Source("ours", folder, config, record["settings"]["objective"], weights, tokens, record["step"], lambda ids: streamed(config, weights, ids))
+
+
+def open_huggingface(cfg, path):
+    shape, rows, mask_id = huggingface.shape_of(path)
+    family, about = huggingface.read_config(path)
+    objective = resolved(cfg, "ar" if shape["causal"] else "masked", path)
+    tokens = open_tokenizer(cfg, path, about.get("tokenizer_name", ""))
+    n_vocab, mask_id = vocabulary(path, tokens, rows, mask_id if cfg.mask_id < 0 else cfg.mask_id, rows, objective)
+    shape["block_len"] = cfg.block_len or shape["block_len"]
+    config = ModelConfig(**shape, n_vocab=n_vocab, mask_id=mask_id)
+    found = {name: value for name, value in huggingface.read(path).items() if not name.endswith("inv_freq")}
+    theirs = {huggingface.their_name(name, family): name for name in ours_of(config)}
+    drop_tied(config, found, *(huggingface.their_name(name, family) for name in ("lm_head.weight", "embed.weight")), path)
+    check(path, {theirs_: with_rows(ours_of(config)[name], name, rows) for theirs_, name in theirs.items()}, found)
+    weights = fitted({name: found[theirs_] for theirs_, name in theirs.items()}, config)
+    return Source("hf", path, config, objective, weights, tokens, 0, lambda ids: by_transformers(path, family, config, weights, ids))
+
+
+def open_megatron(cfg, path):
+    args, iteration, found = megatron.read(path)
+    shape, objective = megatron.shape_of(args), cfg.objective if cfg.objective != "auto" else megatron.objective_of(args)
+    if "embedding.word_embeddings.weight" not in found:
+        raise ValueError(f"{path} has no embedding.word_embeddings.weight")
+    rows = found["embedding.word_embeddings.weight"].shape[0]
+    mask_id = args.get("mask_token") if cfg.mask_id < 0 else cfg.mask_id
+    mask_id = mask_id if mask_id is not None and mask_id < rows else None
+    tokens = open_tokenizer(cfg, path, "")
+    if tokens is None and cfg.tokenizer != "none":
+        raise ValueError("Megatron's checkpoints bring no tokenizer: give --tokenizer=gpt2, a tokenizer.json, or none (nothing can be sampled or evaluated then)")
+    n_vocab, mask_id = vocabulary(path, tokens, rows, mask_id, mask_id or args.get("vocab_size") or rows, objective)
+    shape["block_len"] = cfg.block_len or shape["block_len"]
+    config = ModelConfig(**shape, n_vocab=n_vocab, mask_id=mask_id, causal=objective == "ar")
+    drop_tied(config, found, "output_layer.weight", "embedding.word_embeddings.weight", path)
+    check(path, {name: tuple(rows if size is None else size for size in shape) for name, shape in megatron.names(config).items()}, found)
+    weights = fitted(megatron.to_ours(config, found), config)
+    return Source("megatron", megatron.find(path), config, objective, weights, tokens, iteration, lambda ids: megatron.logits(config, found, ids))
+
+
+def resolved(cfg, said, path):
+    if cfg.objective not in ("auto", said):
+        raise ValueError(f"{path} says that it is objective={said}, not {cfg.objective}")
+    return said
+
+
+def open_tokenizer(cfg, path, known):
+    """The tokenizer that was asked for, or the one that lies beside the weights; None for none. Raises ValueError."""
+    if cfg.tokenizer:
+        return None if cfg.tokenizer == "none" else data.tokenizer(cfg.tokenizer, (), cfg.eos)
+    if known:
+        return data.tokenizer(known)
+    return data.tokenizer(str(path / "tokenizer.json")) if (path / "tokenizer.json").is_file() else None
+
+
+def vocabulary(path, tokens, rows, mask_id, text, objective):
+    """(n_vocab, mask_id) of a network whose embedding has `rows`: the tokenizer's, or what the files say; raises ValueError where they contradict.
+
+    mask_id: the mask that the checkpoint was trained with, None if it knows none; text: ids that it takes for text without a tokenizer.
+    """
+    if objective == "ar" and tokens is None:
+        return text, text
+    if objective == "ar":
+        mask_id = tokens.mask_id  # never seen
+    elif mask_id is None:
+        if tokens is None:
+            raise ValueError(f"{path}: which id is the mask's? give --mask_id")
+        mask_id = tokens.mask_id
+    n_vocab = tokens.n_vocab if tokens else mask_id
+    if tokens and objective != "ar" and mask_id != tokens.mask_id:
+        raise ValueError(f"{path}: its mask has the id {mask_id}, tokenizer '{tokens.name}' puts it at {tokens.mask_id}: not the tokenizer it was trained with")
+    if rows < n_vocab or objective != "ar" and rows <= mask_id:
+        raise ValueError(f"{path}: {rows:,} rows of embeddings, and tokenizer '{tokens.name if tokens else 'none'}' has {n_vocab:,} tokens" + (" and a mask" if objective != "ar" else "")
+                         + ": not the tokenizer it was trained with")
+    if tokens and rows - n_vocab >= 4096:
+        raise ValueError(f"{path}: {rows:,} rows of embeddings, and tokenizer '{tokens.name}' has {n_vocab:,} tokens only: not the tokenizer it was trained with")
+    return n_vocab, mask_id
+
+
+def skeleton(config):
+    with torch.device("meta"):
+        return Transformer(config)
+
+
+def ours_of(config):
+    """{our name: shape}."""
+    return {name: tuple(p.shape) for name, p in skeleton(config).named_parameters()}
+
+
+def with_rows(shape, name, rows):
+    return (rows, *shape[1:]) if name in ("embed.weight", "lm_head.weight") else shape
+
+
+def drop_tied(config, found, head, embedding, path):
+    """A tied network's head is its embedding: a copy of it goes. Raises ValueError if it is none."""
+    if config.tied and head in found and embedding in found:
+        if found[head].shape != found[embedding].shape or not torch.equal(found[head].read(), found[embedding].read()):
+            raise ValueError(f"{path}: {head} differs from {embedding}, though the head is said to be tied to it")
+        del found[head]
+
+
+def check(path, wanted, found):
+    """Raises ValueError naming the first tensor that lacks, is too much, or has another shape."""
+    others = lambda names: f" (and {len(names) - 1} more)" if len(names) > 1 else ""  # noqa: E731
+    if lacking := [name for name in wanted if name not in found]:
+        raise ValueError(f"{path} has no {lacking[0]}{others(lacking)}")
+    if extra := [name for name in found if name not in wanted]:
+        raise ValueError(f"{path} has a {extra[0]}{others(extra)}, for which this architecture has no place")
+    if wrong := [name for name, shape in wanted.items() if tuple(found[name].shape) != tuple(shape)]:
+        raise ValueError(f"{path}: {wrong[0]} is {tuple(found[wrong[0]].shape)}, and should be {tuple(wanted[wrong[0]])}{others(wrong)}")
+    if strange := [name for name in wanted if not found[name].dtype.is_floating_point or found[name].dtype.itemsize < 2]:
+        raise ValueError(f"{path}: {strange[0]} is {found[strange[0]].dtype}: only float32, bfloat16, float16 and float64 are weights")
+
+
+def fitted(weights, config):
+    """With as many rows of the vocabulary as our network has: what is neither text nor mask goes, or is filled up with zeros."""
+    rows = config.padded_vocab
+
+    def fit(value):
+        def read():
+            values = value.read()
+            return torch.cat((values, values.new_zeros(rows - len(values), *values.shape[1:]))) if len(values) < rows else values[:rows]
+
+        return value if value.shape[0] == rows else Lazy((rows, *value.shape[1:]), value.dtype, read)
+
+    return {name: fit(value) if name in ("embed.weight", "lm_head.weight") else value for name, value in weights.items()}
+
+
+# ------------------------------------------------------------------------------------------------------- writing
+
+
+def write_ours(out, source, weights, alive):
+    """A run folder with one checkpoint, which sample.py, eval.py and --init_from take like any other."""
+    c, tokens = source.config, source.tokens
+    if hasattr(tokens, "path"):
+        shutil.copyfile(tokens.path, out / "tokenizer.json")
+    settings = train.Config(run_dir=str(out), corpus="", objective=source.objective, block_len=c.block_len, tied=c.tied, rope_base=c.rope_base, shift="yes" if c.shift else "auto",
+                            **{name: getattr(c, name) for name in ("n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "d_ff")})
+    vocabulary = dict(tokenizer=tokens.name if tokens else "", n_vocab=c.n_vocab, mask_id=c.mask_id, eos_id=tokens.eos_id if tokens else 0)
+    record = dict(settings=asdict(settings), model=asdict(c), corpus=vocabulary | dict(train_sha256="", val_sha256=""), samples=0, passed=0, steps=source.step, streak=0,
+                  pending=[], step=source.step, updates=0, converted_from=str(source.folder.resolve()))
+    (out / "settings.json").write_text(configurator.dump(settings) + "\n")
+    place = out / f"step_{source.step:08d}"
+    place.mkdir()
+    files = write_groups(place, weights, alive)
+    record["sha256"] = {name: checkpoint.digest_on_disk(place / name) for name in files}
+    record = json.loads(json.dumps(record))
+    (place / "checkpoint.json").write_text(json.dumps(dict(record, record_sha256=checkpoint.record_digest(record)), indent=2) + "\n")
+    checkpoint.point_to(place)
+
+
+def write_groups(folder, weights, alive):
+    """The weights as safetensors files of at most 5 GB, with an index if there are several; returns their names."""
+    groups = checkpoint.file_names({name: value.nbytes for name, value in weights.items()})
+    for name, inside in groups.items():
+        tensors.write_safetensors(folder / name, {key: weights[key] for key in inside}, alive)
+    if len(groups) == 1:
+        return list(groups)
+    index = dict(metadata=dict(total_size=sum(value.nbytes for value in weights.values())), weight_map={key: name for name, inside in groups.items() for key in inside})
+    huggingface.put(folder / "model.safetensors.index.json", index)
+    return [*groups, "model.safetensors.index.json"]
+
+
+def write(cfg, source, to, out):
+    """Everything that the conversion leaves behind, in `out`; raises ValueError or OSError."""
+    weights = {name: value.to(DTYPES[cfg.dtype]) if cfg.dtype != "source" else value for name, value in source.weights.items()}
+    total = sum(value.nbytes for value in weights.values())
+    free = shutil.disk_usage(out).free
+    if total > free:
+        raise OSError(f"{out.parent}: {total / 1e9:.3g} GB are needed, and {free / 1e9:.3g} GB are free")
+    with Progress(transient=True, console=Console(stderr=True)) as bar:
+        task = bar.add_task(f"{total / 1e9:.2f} GB", total=total)
+        alive = lambda n: bar.advance(task, n)  # noqa: E731
+        if to == "ours":
+            write_ours(out, source, weights, alive)
+        elif to == "hf":
+            huggingface.write_beside(out, source.config, source.objective, source.tokens, weights["embed.weight"].dtype)
+            write_groups(out, huggingface.from_ours(source.config, source.objective, weights), alive)
+        else:
+            megatron.write(out, source.config, source.objective, weights, source.step, cfg.tensor_parallel, cfg.pipeline_parallel, alive)
+    return total
+
+
+# ----------------------------------------------------------------------------------------------------- verifying
+
+
+@torch.no_grad()
+def streamed(config, weights, ids):
+    """Logits of our own network, unshifted, with one block at a time in memory. ids (B, L) → (B, L, n_vocab) fp32."""
+    layers, config = config.n_layer, dataclasses.replace(config, shift=False, block_len=ids.shape[1], n_layer=1)
+    network = skeleton(config)  # its one block is each in turn
+    network.cos, network.sin = (torch.empty(ids.shape[1], config.head_dim // 2) for _ in range(2))
+    network.tables()
+
+    def filled(prefix, module):
+        module.to_empty(device="cpu").requires_grad_(False).eval()
+        module.load_state_dict({name: weights[prefix + name].read().float() for name, _ in module.named_parameters()})
+        return module
+
+    x = weights["embed.weight"].read()[ids].float()
+    if config.timed:
+        x = x + filled("time.", network.time)(torch.full((len(ids),), 0.5))
+    for i in range(layers):
+        x = filled(f"blocks.{i}.", network.blocks[0])(x, network.cos, network.sin, None)
+    head = weights["embed.weight" if config.tied else "lm_head.weight"].read()[: config.n_vocab].float()
+    return filled("norm.", network.norm)(x) @ head.T
+
+
+@torch.no_grad()
+def by_transformers(path, family, config, weights, ids):
+    """Logits of the stock architecture in transformers with a folder's weights in fp32, unshifted; raises ValueError. The folder's own code is not run."""
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError("--verify of a Hugging Face folder needs: pip install '.[hf]'") from None
+    about = huggingface.config_of(dataclasses.replace(config, n_vocab=config.padded_vocab, causal=True, shift=False), "ar", None)
+    kind = about["architectures"][0]
+    network = getattr(transformers, kind)(getattr(transformers, kind.replace("ForCausalLM", "Config"))(**about, attn_implementation="eager")).float().eval()
+    named = {huggingface.their_name(name): value for name, value in weights.items()}
+    with torch.no_grad():
+        for name, p in network.named_parameters():
+            p.copy_(named[name].read())
+    length = ids.shape[1]
+    allowed = torch.ones(length, length, dtype=torch.bool)
+    allowed = allowed.tril() if config.causal else allowed
+    mask = torch.zeros(length, length).masked_fill(~allowed, torch.finfo(torch.float32).min).expand(len(ids), 1, -1, -1)
+    return network(ids, attention_mask=mask, use_cache=False).logits.float()
+
+
+def difference(cfg, source, written, dtype):
+    """(largest difference of logits relative to their size, its limit), source against what was written, on random tokens."""
+    c = source.config
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(c.n_vocab, (2, min(64, c.block_len)), generator=generator)
+    if source.objective != "ar":
+        ids = torch.where(torch.rand(ids.shape, generator=generator) < 0.3, c.mask_id, ids)
+    a, b = (found.logits(ids)[..., : c.n_vocab] for found in (source, written))
+    same = dtype == source.weights["embed.weight"].dtype
+    limit = 1e-4 if same else max(1e-4, 16 * max(torch.finfo(dtype).eps, torch.finfo(source.weights["embed.weight"].dtype).eps if dtype.itemsize < 4 else 0))
+    return float((a - b).abs().max() / a.abs().max()), limit
+
+
+# ---------------------------------------------------------------------------------------------------------- main
+
+
+def main():
+    if sys.argv[1:2] == ["download"]:
+        import download
+
+        return download.main(sys.argv[2:])
+    cfg = configurator.load(Config, about=__doc__)
+    out, begun = Path(cfg.out), time.perf_counter()
+    building = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        source = open_source(cfg)
+        to = cfg.to if cfg.to != "auto" else "hf" if source.kind == "ours" else "ours"
+        if to == source.kind == "ours":
+            raise ValueError(f"{source.folder} is ours already")
+        c = source.config
+        n_params = sum(math.prod(value.shape) for value in source.weights.values())
+        print(f"{source.folder}: {source.kind}, {source.objective}, {n_params:,} parameters, {c.n_layer} layers of width {c.d_model}, {c.n_head} heads of {c.head_dim}"
+              + (f" ({c.n_kv_head} for keys)" if c.n_kv_head < c.n_head else "") + f", {c.n_vocab:,} tokens, mask {c.mask_id}, tokenizer {source.tokens.name if source.tokens else 'none'}", flush=True)
+        building.mkdir(parents=True)
+        total = write(cfg, source, to, building)
+        if cfg.verify:
+            written = open_source(dataclasses.replace(cfg, tokenizer="none", mask_id=c.mask_id if source.objective == "masked" else -1), building)
+            dtype = written.weights["embed.weight"].dtype
+            gap, limit = difference(cfg, source, written, dtype)
+            print(f"logits differ by at most {gap:.2g} of the largest (limit {limit:.2g})")
+            if not gap <= limit:
+                raise ValueError("what was written does not compute what the source computes; nothing is kept")
+        building.rename(out)
+    except (ValueError, OSError) as problem:
+        configurator.fail(str(problem))
+    except KeyboardInterrupt:
+        print("convert.py: interrupted; nothing is written", file=sys.stderr)
+        raise SystemExit(130) from None
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    print(f"{out}: {total / 1e9:.2f} GB in {time.perf_counter() - begun:.1f} s" + (f"    try: python sample.py --run_dir={out}" if to == "ours" and source.tokens else ""))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""Tensors on disk, one at a time: what other programs wrote is read without running anything in it, and never more than the
+tensor that is asked for is in memory.
+
+safetensors are plain data. torch's files are pickles: torch's own weights-only unpickler reads them, and the few classes that
+honest checkpoints hold beside tensors (arguments, enums of the framework, random states) become inert stand-ins; a file that
+names anything else is refused. torch.distributed.checkpoint's folders have such a file around every chunk of a tensor.
+"""
+
+import argparse
+import io
+import json
+import math
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint import metadata as dcp
+
+
+class Lazy(NamedTuple):
+    """A tensor that is read when it is wanted."""
+
+    shape: tuple
+    dtype: torch.dtype
+    read: Callable  # () → the tensor
+
+    @property
+    def nbytes(self):
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def to(self, dtype):
+        return self if dtype == self.dtype else Lazy(self.shape, dtype, lambda: self.read().to(dtype))
+
+
+# ------------------------------------------------------------------------------------------------------- pickles
+
+FRAMEWORKS = ("megatron.", "transformer_engine.", "apex.")
+HARMLESS = {"numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype", "_codecs.encode", "_io.BytesIO", "io.BytesIO",
+            "signal.Signals", "pathlib.PosixPath", "pathlib._local.PosixPath", "datetime.timedelta"}  # as they are found beside the weights
+
+
+class StandIn:
+    """In the place of an object that nobody needs: it keeps what it is given, and calls nothing."""
+
+    def __init__(self, *values):
+        self.values = values
+
+    def __setstate__(self, state):
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+
+
+def refuse(path, name):
+    raise ValueError(f"{path} refers to {name}, which no checkpoint needs: it may run code, so the file is refused, and nothing in it was run")
+
+
+def load(path, at=None, **how):
+    """torch.load of a file, or of the part of it that `at` = (offset, length) says, on the CPU; raises ValueError."""
+    try:
+        with Window(path, *at) if at else open(path, "rb") as file:
+            is_zip = zipfile.is_zipfile(file)
+            file.seek(0)
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(file) if is_zip else []
+            for name in names:
+                if name != "argparse.Namespace" and name not in HARMLESS and not name.startswith(FRAMEWORKS):
+                    refuse(path, name)
+            file.seek(0)
+            known = [argparse.Namespace if name == "argparse.Namespace" else (StandIn, name) for name in names]
+            with torch.serialization.safe_globals(known):
+                return torch.load(path if how.get("mmap") and is_zip else file, weights_only=True, **dict(map_location="cpu") | how | ({} if is_zip else dict(mmap=None)))
+    except pickle.UnpicklingError as problem:
+        if "GLOBAL " in str(problem):
+            refuse(path, str(problem).partition("GLOBAL ")[2].split()[0])
+        raise ValueError(f"{path} can't be read: it is no file of torch's, or holds more than tensors") from None
+    except (RuntimeError, EOFError, KeyError, IndexError, TypeError, AttributeError, zipfile.BadZipFile) as problem:
+        raise ValueError(f"{path} can't be read: {first_line(problem)}") from None
+    except OSError as problem:
+        if problem.filename is not None:  # it can't be opened
+            raise
+        raise ValueError(f"{path} can't be read: it is cut short or damaged ({problem})") from None  # torch seeks before its beginning
+
+
+def first_line(problem):
+    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+    return f"{type(problem).__name__}: {lines[0].partition('. ')[0]}" if lines else f"{type(problem).__name__}: it is cut short or damaged"
+
+
+class Window(io.RawIOBase):
+    """Bytes offset … offset + length of a file, as a file."""
+
+    def __init__(self, path, offset, length):
+        self.file, self.offset, self.length = open(path, "rb"), offset, length
+        self.seek(0)
+
+    def readable(self):
+        return True
+
+    def seekable(self):
+        return True
+
+    def tell(self):
+        return self.file.tell() - self.offset
+
+    def seek(self, to, whence=io.SEEK_SET):
+        self.file.seek(self.offset + to + {io.SEEK_SET: 0, io.SEEK_CUR: self.tell() if whence == io.SEEK_CUR else 0, io.SEEK_END: self.length}[whence])
+        return self.tell()
+
+    def readinto(self, buffer):
+        room = max(0, self.length - self.tell())
+        return self.file.readinto(memoryview(buffer)[:room])
+
+    def close(self):
+        self.file.close()
+        super().close()
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """For torch.distributed.checkpoint's .metadata, a plain pickle: its own dataclasses, and nothing else."""
+
+    KNOWN = {("torch.distributed.checkpoint.metadata", cls.__name__): cls for cls in (
+        dcp.Metadata, dcp.MetadataIndex, dcp.TensorStorageMetadata, dcp.BytesStorageMetadata, dcp.ChunkStorageMetadata, dcp.TensorProperties, dcp.StorageMeta,
+        dcp._MEM_FORMAT_ENCODING)} | {("torch", "Size"): torch.Size, ("torch", "device"): torch.device, ("torch.serialization", "_get_layout"): torch.serialization._get_layout}
+    DTYPES = {str(dtype).partition(".")[2]: dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
+
+    def __init__(self, file, path):
+        super().__init__(file)
+        self.path = path
+
+    def find_class(self, module, name):
+        if module == "torch" and name in self.DTYPES:
+            return self.DTYPES[name]
+        if (module, name) in self.KNOWN:
+            return self.KNOWN[module, name]
+        if (module, name) in {("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath")} or module.startswith("megatron."):
+            return StandIn
+        return refuse(self.path, f"{module}.{name}")
+
+
+def load_metadata(path):
+    """The tensors that a torch.distributed.checkpoint folder's .metadata describes; raises ValueError."""
+    try:
+        with open(path, "rb") as file:
+            found = MetadataUnpickler(file, path).load()
+        return found.state_dict_metadata, found.storage_data
+    except ValueError:
+        raise
+    except Exception as problem:  # a damaged pickle can raise almost anything
+        raise ValueError(f"{path} can't be read: {first_line(problem)}") from None
+
+
+def raw_tensor(path, offset, length):
+    """(dtype, shape, offset of its bytes in the file) of a contiguous tensor that torch.save wrote at `offset`; raises ValueError."""
+    tensor = load(path, (offset, length), map_location="meta")
+    if not isinstance(tensor, torch.Tensor) or not tensor.is_contiguous() or tensor.storage_offset():
+        raise ValueError(f"{Path(path).name} at {offset}: no plain tensor")
+    with Window(path, offset, length) as window, zipfile.ZipFile(window) as archive:
+        record = next((info for info in archive.infolist() if info.filename.rpartition("/data/")[1] and info.filename.endswith("/0")), None)
+        if record is None or record.compress_type != zipfile.ZIP_STORED or record.file_size < tensor.numel() * tensor.element_size():
+            raise ValueError(f"{Path(path).name} at {offset}: no plain tensor")
+        window.seek(record.header_offset + 26)  # the local header's own name and extra field come before the data
+        name, extra = (int.from_bytes(window.read(2), "little") for _ in range(2))
+        return tensor.dtype, tensor.shape, offset + record.header_offset + 30 + name + extra
+
+
+# --------------------------------------------------------------------------------------------- files of tensors
+
+
+def of_torch(file):
+    """{name: Lazy} of a state dict that torch.save wrote; raises ValueError."""
+    values = load(file, mmap=True)
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds no dictionary of tensors")
+
+    def reading(name):
+        return lambda: load(file, mmap=True)[name]  # mapped anew, so that what was read before can go
+
+    return {name: Lazy(tuple(t.shape), t.dtype, reading(name)) for name, t in values.items() if isinstance(t, torch.Tensor)}
+
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
+          "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+
+
+def of_safetensors(file):
+    """{name: Lazy} of a .safetensors file; raises ValueError."""
+
+    def reading(name):
+        def read():
+            with safe_open(file, "pt") as tensors:  # mapped anew, so that what was read before can go
+                return tensors.get_tensor(name)
+
+        return read
+
+    try:
+        with safe_open(file, "pt") as tensors:
+            parts = {name: tensors.get_slice(name) for name in tensors.keys()}
+            return {name: Lazy(tuple(part.get_shape()), DTYPES[part.get_dtype()], reading(name)) for name, part in parts.items()}
+    except (SafetensorError, KeyError) as problem:
+        raise ValueError(f"{file} can't be read: {first_line(problem)}") from None
+
+
+def write_safetensors(file, tensors, alive=lambda n: None):
+    """Write {name: Lazy} as a .safetensors file, tensor by tensor; `alive` is told of the bytes of each. Raises ValueError, OSError."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        header[name] = dict(dtype=names[tensor.dtype], shape=list(tensor.shape), data_offsets=[end, end + tensor.nbytes])
+        end += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the data are aligned
+    with open(file, "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors.items():
+            values = tensor.read()
+            if tuple(values.shape) != tensor.shape or values.dtype != tensor.dtype:
+                raise ValueError(f"{name} is {tuple(values.shape)} {values.dtype}, and was said to be {tensor.shape} {tensor.dtype}")
+            out.write(memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            alive(tensor.nbytes)
+
+
+class Divided:
+    """A tensor of a torch.distributed.checkpoint folder, in chunks, of which any region can be read."""
+
+    def __init__(self, folder, name, described, where):
+        self.folder, self.name, self.shape, self.dtype = folder, name, tuple(described.size), described.properties.dtype
+        self.chunks, self.where, self.places = described.chunks, where, {}
+
+    def read(self, start=None, stop=None):
+        """The values from `start` to `stop` (a number for each dimension); raises ValueError where some are not there."""
+        start, stop = start or (0,) * len(self.shape), stop or self.shape
+        out, found = torch.empty([b - a for a, b in zip(start, stop)], dtype=self.dtype), 0
+        for chunk in self.chunks:
+            low = [max(a, o) for a, o in zip(start, chunk.offsets)]
+            high = [min(b, o + s) for b, o, s in zip(stop, chunk.offsets, chunk.sizes)]
+            if all(a < b for a, b in zip(low, high)):
+                rows = self.rows(chunk, low[0] - chunk.offsets[0], high[0] - chunk.offsets[0])
+                inside = tuple(slice(a - o, b - o) for a, b, o in zip(low[1:], high[1:], chunk.offsets[1:]))
+                out[tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start))] = rows[(slice(None), *inside)]
+                found += math.prod(b - a for a, b in zip(low, high))
+        if found != out.numel():
+            raise ValueError(f"{self.folder}: {found:,} of {out.numel():,} values of {self.name} are there")
+        return out
+
+    def rows(self, chunk, first, last):
+        """Rows first … last − 1 of a chunk."""
+        key = tuple(chunk.offsets)
+        if key not in self.places:
+            info = self.where.get(dcp.MetadataIndex(self.name, torch.Size(key)))
+            file = getattr(info, "relative_path", "")
+            if not file or Path(file).name != file:
+                raise ValueError(f"{self.folder}: where the chunk of {self.name} at {key} is, .metadata doesn't say")
+            dtype, shape, at = raw_tensor(self.folder / file, info.offset, info.length)
+            if (dtype, tuple(shape)) != (self.dtype, tuple(chunk.sizes)):
+                raise ValueError(f"{self.folder / file}: a chunk of {self.name} is {tuple(shape)} {dtype}, and should be {tuple(chunk.sizes)} {self.dtype}")
+            self.places[key] = self.folder / file, at
+        file, at = self.places[key]
+        out = torch.empty((last - first, *chunk.sizes[1:]), dtype=self.dtype)
+        row = math.prod(chunk.sizes[1:]) * self.dtype.itemsize
+        with open(file, "rb") as data:
+            data.seek(at + first * row)
+            if data.readinto(memoryview(out.view(-1).view(torch.uint8).numpy())) != (last - first) * row:
+                raise ValueError(f"{file} is cut short")
+        return out
+
+
+def of_distributed(folder):
+    """{name: Divided} of a folder that torch.distributed.checkpoint wrote; raises ValueError or OSError."""
+    described, where = load_metadata(Path(folder) / ".metadata")
+    return {name: Divided(Path(folder), name, about, where) for name, about in described.items() if isinstance(about, dcp.TensorStorageMetadata)}

@@ -1,0 +1,144 @@
+"""`convert.py download` against a hub of our own: resumed, filtered, checked."""
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMIT = "c" * 40
+
+
+class Hub(ThreadingHTTPServer):
+    """The few answers of a Hugging Face hub that a download needs. Files above 1000 bytes are large ones."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files, self.asked, self.breaks, self.wrong = {}, [], {}, set()  # breaks: {path: bytes after which the connection is cut, once}
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def digest(self, path):
+        content = self.files[path]
+        return hashlib.sha256(content).hexdigest() if len(content) > 1000 else hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, code, body=b"", **headers):
+        self.send_response(code)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.send_header("Content-Length", headers.get("Length", len(body)))
+        self.end_headers()
+        return body
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        hub, path = self.server, unquote(urlparse(self.path).path)
+        listing = re.fullmatch(r"/api/(models|datasets)/(team/quokka)/tree/([^/]+)(?:/.*)?", path)
+        file = re.fullmatch(r"(?:/datasets)?/team/quokka/resolve/([^/]+)/(.+)", path)
+        if listing and listing[3] in ("main", "v1", COMMIT):
+            entries = []
+            for name, content in hub.files.items():
+                large = dict(lfs=dict(oid=hub.digest(name), size=len(content), pointerSize=130)) if len(content) > 1000 else {}
+                entries.append(dict(type="file", path=name, size=len(content), oid=hub.digest(name)[:40], **large))
+            body = json.dumps(entries).encode()
+            self.wfile.write(self.answer(200, body, Content_Type="application/json"))
+        elif file and file[2] in hub.files:
+            name, content = file[2], hub.files[file[2]]
+            if name in hub.wrong:
+                content = b"x" * len(content)
+            start = int((re.match(r"bytes=(\d+)-", self.headers.get("Range", "")) or [0, 0])[1])
+            hub.asked.append((self.command, name, start))
+            headers = dict(ETag=f'"{hub.digest(name)}"', X_Repo_Commit=COMMIT, Accept_Ranges="bytes", Length=len(content) - start)
+            if start:
+                headers["Content_Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            self.answer(206 if start else 200, **headers)
+            if self.command == "GET":
+                end = hub.breaks.pop(name, len(content)) if start == 0 else len(content)
+                self.wfile.write(content[start:end])
+                self.close_connection = end < len(content)
+        else:
+            code = {"X_Error_Code": "RevisionNotFound" if listing or "/team/quokka/" in path else "RepoNotFound"}
+            self.wfile.write(self.answer(404, b"", **code))
+
+
+@pytest.fixture
+def hub():
+    server = Hub()
+    block = bytes(range(256)) * 100_000  # 25 MB: huggingface_hub writes 10 at a time
+    server.files = {"README.md": b"# quokkas\n", "batch_size1/a/iter_0000010/__0_0.distcp": block, "batch_size1/a/iter_0000010/.metadata": b"meta" * 500,
+                    "batch_size1/a/latest_checkpointed_iteration.txt": b"10", "batch_size10/b.bin": b"other" * 1000}
+    yield server
+    server.shutdown()
+
+
+def download(hub, tmp_path, *flags, repo="team/quokka"):
+    env = {"PATH": "/usr/bin:/bin", "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1", "HF_HUB_ETAG_TIMEOUT": "5"}
+    done = subprocess.run([sys.executable, ROOT / "convert.py", "download", repo, f"--out={tmp_path / 'got'}", *flags], env=env, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_one_folder_and_nothing_else(hub, tmp_path):
+    """A folder's name is no prefix: batch_size1 is not batch_size10. What is there and whole is not asked for again."""
+    code, out, err = download(hub, tmp_path, "--folder=batch_size1")
+    assert code == 0, err
+    got = {p.relative_to(tmp_path / "got").as_posix(): p.read_bytes() for p in (tmp_path / "got").rglob("*") if p.is_file() and ".cache" not in p.parts}
+    assert got == {name: content for name, content in hub.files.items() if name.startswith("batch_size1/")}
+    assert "3 files" in out and "checked" in out
+    hub.asked.clear()
+    assert download(hub, tmp_path, "--folder=/batch_size1/")[0] == 0 and not hub.asked
+    assert download(hub, tmp_path, "--folder=batch_size1", "--revision=v1", repo="datasets/team/quokka")[0] == 0
+
+
+def test_a_broken_connection_is_resumed(hub, tmp_path):
+    large = "batch_size1/a/iter_0000010/__0_0.distcp"
+    hub.breaks[large] = 22_000_000
+    code, _, err = download(hub, tmp_path, "--folder=batch_size1/a")
+    assert code == 0, err
+    assert (tmp_path / "got" / large).read_bytes() == hub.files[large]
+    starts = [start for method, name, start in hub.asked if method == "GET" and name == large]
+    assert starts[0] == 0 and len(starts) == 2 and 10_000_000 < starts[1] <= 22_000_000
+
+
+def test_another_checksum_is_refused(hub, tmp_path):
+    small, large = "batch_size1/a/latest_checkpointed_iteration.txt", "batch_size1/a/iter_0000010/.metadata"
+    for name in (small, large):
+        hub.wrong = {name}
+        shutil.rmtree(tmp_path / "got", ignore_errors=True)
+        code, _, err = download(hub, tmp_path, "--folder=batch_size1", "--tries=2")
+        assert code == 2 and name in err and "checksum" in err and len(err.strip().splitlines()) == 1, err
+        assert not (tmp_path / "got" / name).exists()
+    hub.wrong = set()
+    assert download(hub, tmp_path, "--folder=batch_size1")[0] == 0
+    (tmp_path / "got" / large).write_bytes(b"teta" * 500)  # damaged later: of the same length
+    assert download(hub, tmp_path, "--folder=batch_size1")[0] == 0 and (tmp_path / "got" / large).read_bytes() == hub.files[large]
+
+
+def test_what_is_not_there(hub, tmp_path):
+    for flags, repo, said in ((["--folder=nothing"], "team/quokka", "no files in nothing"), ([], "team/koala", "no such repository"),
+                              (["--revision=v9"], "team/quokka", "no revision v9"), ([], "quokka", "OWNER/NAME")):
+        code, _, err = download(hub, tmp_path, *flags, repo=repo)
+        assert code == 2 and said in err and len(err.strip().splitlines()) == 1, err
+    hub.shutdown()
+    hub.server_close()
+    code, _, err = download(hub, tmp_path)
+    assert code == 2 and "can't be listed" in err and "Traceback" not in err, err
