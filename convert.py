@@ -4,7 +4,7 @@
     python convert.py --source=Qwen3-0.6B --out=runs/qwen3                                      # a Hugging Face folder → a run of ours
     python convert.py --source=runs/quickstart --out=exported                                   # ours → a Hugging Face folder
     python convert.py --source=runs/quickstart --to=megatron --tensor_parallel=2 --out=mp       # ours → Megatron's torch format
-    python convert.py download MDGA-1/quokka_ckpts --folder=…                                   # a folder of a hub: download --help
+    python convert.py download OWNER/NAME --folder=…                                            # a folder of a hub: download --help
 
 What the source is, its files say. Nothing in them is run, and one tensor at a time is in memory.
 """
@@ -128,7 +128,10 @@ def open_huggingface(cfg, path):
 
 def open_megatron(cfg, path):
     args, iteration, found = megatron.read(path)
-    shape, objective = megatron.shape_of(args), cfg.objective if cfg.objective != "auto" else megatron.objective_of(args)
+    shape, objective = megatron.shape_of(args), megatron.objective_of(args)
+    if objective is None and cfg.objective == "auto":
+        raise ValueError(f"the arguments do not say what was learned (model_running_mode={args.get('model_running_mode')}, attention_mask_type={args.get('attention_mask_type')}); give --objective")
+    objective = resolved(cfg, objective, path) if objective else cfg.objective
     if "embedding.word_embeddings.weight" not in found:
         raise ValueError(f"{path} has no embedding.word_embeddings.weight")
     rows = found["embedding.word_embeddings.weight"].shape[0]
@@ -137,7 +140,7 @@ def open_megatron(cfg, path):
     tokens = open_tokenizer(cfg, path, "")
     if tokens is None and cfg.tokenizer != "none":
         raise ValueError("Megatron's checkpoints bring no tokenizer: give --tokenizer=gpt2, a tokenizer.json, or none (nothing can be sampled or evaluated then)")
-    n_vocab, mask_id = vocabulary(path, tokens, rows, mask_id, mask_id or args.get("vocab_size") or rows, objective)
+    n_vocab, mask_id = vocabulary(path, tokens, rows, mask_id, args.get("vocab_size") or rows, objective)
     shape["block_len"] = cfg.block_len or shape["block_len"]
     config = ModelConfig(**shape, n_vocab=n_vocab, mask_id=mask_id, causal=objective == "ar")
     drop_tied(config, found, "output_layer.weight", "embedding.word_embeddings.weight", path)
@@ -237,12 +240,12 @@ def fitted(weights, config):
 # ------------------------------------------------------------------------------------------------------- writing
 
 
-def write_ours(out, source, weights, alive):
-    """A run folder with one checkpoint, which sample.py, eval.py and --init_from take like any other."""
+def write_ours(out, name, source, weights, alive):
+    """A run folder, to be called `name`, with one checkpoint, which sample.py, eval.py and --init_from take like any other."""
     c, tokens = source.config, source.tokens
     if hasattr(tokens, "path"):
         shutil.copyfile(tokens.path, out / "tokenizer.json")
-    settings = train.Config(run_dir=str(out), corpus="", objective=source.objective, block_len=c.block_len, tied=c.tied, rope_base=c.rope_base, shift="yes" if c.shift else "auto",
+    settings = train.Config(run_dir=name, corpus="", objective=source.objective, block_len=c.block_len, tied=c.tied, rope_base=c.rope_base, shift="yes" if c.shift else "auto",
                             **{name: getattr(c, name) for name in ("n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "d_ff")})
     vocabulary = dict(tokenizer=tokens.name if tokens else "", n_vocab=c.n_vocab, mask_id=c.mask_id, eos_id=tokens.eos_id if tokens else 0)
     record = dict(settings=asdict(settings), model=asdict(c), corpus=vocabulary | dict(train_sha256="", val_sha256=""), samples=0, passed=0, steps=source.step, streak=0,
@@ -280,7 +283,7 @@ def write(cfg, source, to, out):
         task = bar.add_task(f"{total / 1e9:.2f} GB", total=total)
         alive = lambda n: bar.advance(task, n)  # noqa: E731
         if to == "ours":
-            write_ours(out, source, weights, alive)
+            write_ours(out, cfg.out, source, weights, alive)
         elif to == "hf":
             huggingface.write_beside(out, source.config, source.objective, source.tokens, weights["embed.weight"].dtype)
             write_groups(out, huggingface.from_ours(source.config, source.objective, weights), alive)

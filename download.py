@@ -1,6 +1,6 @@
 """Download a folder of a Hugging Face repository, every file checked against the hub's own checksum.
 
-    python convert.py download MDGA-1/quokka_ckpts --folder=batch_size1/1024_96b_1e_1b_ar --out=ckpts
+    python convert.py download OWNER/NAME --folder=batch_size1/1024_96b_1e_1b_ar --out=ckpts
     python convert.py download datasets/MDGA-1/quokka_logs --folder=batch_size1 --out=logs
 
 Interrupted, it goes on where it was; what is there already, and whole, stays. HF_ENDPOINT names another hub, HF_TOKEN who you are.
@@ -88,6 +88,9 @@ def download(cfg, repo, progress=lambda n: None):
         raise ValueError(f"{repo} can't be listed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from None
     except Exception as error:  # the HTTP library's own
         raise ValueError(f"{repo} can't be listed: {type(error).__name__}: {error}".splitlines()[0]) from None
+    root = Path(cfg.out).resolve()
+    if outside := [entry.path for entry in found if not (root / entry.path).resolve().is_relative_to(root)]:
+        raise ValueError(f"{repo} lists {outside[0]}, which is not within its own folder: nothing is downloaded")
     if not found:
         raise ValueError(f"{repo} has no files" + (f" in {folder}" if folder else ""))
     Path(cfg.out).mkdir(parents=True, exist_ok=True)

@@ -60,7 +60,7 @@ def read(path):
 
 def arguments(checkpoint, path):
     args = checkpoint.get("args") if isinstance(checkpoint, dict) else None
-    if args is None:
+    if not isinstance(args, argparse.Namespace):
         raise ValueError(f"{path} holds no arguments (args): the architecture is not known")
     iteration = checkpoint.get("iteration", 0)
     return vars(args), iteration if isinstance(iteration, int) else 0
@@ -212,15 +212,14 @@ def shape_of(args):
 
 
 def objective_of(args):
-    """ar or masked, as the arguments say; raises ValueError where they do not."""
-    mode = str(args.get("model_running_mode", ""))
-    if mode == "difflm-noshift":
+    """ar or masked, as the arguments say; None where they do not. The reference backend's default for attention is causal, its diffusion
+    models have no_mask."""
+    mode, attention = args.get("model_running_mode"), args.get("attention_mask_type")
+    if mode == "difflm-noshift" and attention in (None, "no_mask"):
         return "masked"
-    if mode == "vanilla" or not mode and args.get("attention_mask_type") in (None, "causal"):
+    if mode == "vanilla" or mode is None and attention in (None, "causal", "causal_bottom_right"):
         return "ar"
-    if not mode and args.get("attention_mask_type") == "no_mask":
-        return "masked"
-    raise ValueError(f"the arguments do not say what was learned (model_running_mode={mode or None}, attention_mask_type={args.get('attention_mask_type')}); give --objective")
+    return "masked" if mode is None and attention == "no_mask" else None
 
 
 def names(config):
@@ -324,7 +323,7 @@ def write(folder, config, objective, ours, iteration, n_tensor, n_pipeline, aliv
         normalization="RMSNorm", norm_epsilon=c.norm_eps, rotary_base=int(c.rope_base) if c.rope_base == int(c.rope_base) else c.rope_base,
         rotary_percent=1.0, rotary_interleaved=False, position_embedding_type="rope", swiglu=True, add_bias_linear=False, add_qkv_bias=c.qkv_bias,
         qk_layernorm=c.qk_norm, untie_embeddings_and_output_weights=not c.tied, attention_dropout=0.0, hidden_dropout=0.0, init_method_std=c.init_std,
-        vocab_size=max(c.n_vocab, c.mask_id + 1), padded_vocab_size=rows, make_vocab_size_divisible_by=128, mask_token=c.mask_id,
+        vocab_size=c.n_vocab if objective == "ar" else c.mask_id + 1, padded_vocab_size=rows, make_vocab_size_divisible_by=128, mask_token=c.mask_id,
         model_running_mode="vanilla" if objective == "ar" else "difflm-noshift", attention_mask_type="causal" if objective == "ar" else "no_mask",
         tensor_model_parallel_size=n_tensor, pipeline_model_parallel_size=n_pipeline, params_dtype=dtype, bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16, iteration=iteration, consumed_train_samples=0, consumed_valid_samples=0)

@@ -97,7 +97,7 @@ def megatron_args(c, objective, tp=1, pp=1, **more):
         group_query_attention=c.n_kv_head < c.n_head, num_query_groups=c.n_kv_head if c.n_kv_head < c.n_head else 1, seq_length=c.block_len,
         max_position_embeddings=c.block_len, normalization="RMSNorm", norm_epsilon=c.norm_eps, rotary_base=int(c.rope_base), rotary_percent=1.0,
         position_embedding_type="rope", add_bias_linear=False, add_qkv_bias=c.qkv_bias, qk_layernorm=c.qk_norm, untie_embeddings_and_output_weights=not c.tied,
-        padded_vocab_size=512, vocab_size=c.mask_id + 12, mask_token=c.mask_id, model_running_mode="vanilla" if objective == "ar" else "difflm-noshift",
+        padded_vocab_size=512, vocab_size=c.mask_id + 12, mask_token=c.mask_id, model_running_mode="vanilla" if objective == "ar" else "difflm-noshift", attention_mask_type="causal_bottom_right" if objective == "ar" else "no_mask",
         tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, params_dtype=torch.bfloat16, num_experts=None, lr=2e-4) | more)
 
 
@@ -187,7 +187,7 @@ def test_megatron_shards_become_the_whole_bit_for_bit(run, tmp_path, shape, obje
     assert code == 0, err
     same(weights_of(tmp_path / "back"), weights_of(tmp_path / "ours"))
     record = checkpoint.read_checkpoint(tmp_path / "back/step_00000042")
-    assert record["settings"]["objective"] == objective
+    assert record["settings"]["objective"] == objective and record["settings"]["run_dir"] == str(tmp_path / "back")
     assert ModelConfig(**record["model"]) == dataclasses.replace(network.config, init_std=0.02)
     code, out, err = run(source=tmp_path / "ours", to="megatron", out=tmp_path / "again", tensor_parallel=tp, pipeline_parallel=pp, verify=True)
     assert code == 0, err
@@ -465,6 +465,7 @@ MEGATRON_LIES = {
     "learned positions": (dict(position_embedding_type="learned_absolute"), None, "position_embedding_type=learned_absolute"),
     "partial rotary": (dict(rotary_percent=0.5), None, "rotary positions are partial"),
     "another aim": (dict(model_running_mode="test-forward"), None, "give --objective"),
+    "block-causal attention": (dict(attention_mask_type="block_causal"), None, "give --objective"),
     "no arguments": ({}, lambda d: edit_pickle(d / RANK, lambda v: v.pop("args")), "holds no arguments"),
     "a tensor is missing": ({}, lambda d: edit_pickle(d / RANK, lambda v: v["model"].pop("decoder.layers.1.mlp.linear_fc2.weight")), "has no decoder.layers.1.mlp.linear_fc2.weight, which other ranks have"),
     "a tensor is too much": ({}, lambda d: [edit_pickle(f, lambda v: v["model"].update({"decoder.layers.0.mlp.linear_fc1.bias": torch.ones(64)})) for f in d.glob("*/*/*.pt")], "decoder.layers.0.mlp.linear_fc1.bias"),

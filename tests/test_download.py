@@ -133,6 +133,13 @@ def test_another_checksum_is_refused(hub, tmp_path):
     assert download(hub, tmp_path, "--folder=batch_size1")[0] == 0 and (tmp_path / "got" / large).read_bytes() == hub.files[large]
 
 
+def test_a_name_that_leads_outside_is_refused(hub, tmp_path):
+    (tmp_path / "victim.txt").write_text("mine")
+    hub.files["../victim.txt"] = b"theirs"
+    code, _, err = download(hub, tmp_path)
+    assert code == 2 and "../victim.txt" in err and (tmp_path / "victim.txt").read_text() == "mine" and not (tmp_path / "got").exists()
+
+
 def test_what_is_not_there(hub, tmp_path):
     for flags, repo, said in ((["--folder=nothing"], "team/quokka", "no files in nothing"), ([], "team/koala", "no such repository"),
                               (["--revision=v9"], "team/quokka", "no revision v9"), ([], "quokka", "OWNER/NAME")):
