@@ -91,6 +91,9 @@ def download(cfg, repo, progress=lambda n: None):
     root = Path(cfg.out).resolve()
     if outside := [entry.path for entry in found if not (root / entry.path).resolve().is_relative_to(root)]:
         raise ValueError(f"{repo} lists {outside[0]}, which is not within its own folder: nothing is downloaded")
+    known = root / ".cache/huggingface/download"  # where huggingface_hub notes what it has put here
+    if foreign := [entry.path for entry in found if (root / entry.path).exists() and not (known / f"{entry.path}.metadata").is_file() and not is_whole(root / entry.path, entry)]:
+        raise ValueError(f"{root / foreign[0]} exists and is no download of this: nothing is overwritten; choose another --out")
     if not found:
         raise ValueError(f"{repo} has no files" + (f" in {folder}" if folder else ""))
     Path(cfg.out).mkdir(parents=True, exist_ok=True)

@@ -313,6 +313,16 @@ def test_imported_logits_equal_transformers(run, tmp_path, kind, tied):
     assert ours.config.rope_base == (5000.0 if kind == "Llama" else 10000.0)
 
 
+@pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
+def test_another_dtype_is_verified_as_sharply(run, tmp_path, dtype):
+    make_run(tmp_path / "ours")
+    code, out, err = run(source=tmp_path / "ours", out=tmp_path / "hf", dtype=dtype, verify=True)
+    assert code == 0 and "limit 0.0001" in out, err
+    weights = load_file(tmp_path / "hf/model.safetensors")
+    assert all(value.dtype == getattr(torch, dtype) for value in weights.values())
+    assert torch.equal(weights["model.norm.weight"], weights_of(tmp_path / "ours")["norm.weight"].to(getattr(torch, dtype)))
+
+
 def test_sharded_pickles_of_old(run, tmp_path):
     """pytorch_model-0000x.bin with an index, as the seeds' converter writes them: with the tied head, and tables of angles."""
     make_run(tmp_path / "ours", n_layer=3)

@@ -140,6 +140,13 @@ def test_a_name_that_leads_outside_is_refused(hub, tmp_path):
     assert code == 2 and "../victim.txt" in err and (tmp_path / "victim.txt").read_text() == "mine" and not (tmp_path / "got").exists()
 
 
+def test_files_of_ones_own_are_not_overwritten(hub, tmp_path):
+    (tmp_path / "got").mkdir()
+    (tmp_path / "got/README.md").write_text("mine")
+    code, _, err = download(hub, tmp_path)
+    assert code == 2 and "nothing is overwritten" in err and [p.name for p in (tmp_path / "got").iterdir()] == ["README.md"] and (tmp_path / "got/README.md").read_text() == "mine"
+
+
 def test_what_is_not_there(hub, tmp_path):
     for flags, repo, said in ((["--folder=nothing"], "team/quokka", "no files in nothing"), ([], "team/koala", "no such repository"),
                               (["--revision=v9"], "team/quokka", "no revision v9"), ([], "quokka", "OWNER/NAME")):
