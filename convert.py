@@ -112,7 +112,7 @@ def open_ours(path):
 
 
 def open_huggingface(cfg, path):
-    shape, rows, mask_id = huggingface.shape_of(path)
+    shape, rows, mask_id = understood(path / "config.json", huggingface.shape_of, path)
     family, about = huggingface.read_config(path)
     objective = resolved(cfg, "ar" if shape["causal"] else "masked", path)
     tokens = open_tokenizer(cfg, path, about.get("tokenizer_name", ""))
@@ -129,7 +129,7 @@ def open_huggingface(cfg, path):
 
 def open_megatron(cfg, path):
     args, iteration, found = megatron.read(path)
-    shape, objective = megatron.shape_of(args), megatron.objective_of(args)
+    shape, objective = understood(path, megatron.shape_of, args), megatron.objective_of(args)
     if objective is None and cfg.objective == "auto":
         raise ValueError(f"the arguments do not say what was learned (model_running_mode={args.get('model_running_mode')}, attention_mask_type={args.get('attention_mask_type')}); give --objective")
     objective = resolved(cfg, objective, path) if objective else cfg.objective
@@ -148,6 +148,14 @@ def open_megatron(cfg, path):
     check(path, {name: tuple(rows if size is None else size for size in shape) for name, shape in megatron.names(config).items()}, found)
     weights = fitted(megatron.to_ours(config, found), config)
     return Source("megatron", megatron.find(path), config, objective, weights, tokens, iteration, lambda ids: megatron.logits(config, found, ids))
+
+
+def understood(path, function, argument):
+    """What `function` makes of settings that somebody else wrote; raises ValueError where they are of strange types."""
+    try:
+        return function(argument)
+    except (TypeError, KeyError, AttributeError, ZeroDivisionError) as problem:
+        raise ValueError(f"the settings of {path} can't be understood ({type(problem).__name__}: {problem})") from None
 
 
 def resolved(cfg, said, path):

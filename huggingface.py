@@ -72,6 +72,8 @@ def shape_of(folder):
                      head_dim=a.get("head_dim") or (128 if family == "Qwen3ForCausalLM" else d_model // n_head), d_ff=a["intermediate_size"])
     except KeyError as missing:
         raise ValueError(f"{path} does not say {missing}") from None
+    if wrong := [f"{name}={value}" for name, value in (shape | dict(vocab_size=rows, max_position_embeddings=length)).items() if not isinstance(value, int) or value < 1]:
+        raise ValueError(f"{path} can't be understood: {', '.join(wrong)}")
     rope = a.get("rope_parameters") or {}
     scaling = a.get("rope_scaling") or rope
     kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -83,7 +85,7 @@ def shape_of(folder):
     causal = a.get("attn_mask_type") == "causal" if "causal" not in means else means["causal"]
     own = dict(qk_norm=a.get("qk_norm", True), qkv_bias=a.get("qkv_bias", False), shift=a.get("shift", False)) if family == "DiffLM" else {}
     shape |= dict(block_len=length, tied=bool(a.get("tie_word_embeddings", False)), rope_base=float(rope.get("rope_theta") or a.get("rope_theta") or 10000.0),
-                  norm_eps=float(a.get("rms_norm_eps", 1e-6)), rope_stretch=stretch) | means | own | dict(causal=causal)
+                  norm_eps=float(1e-6 if a.get("rms_norm_eps") is None else a["rms_norm_eps"]), rope_stretch=stretch) | means | own | dict(causal=causal)
     return shape, rows, None if causal else a.get("mask_token_id")
 
 

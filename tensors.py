@@ -11,6 +11,7 @@ import io
 import json
 import math
 import pickle
+import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -76,7 +77,7 @@ def load(path, at=None, **how):
         if "GLOBAL " in str(problem):
             refuse(path, str(problem).partition("GLOBAL ")[2].split()[0])
         raise ValueError(f"{path} can't be read: it is no file of torch's, or holds more than tensors") from None
-    except (RuntimeError, EOFError, KeyError, IndexError, TypeError, AttributeError, zipfile.BadZipFile) as problem:
+    except (RuntimeError, EOFError, KeyError, IndexError, TypeError, AttributeError, AssertionError, OverflowError, struct.error, zipfile.BadZipFile) as problem:
         raise ValueError(f"{path} can't be read: {first_line(problem)}") from None
     except OSError as problem:
         if problem.filename is not None:  # it can't be opened
