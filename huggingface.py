@@ -48,7 +48,7 @@ def read_config(folder):
     if family == "LLaDAModelLM":
         a = a | {name: a[llada] for name, llada in LLADA.items() if a.get(llada) is not None}
         wrong = [f"{name}={a[name]}" for name, right in (("block_type", "llama"), ("layer_norm_type", "rms"), ("activation_type", "silu")) if a.get(name, right) != right]
-        wrong += [f"{name}={a[name]}" for name in ("alibi", "attention_layer_norm", "include_bias", "include_qkv_bias", "scale_logits", "bias_for_layer_norm", "multi_query_attention", "clip_qkv") if a.get(name)]
+        wrong += [f"{name}={a[name]}" for name in ("alibi", "input_emb_norm", "attention_layer_norm", "include_bias", "include_qkv_bias", "scale_logits", "bias_for_layer_norm", "multi_query_attention", "clip_qkv") if a.get(name)]
         if wrong or a.get("rope") is False:
             raise ValueError(f"{path}: this LLaDA is not ours: {', '.join(wrong) or 'rope=False'}")
     return family, a
@@ -62,7 +62,7 @@ def shape_of(folder):
     windows = a.get("use_sliding_window") or (family == "MistralForCausalLM" and a.get("sliding_window")) or "sliding_attention" in (a.get("layer_types") or ())
     act = a.get("hidden_act", "silu") if family != "LLaDAModelLM" else "silu"
     for what, is_so in (("biases in attention or MLP", bias and family not in ("Qwen2ForCausalLM", "DreamModel")), ("sliding windows", windows),
-                        (f"hidden_act={act}", act != "silu"), ("quantized weights", a.get("quantization_config"))):
+                        (f"hidden_act={act}", act != "silu"), ("partly rotary positions", a.get("partial_rotary_factor") not in (None, 1.0)), ("quantized weights", a.get("quantization_config"))):
         if is_so:
             raise ValueError(f"{path}: this architecture is not ours: {what}")
     try:

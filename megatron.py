@@ -192,7 +192,9 @@ def shape_of(args):
                   apply_layernorm_1p=False, apply_residual_connection_post_layernorm=False, untie_embeddings_and_output_weights=False, rotary_base=10000,
                   rotary_seq_len_interpolation_factor=None, use_rope_scaling=False, sliding_window=None, window_size=None), **args)
     needed = dict(swiglu=True, normalization="RMSNorm", add_bias_linear=False, position_embedding_type="rope", rotary_interleaved=False, num_experts=None,
-                  multi_latent_attention=False, apply_layernorm_1p=False, apply_residual_connection_post_layernorm=False, use_rope_scaling=False, window_size=None)
+                  multi_latent_attention=False, apply_layernorm_1p=False, apply_residual_connection_post_layernorm=False, use_rope_scaling=False, window_size=None, qk_l2_norm=False, no_rope_freq=None,
+                  softmax_scale=None)
+    a = dict(qk_l2_norm=False, no_rope_freq=None, softmax_scale=None) | a
     for name, value in needed.items():
         if a[name] != value and (a[name] or value):
             raise ValueError(f"this architecture is not ours: its arguments say {name}={a[name]}, and only {name}={value} is supported")
