@@ -3,12 +3,17 @@
     python convert.py download OWNER/NAME --folder=batch_size1/1024_96b_1e_1b_ar --out=ckpts
     python convert.py download datasets/MDGA-1/quokka_logs --folder=batch_size1 --out=logs
 
-Interrupted, it goes on where it was; what is there already, and whole, stays. HF_ENDPOINT names another hub, HF_TOKEN who you are.
+A broken connection is taken up where it broke. Started again after an interruption, it leaves alone what is there and whole.
+HF_ENDPOINT names another hub, HF_TOKEN who you are.
 """
 
 import hashlib
+import os
+import re
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import threading
+import time
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +24,9 @@ from configurator import setting
 
 @dataclass
 class Config:
-    folder: str = setting("", "only what lies in this folder of the repository (empty: everything)")
+    folder: str = setting("", "only this folder of the repository, or this file (empty: everything)")
     revision: str = setting("main", "branch, tag or commit")
-    out: str = setting("downloads", "folder to put it into, under the names it has in the repository")
+    out: str = setting("", "folder to put it into, under the names it has in the repository (empty: downloads/OWNER/NAME)")
     workers: int = setting(8, "files at a time", low=1, high=64)
     tries: int = setting(5, "attempts for each file before it is given up", low=1)
 
@@ -40,89 +45,132 @@ def is_whole(path, entry):
     return file_digest(path) == entry.lfs.sha256 if entry.lfs else blob_digest(path) == entry.blob_id
 
 
-def fetch(api, repo, kind, revision, entry, out, tries):
-    """One file, resumed after each broken connection; raises ValueError."""
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+def said(problem):
+    """An exception in one line."""
+    return f"{type(problem).__name__}: {(str(problem).strip() or '?').splitlines()[0]}"
 
+
+def fetch(api, repo, kind, commit, entry, out, tries, enough):
+    """One file, resumed after each broken connection; raises ValueError. Tries no more once the event `enough` is set."""
     path, problem = Path(out) / entry.path, ""
     for attempt in range(tries):
         if is_whole(path, entry):
-            return entry.size
+            return
         path.unlink(missing_ok=True)  # of another revision, or damaged
+        damaged = problem == "checksum"
+        if attempt and not damaged and enough.wait(min(2**attempt, 30)):  # the hub, or the way there, needs a moment
+            break
         try:
-            api.hf_hub_download(repo, entry.path, repo_type=kind, revision=revision, local_dir=out, force_download=bool(attempt and problem == "checksum"))
+            api.hf_hub_download(repo, entry.path, repo_type=kind, revision=commit, local_dir=out, force_download=damaged)
             problem = "" if is_whole(path, entry) else "checksum"
-        except EntryNotFoundError as error:
-            raise ValueError(f"{repo}/{entry.path}: {str(error).splitlines()[0]}") from None
-        except (HfHubHTTPError, OSError, RuntimeError) as error:
-            problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        except Exception as error:  # the HTTP library's own, which differ from version to version
-            problem = f"{type(error).__name__}: {error}".splitlines()[0]
+        except Exception as error:  # the HTTP library has its own kinds, which differ from version to version
+            problem = said(error)
+            if getattr(getattr(error, "response", None), "status_code", None) in (401, 403, 404):
+                break
         if not problem:
-            return entry.size
+            return
     path.unlink(missing_ok=True)
     if problem == "checksum":
         raise ValueError(f"{repo}/{entry.path} arrived with another checksum than the hub's, {tries} times; it is removed")
-    raise ValueError(f"{repo}/{entry.path}: {problem} (tried {tries} times; start again to go on)")
+    raise ValueError(f"{repo}/{entry.path}: {problem} (start again to go on)")
 
 
-def download(cfg, repo, progress=lambda n: None):
-    """All files below cfg.folder into cfg.out; returns their hub entries. Raises ValueError or OSError."""
+def listed(api, repo, kind, cfg):
+    """The commit that cfg.revision means now, and the hub's entries of all files below cfg.folder; raises ValueError."""
+    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.hf_api import RepoFile
+
+    folder = cfg.folder.strip("/")
+    try:
+        commit = api.repo_info(repo, revision=cfg.revision, repo_type=kind).sha  # should the branch move, all files are still of one state
+        try:
+            found = list(api.list_repo_tree(repo, folder or None, recursive=True, revision=commit, repo_type=kind))
+        except EntryNotFoundError:
+            found = api.get_paths_info(repo, [folder], revision=commit, repo_type=kind)  # the name of a file
+    except RepositoryNotFoundError:
+        other = "" if kind == "dataset" else "; a dataset is written datasets/OWNER/NAME"
+        raise ValueError(f"{repo}: no such repository, or not for you (set HF_TOKEN){other}") from None
+    except RevisionNotFoundError:
+        raise ValueError(f"{repo} has no revision {cfg.revision}") from None
+    except Exception as problem:
+        raise ValueError(f"{repo} can't be listed: {said(problem)}") from None
+    found = [entry for entry in found if isinstance(entry, RepoFile) and (not folder or entry.path == folder or entry.path.startswith(folder + "/"))]
+    if not found:
+        raise ValueError(f"{repo} has no files" + (f" in {folder}" if folder else ""))
+    return commit, found
+
+
+def download(cfg, repo, progress=lambda done, total: None):
+    """All files below cfg.folder into cfg.out, at which `progress` is told bytes; returns their hub entries. Raises ValueError or OSError."""
     try:
         import huggingface_hub
-        from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
         from huggingface_hub.utils import disable_progress_bars
     except ImportError:
         raise ValueError("downloading needs: pip install '.[hf]'") from None
     disable_progress_bars()  # one bar for all files is ours
     kind, repo = "dataset" if repo.startswith("datasets/") else "model", repo.removeprefix("datasets/")
     api = huggingface_hub.HfApi()
-    folder = cfg.folder.strip("/")
-    try:
-        found = [entry for entry in api.list_repo_tree(repo, recursive=True, revision=cfg.revision, repo_type=kind)
-                 if isinstance(entry, huggingface_hub.hf_api.RepoFile) and (not folder or entry.path == folder or entry.path.startswith(folder + "/"))]
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        what = "no such repository, or not for you (set HF_TOKEN)" if isinstance(error, RepositoryNotFoundError) else f"no revision {cfg.revision}"
-        raise ValueError(f"{repo}: {what}" + ("" if kind == "dataset" else "; a dataset is written datasets/OWNER/NAME")) from None
-    except (HfHubHTTPError, OSError, RuntimeError) as error:
-        raise ValueError(f"{repo} can't be listed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from None
-    except Exception as error:  # the HTTP library's own
-        raise ValueError(f"{repo} can't be listed: {type(error).__name__}: {error}".splitlines()[0]) from None
+    commit, found = listed(api, repo, kind, cfg)
     root = Path(cfg.out).resolve()
-    if outside := [entry.path for entry in found if not (root / entry.path).resolve().is_relative_to(root)]:
-        raise ValueError(f"{repo} lists {outside[0]}, which is not within its own folder: nothing is downloaded")
-    known = root / ".cache/huggingface/download"  # where huggingface_hub notes what it has put here
-    if foreign := [entry.path for entry in found if (root / entry.path).exists() and not (known / f"{entry.path}.metadata").is_file() and not is_whole(root / entry.path, entry)]:
-        raise ValueError(f"{root / foreign[0]} exists and is no download of this: nothing is overwritten; choose another --out")
-    if not found:
-        raise ValueError(f"{repo} has no files" + (f" in {folder}" if folder else ""))
-    Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(cfg.workers) as pool:
-        jobs = [pool.submit(fetch, api, repo, kind, cfg.revision, entry, cfg.out, cfg.tries) for entry in found]
-        try:
-            for job in jobs:
-                progress(job.result())
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    known = root / ".cache/huggingface/download"  # where huggingface_hub notes what it has put here, and writes what isn't whole yet
+    for entry in found:
+        path = root / entry.path
+        if not path.resolve().is_relative_to(root) or path.is_relative_to(root / ".cache"):
+            raise ValueError(f"{repo} lists {entry.path}, which is not within its own folder: nothing is downloaded")
+        if path.exists() and not (known / f"{entry.path}.metadata").is_file() and not is_whole(path, entry):
+            raise ValueError(f"{path} exists and is no download of this: nothing is overwritten; choose another --out")
+    root.mkdir(parents=True, exist_ok=True)
+    total, began, enough = sum(entry.size for entry in found), time.time(), threading.Event()
+
+    def parts():
+        """Files that this process has begun, and their sizes."""
+        for path in known.rglob("*.incomplete"):
+            try:
+                if (stat := path.stat()).st_mtime >= began - 1:
+                    yield path, stat.st_size
+            except OSError:  # whole in between
+                pass
+
+    pool = ThreadPoolExecutor(cfg.workers)
+    jobs = {pool.submit(fetch, api, repo, kind, commit, entry, root, cfg.tries, enough): entry for entry in found}
+    try:
+        waiting = set(jobs)
+        while waiting:
+            done, waiting = wait(waiting, timeout=0.3, return_when=FIRST_EXCEPTION)
+            if any(job.exception() for job in done if not job.cancelled()) and not enough.is_set():
+                enough.set()
+                pool.shutdown(wait=False, cancel_futures=True)  # what runs may end: a half file could not be kept
+            waiting = {job for job in waiting if not job.cancelled()}
+            whole = sum(entry.size for job, entry in jobs.items() if job.done() and not job.cancelled())
+            progress(min(total, whole + sum(size for _, size in parts())), total)
+    except KeyboardInterrupt:
+        for path, _ in parts():
+            if re.search(r"\.[0-9a-f]{8}\.incomplete$", path.name):  # this process's own name for it, which no later one takes up
+                path.unlink(missing_ok=True)
+        raise
+    pool.shutdown()
+    if problems := [job.exception() for job in jobs if not job.cancelled() and job.exception()]:
+        raise problems[0]
     return found
 
 
 def main(argv):
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     repo = next((arg for arg in argv if not arg.startswith("-") and not arg.endswith(".py")), "")
     cfg = configurator.load(Config, [arg for arg in argv if arg != repo], about=__doc__)
     if repo.count("/") != 1 + repo.startswith("datasets/"):
         configurator.fail(f"which repository? python convert.py download OWNER/NAME, or datasets/OWNER/NAME{f', not {repo}' if repo else ''}")
+    cfg.out = cfg.out or f"downloads/{repo.removeprefix('datasets/')}"
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
     try:
-        with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn(), transient=True, console=Console(stderr=True)) as bar:
+        with Progress(*columns, transient=True, console=Console(stderr=True)) as bar:
             task = bar.add_task(repo, total=None)
-            found = download(cfg, repo, lambda n: bar.advance(task, n))
+            found = download(cfg, repo, lambda done, total: bar.update(task, completed=done, total=total))
     except (ValueError, OSError) as problem:
         configurator.fail(str(problem))
     except KeyboardInterrupt:
-        print("convert.py: interrupted; start again to go on", file=sys.stderr)
-        raise SystemExit(130) from None
+        print("convert.py: interrupted; start again to go on", file=sys.stderr, flush=True)
+        os._exit(130)  # not waiting for the threads that download
     print(f"{len(found)} files, {sum(entry.size for entry in found) / 1e9:.2f} GB, checked, in {Path(cfg.out) / cfg.folder.strip('/')}")

@@ -83,6 +83,28 @@ def meet(rank, world, limit):
             time.sleep(0.2)
 
 
+def stop_on_signals():
+    """An event that the first SIGTERM or SIGINT sets. One that comes more than two seconds later ends the process.
+
+    Those in between are the same again: from the terminal and from torchrun, which passes it on; or from the kernel, which
+    says of each of a dead launcher's threads that the parent has died.
+    """
+    stop, first = threading.Event(), None
+
+    def request(signum, _):
+        nonlocal first
+        if first is None:
+            first = time.monotonic()
+            stop.set()  # only once: it takes a lock, and a second signal interrupts what the handler does for the first
+        elif time.monotonic() - first > 2:
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, request)
+    return stop
+
+
 def leave(ranks, code=0):
     """End this process without the destructors of its groups: once all ranks are here, or after an error at once."""
     if ranks.world > 1 and code in (0, STOPPED):

@@ -9,10 +9,7 @@ import gc
 import math
 import os
 import shutil
-import signal
 import sys
-import threading
-import time
 from collections import Counter, deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -324,21 +321,7 @@ def main():
         attention_order = contextlib.ExitStack()  # entered for as long as this variable lives
         attention_order.enter_context(kernels.preferring_cudnn(device))
     ranks = parallel.ALONE if cfg.dry_run else parallel.join(device, cfg.timeout)  # waiting for the others, a signal ends it at once
-    stop, first = threading.Event(), None
-
-    def request_stop(signum, _):
-        nonlocal first
-        first = first or time.monotonic()
-        stop.set()
-        # A later one ends the process at once. Those within two seconds are the same again: from the terminal and from torchrun,
-        # which passes it on; or from the kernel, which says of each of a dead launcher's threads that the parent has died.
-        if time.monotonic() - first > 2:
-            signal.signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
-
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, request_stop)
-
+    stop = parallel.stop_on_signals()
     watch = parallel.Watch(ranks, cfg.timeout, stop)
     with parallel.guarded(ranks, watch):
         code = train(cfg, device, ranks, watch, stop)

@@ -4,12 +4,14 @@ import hashlib
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlparse
+from urllib.parse import parse_qs, unquote, urlparse
 
 import pytest
 
@@ -22,7 +24,9 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.asked, self.breaks, self.wrong = {}, [], {}, set()  # breaks: {path: bytes after which the connection is cut, once}
+        self.files, self.asked, self.wrong, self.lost = {}, [], set(), set()
+        self.breaks = {}  # path: bytes after which the connection is cut, once
+        self.slow = {}  # path: an event, for which it waits in the middle
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -53,16 +57,18 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         hub, path = self.server, unquote(urlparse(self.path).path)
-        listing = re.fullmatch(r"/api/(models|datasets)/(team/quokka)/tree/([^/]+)(?:/.*)?", path)
+        revision = re.fullmatch(r"/api/(models|datasets)/team/quokka/revision/([^/]+)", path)
+        listing = re.fullmatch(r"/api/(models|datasets)/team/quokka/tree/([^/]+)/?(.*)", path)
         file = re.fullmatch(r"(?:/datasets)?/team/quokka/resolve/([^/]+)/(.+)", path)
-        if listing and listing[3] in ("main", "v1", COMMIT):
-            entries = []
-            for name, content in hub.files.items():
-                large = dict(lfs=dict(oid=hub.digest(name), size=len(content), pointerSize=130)) if len(content) > 1000 else {}
-                entries.append(dict(type="file", path=name, size=len(content), oid=hub.digest(name)[:40], **large))
-            body = json.dumps(entries).encode()
-            self.wfile.write(self.answer(200, body, Content_Type="application/json"))
-        elif file and file[2] in hub.files:
+        if revision and revision[2] in ("main", "v1", COMMIT):
+            self.wfile.write(self.answer(200, json.dumps(dict(id="team/quokka", sha=COMMIT)).encode(), Content_Type="application/json"))
+        elif listing and listing[2] == COMMIT:
+            inside = [name for name in hub.files if name.startswith(listing[3] and listing[3] + "/")]
+            if inside:
+                self.wfile.write(self.answer(200, json.dumps([self.entry(name) for name in inside]).encode(), Content_Type="application/json"))
+            else:
+                self.answer(404, X_Error_Code="EntryNotFound")
+        elif file and file[1] == COMMIT and file[2] in hub.files.keys() - hub.lost:
             name, content = file[2], hub.files[file[2]]
             if name in hub.wrong:
                 content = b"x" * len(content)
@@ -73,12 +79,25 @@ class Handler(BaseHTTPRequestHandler):
                 headers["Content_Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
             self.answer(206 if start else 200, **headers)
             if self.command == "GET":
+                if name in hub.slow:
+                    self.wfile.write(content[: len(content) // 2])
+                    hub.slow[name].wait(60)
+                    content = content[len(content) // 2 :]
                 end = hub.breaks.pop(name, len(content)) if start == 0 else len(content)
                 self.wfile.write(content[start:end])
                 self.close_connection = end < len(content)
         else:
-            code = {"X_Error_Code": "RevisionNotFound" if listing or "/team/quokka/" in path else "RepoNotFound"}
-            self.wfile.write(self.answer(404, b"", **code))
+            self.answer(404, X_Error_Code="RevisionNotFound" if "/team/quokka/" in path else "RepoNotFound")
+
+    def do_POST(self):
+        paths = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())["paths"]
+        assert self.path.endswith(f"/paths-info/{COMMIT}")
+        self.wfile.write(self.answer(200, json.dumps([self.entry(name) for name in paths if name in self.server.files]).encode(), Content_Type="application/json"))
+
+    def entry(self, name):
+        content, digest = self.server.files[name], self.server.digest(name)
+        large = dict(lfs=dict(oid=digest, size=len(content), pointerSize=130)) if len(content) > 1000 else {}
+        return dict(type="file", path=name, size=len(content), oid=digest[:40], **large)
 
 
 @pytest.fixture
@@ -91,10 +110,16 @@ def hub():
     server.shutdown()
 
 
-def download(hub, tmp_path, *flags, repo="team/quokka"):
+def start(hub, tmp_path, *flags, repo="team/quokka"):
     env = {"PATH": "/usr/bin:/bin", "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1", "HF_HUB_ETAG_TIMEOUT": "5"}
-    done = subprocess.run([sys.executable, ROOT / "convert.py", "download", repo, f"--out={tmp_path / 'got'}", *flags], env=env, capture_output=True, text=True, timeout=120)
-    return done.returncode, done.stdout, done.stderr
+    command = [sys.executable, ROOT / "convert.py", "download", repo, f"--out={tmp_path / 'got'}", *flags]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def download(hub, tmp_path, *flags, **options):
+    process = start(hub, tmp_path, *flags, **options)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
 
 
 def test_one_folder_and_nothing_else(hub, tmp_path):
@@ -107,6 +132,8 @@ def test_one_folder_and_nothing_else(hub, tmp_path):
     hub.asked.clear()
     assert download(hub, tmp_path, "--folder=/batch_size1/")[0] == 0 and not hub.asked
     assert download(hub, tmp_path, "--folder=batch_size1", "--revision=v1", repo="datasets/team/quokka")[0] == 0
+    code, out, err = download(hub, tmp_path, "--folder=batch_size10/b.bin")
+    assert code == 0 and "1 files" in out and (tmp_path / "got/batch_size10/b.bin").read_bytes() == b"other" * 1000, err
 
 
 def test_a_broken_connection_is_resumed(hub, tmp_path):
@@ -117,6 +144,35 @@ def test_a_broken_connection_is_resumed(hub, tmp_path):
     assert (tmp_path / "got" / large).read_bytes() == hub.files[large]
     starts = [start for method, name, start in hub.asked if method == "GET" and name == large]
     assert starts[0] == 0 and len(starts) == 2 and 10_000_000 < starts[1] <= 22_000_000
+
+
+def test_ctrl_c_ends_it_at_once(hub, tmp_path):
+    """Not waiting for what is being downloaded, and leaving nothing that the next start can't use."""
+    large, small = "batch_size1/a/iter_0000010/__0_0.distcp", "batch_size1/a/latest_checkpointed_iteration.txt"
+    hub.slow[large] = threading.Event()
+    process, end = start(hub, tmp_path, "--folder=batch_size1"), time.monotonic() + 60
+    while not ((tmp_path / "got" / small).exists() and list((tmp_path / "got/.cache").rglob("*.incomplete"))):
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130
+    err = process.stderr.read()
+    assert "start again to go on" in err and "Traceback" not in err, err
+    assert not list((tmp_path / "got/.cache").rglob("*.incomplete")) and not (tmp_path / "got" / large).exists()
+    hub.slow.pop(large).set()
+    hub.asked.clear()
+    assert download(hub, tmp_path, "--folder=batch_size1")[0] == 0 and (tmp_path / "got" / large).read_bytes() == hub.files[large]
+    assert small not in {name for _, name, _ in hub.asked}
+
+
+def test_a_file_that_cant_be_had(hub, tmp_path):
+    """It is named; what was on its way arrives, and nothing else is begun."""
+    lost, large = "batch_size1/a/iter_0000010/.metadata", "batch_size1/a/iter_0000010/__0_0.distcp"
+    hub.lost = {lost}
+    code, _, err = download(hub, tmp_path, "--folder=batch_size1", "--workers=2")
+    assert code == 2 and lost in err and "404" in err and len(err.strip().splitlines()) == 1, err
+    assert (tmp_path / "got" / large).read_bytes() == hub.files[large] and not list((tmp_path / "got/.cache").rglob("*.incomplete"))
 
 
 def test_another_checksum_is_refused(hub, tmp_path):

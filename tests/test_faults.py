@@ -228,6 +228,25 @@ def test_a_signal_after_the_first_ends_the_run_at_once(corpus, tmp_path):
     assert process.wait(timeout=20) == -signal.SIGTERM
 
 
+def test_a_signal_within_the_handler_of_another():
+    """Several come at once when a launcher dies; the second must not wait for a lock that the first one's handler holds."""
+    program = """
+import signal, threading, time
+import parallel
+class Event(threading.Event):
+    def set(self):
+        with self._cond:
+            signal.raise_signal(signal.SIGTERM)
+        super().set()
+threading.Event = Event
+stop = parallel.stop_on_signals()
+signal.raise_signal(signal.SIGTERM)
+print(stop.is_set())
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.stdout == "True\n", done.stderr
+
+
 @pytest.mark.parametrize("code, saved, again", ((0, "2", False), (1, "2", True), (1, "1", False), (2, "", False)))
 def test_the_batch_file_goes_on_as_long_as_it_gets_further(tmp_path, code, saved, again):
     """docs/train.sbatch with stand-ins for SLURM's two commands, after a start that ended with `code` and left this as `latest`."""
