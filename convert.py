@@ -9,11 +9,13 @@
 What the source is, its files say. Nothing in them is run, and one tensor at a time is in memory (writing Megatron's format: one rank's).
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -137,7 +139,7 @@ def open_megatron(cfg, path):
         raise ValueError(f"{path} has no embedding.word_embeddings.weight")
     rows = found["embedding.word_embeddings.weight"].shape[0]
     mask_id = args.get("mask_token") if cfg.mask_id < 0 else cfg.mask_id
-    mask_id = mask_id if mask_id is not None and mask_id < rows else None
+    mask_id = mask_id if isinstance(mask_id, int) and mask_id < rows else None  # some name it by its text
     tokens = open_tokenizer(cfg, path, "")
     if tokens is None and cfg.tokenizer != "none":
         raise ValueError("Megatron's checkpoints bring no tokenizer: give --tokenizer=gpt2, a tokenizer.json, or none (nothing can be sampled or evaluated then)")
@@ -297,7 +299,7 @@ def write(cfg, source, to, out):
             huggingface.write_beside(out, source.config, source.objective, source.tokens, weights["embed.weight"].dtype)
             write_groups(out, huggingface.from_ours(source.config, source.objective, weights), alive)
         else:
-            megatron.write(out, source.config, source.objective, weights, source.step, cfg.tensor_parallel, cfg.pipeline_parallel, alive)
+            megatron.write(out, source.config, source.objective, weights, source.tokens.name if source.tokens else "", source.step, cfg.tensor_parallel, cfg.pipeline_parallel, alive)
     return total
 
 
@@ -377,6 +379,8 @@ def main():
     cfg = configurator.load(Config, about=__doc__)
     out, begun = Path(cfg.out), time.perf_counter()
     building = out.with_name(f".{out.name}.{os.getpid()}")
+    parents = [parent for parent in out.parents if not parent.exists()]
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is half written goes
     try:
         source = open_source(cfg)
         to = cfg.to if cfg.to != "auto" else "hf" if source.kind == "ours" else "ours"
@@ -403,6 +407,10 @@ def main():
         raise SystemExit(130) from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
+        signal.signal(signal.SIGTERM, before)
+        for parent in parents if not out.exists() else ():
+            with contextlib.suppress(OSError):
+                parent.rmdir()
     print(f"{out}: {total / 1e9:.2f} GB in {time.perf_counter() - begun:.1f} s" + (f"    try: python sample.py --run_dir={out}" if to == "ours" and source.tokens else ""))
 
 

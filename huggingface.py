@@ -116,10 +116,11 @@ def read(folder):
         if (folder / index).is_file():
             try:
                 listed = json.loads((folder / index).read_text())["weight_map"]
-            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as problem:
+                files = sorted(set(listed.values()))
+            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as problem:
                 raise ValueError(f"{folder / index} can't be read: {tensors.first_line(problem)}") from None
-            for file in sorted(set(listed.values())):
-                if Path(file).name != file:
+            for file in files:
+                if not isinstance(file, str) or Path(file).name != file:
                     raise ValueError(f"{folder / index} names {file}, which is not in its folder")
                 if not (folder / file).is_file():
                     raise FileNotFoundError(f"{folder / file}, which {index} lists, is not there")

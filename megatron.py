@@ -77,7 +77,10 @@ def read_ranks(folder):
     first = tensors.load(ranks[min(ranks)], mmap=True)
     args, iteration = arguments(first, ranks[min(ranks)])
     n_pipeline, n_tensor = (max(of) + 1 for of in zip(*ranks))
-    n_pipeline, n_tensor = (max(n, args.get(f"{kind}_model_parallel_size") or 1) for n, kind in ((n_pipeline, "pipeline"), (n_tensor, "tensor")))
+    try:
+        n_pipeline, n_tensor = (max(n, int(args.get(f"{kind}_model_parallel_size") or 1)) for n, kind in ((n_pipeline, "pipeline"), (n_tensor, "tensor")))
+    except (TypeError, ValueError):
+        raise ValueError(f"{folder}: the arguments do not say how many ranks wrote it") from None
     for pipeline in range(n_pipeline):
         for tensor in range(n_tensor):
             if (pipeline, tensor) not in ranks:
@@ -113,8 +116,11 @@ def state_dict(file, key):
 
 
 def strip(name):
+    """A tensor's name as TransformerEngine's layers have it; Megatron's own (transformer_impl=local) keep their norms apart."""
     while name.startswith(("module.", "model.")):
         name = name.partition(".")[2]
+    for own, fused in ((".input_layernorm.weight", ".self_attention.linear_qkv.layer_norm_weight"), (".pre_mlp_layernorm.weight", ".mlp.linear_fc1.layer_norm_weight")):
+        name = name.removesuffix(own) + fused if name.endswith(own) else name
     return name
 
 
@@ -170,7 +176,7 @@ def read_distributed(folder):
         if name.startswith(NO_MODEL) or name.split("/")[0].endswith(IGNORED):
             continue
         stacked = re.fullmatch(r"decoder\.layers\.([a-z].*)", name)
-        if not stacked:
+        if not stacked or not whole.shape:
             out[name] = Lazy(whole.shape, whole.dtype, whole.read)
             continue
         for layer in range(whole.shape[0]):
@@ -187,14 +193,15 @@ def one_layer(stack, layer):
 
 def shape_of(args):
     """The settings of ModelConfig that the arguments say, without the vocabulary; raises ValueError where our network can't be it."""
-    a = dict(dict(swiglu=False, normalization="LayerNorm", add_bias_linear=True, position_embedding_type="learned_absolute", rotary_percent=1.0,
-                  rotary_interleaved=False, num_experts=None, multi_latent_attention=False, qk_layernorm=False, add_qkv_bias=False, group_query_attention=False,
-                  apply_layernorm_1p=False, apply_residual_connection_post_layernorm=False, untie_embeddings_and_output_weights=False, rotary_base=10000,
-                  rotary_seq_len_interpolation_factor=None, use_rope_scaling=False, sliding_window=None, window_size=None), **args)
-    needed = dict(swiglu=True, normalization="RMSNorm", add_bias_linear=False, position_embedding_type="rope", rotary_interleaved=False, num_experts=None,
-                  multi_latent_attention=False, apply_layernorm_1p=False, apply_residual_connection_post_layernorm=False, use_rope_scaling=False, window_size=None, qk_l2_norm=False, no_rope_freq=None,
-                  softmax_scale=None)
-    a = dict(qk_l2_norm=False, no_rope_freq=None, softmax_scale=None) | a
+    defaults = dict(swiglu=False, normalization="LayerNorm", add_bias_linear=True, position_embedding_type="learned_absolute", rotary_percent=1.0, rotary_interleaved=False,
+                    num_experts=None, multi_latent_attention=False, qk_layernorm=False, qk_l2_norm=False, add_qkv_bias=False, group_query_attention=False, softmax_scale=None,
+                    apply_layernorm_1p=False, apply_residual_connection_post_layernorm=False, untie_embeddings_and_output_weights=False, rotary_base=10000,
+                    rotary_seq_len_interpolation_factor=None, use_rope_scaling=False, no_rope_freq=None, window_size=None)
+    needed = dict(swiglu=True, normalization="RMSNorm", add_bias_linear=False, position_embedding_type="rope", rotary_interleaved=False, num_experts=None, multi_latent_attention=False,
+                  qk_l2_norm=False, softmax_scale=None, apply_layernorm_1p=False, apply_residual_connection_post_layernorm=False, use_rope_scaling=False, no_rope_freq=None, window_size=None)
+    a = defaults | {name: value for name, value in args.items() if value is not None}
+    if a["window_size"] is not None and all(size == -1 for size in a["window_size"]):
+        a["window_size"] = None  # a window without end on both sides
     for name, value in needed.items():
         if a[name] != value and (a[name] or value):
             raise ValueError(f"this architecture is not ours: its arguments say {name}={a[name]}, and only {name}={value} is supported")
@@ -205,8 +212,10 @@ def shape_of(args):
         head_dim = int(a.get("kv_channels") or d_model // n_head)
         n_kv_head = int(a["num_query_groups"]) if a["group_query_attention"] else n_head
         length = int(a.get("max_position_embeddings") or a["seq_length"])
-    except (KeyError, TypeError) as problem:
+    except KeyError as problem:
         raise ValueError(f"the checkpoint's arguments do not say {problem}") from None
+    if min(n_layer, d_model, n_head, d_ff, head_dim, n_kv_head, length) < 1 or n_head % n_kv_head or head_dim % 2:
+        raise ValueError(f"the checkpoint's arguments contradict each other: {n_layer} layers of width {d_model}, {n_head} heads of {head_dim}, {n_kv_head} query groups")
     eps = a.get("norm_epsilon", a.get("layernorm_epsilon", 1e-5))
     return dict(n_layer=n_layer, n_head=n_head, n_kv_head=n_kv_head, head_dim=head_dim, d_model=d_model, d_ff=d_ff, block_len=length,
                 tied=not a["untie_embeddings_and_output_weights"], rope_base=float(a["rotary_base"]), norm_eps=float(eps),
@@ -307,8 +316,11 @@ def from_ours(config, ours):
 # ------------------------------------------------------------------------------------------------------- writing
 
 
-def write(folder, config, objective, ours, iteration, n_tensor, n_pipeline, alive=lambda n: None):
-    """Our weights as a `torch` checkpoint, a file per rank, of which one at a time is in memory; raises ValueError or OSError."""
+def write(folder, config, objective, ours, tokenizer, iteration, n_tensor, n_pipeline, alive=lambda n: None):
+    """Our weights as a `torch` checkpoint, a file per rank, of which one at a time is in memory; raises ValueError or OSError.
+
+    Each rank reads the tensors of its stage anew, of which it keeps its share: n_tensor times the reading, for 1/n_tensor of the memory.
+    """
     c = config
     for what, n, by in (("tensor ranks divide the key and value heads", c.n_kv_head, n_tensor), ("tensor ranks divide d_ff", c.d_ff, n_tensor),
                         ("pipeline ranks divide the layers", c.n_layer, n_pipeline)):
@@ -328,7 +340,7 @@ def write(folder, config, objective, ours, iteration, n_tensor, n_pipeline, aliv
         vocab_size=c.n_vocab if objective == "ar" else c.mask_id + 1, padded_vocab_size=rows, make_vocab_size_divisible_by=128, mask_token=c.mask_id,
         model_running_mode="vanilla" if objective == "ar" else "difflm-noshift", attention_mask_type="causal" if objective == "ar" else "no_mask",
         tensor_model_parallel_size=n_tensor, pipeline_model_parallel_size=n_pipeline, params_dtype=dtype, bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16, iteration=iteration, consumed_train_samples=0, consumed_valid_samples=0)
+        fp16=dtype == torch.float16, tokenizer_type="GPT2BPETokenizer" if tokenizer == "gpt2" else "HuggingFaceTokenizer", iteration=iteration, consumed_train_samples=0, consumed_valid_samples=0)
     per_stage = c.n_layer // n_pipeline
     for pipeline in range(n_pipeline):
         for tensor in range(n_tensor):

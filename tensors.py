@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch.distributed.checkpoint import metadata as dcp
 
 
 class Lazy(NamedTuple):
@@ -40,8 +39,9 @@ class Lazy(NamedTuple):
 # ------------------------------------------------------------------------------------------------------- pickles
 
 FRAMEWORKS = ("megatron.", "transformer_engine.", "apex.")
-HARMLESS = {"numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype", "_codecs.encode", "_io.BytesIO", "io.BytesIO",
-            "signal.Signals", "pathlib.PosixPath", "pathlib._local.PosixPath", "datetime.timedelta"}  # as they are found beside the weights
+HARMLESS = {"numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct", "numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar", "numpy.ndarray", "numpy.dtype",
+            "_codecs.encode", "_io.BytesIO", "io.BytesIO", "signal.Signals", "pathlib.PosixPath", "pathlib._local.PosixPath", "datetime.timedelta", "datetime.datetime", "builtins.slice",
+            "types.SimpleNamespace", "torch.nn.functional.silu", "torch.nn.functional.gelu"}  # as they are found beside the weights, each only a name here
 
 
 class StandIn:
@@ -53,6 +53,8 @@ class StandIn:
     def __setstate__(self, state):
         if isinstance(state, dict):
             self.__dict__.update(state)
+        else:
+            self.state = state
 
 
 def refuse(path, name):
@@ -120,37 +122,61 @@ class Window(io.RawIOBase):
 
 
 class MetadataUnpickler(pickle.Unpickler):
-    """For torch.distributed.checkpoint's .metadata, a plain pickle: its own dataclasses, and nothing else."""
+    """For torch.distributed.checkpoint's .metadata, a plain pickle: of its classes only the values are kept, and nothing else is let in.
 
-    KNOWN = {("torch.distributed.checkpoint.metadata", cls.__name__): cls for cls in (
-        dcp.Metadata, dcp.MetadataIndex, dcp.TensorStorageMetadata, dcp.BytesStorageMetadata, dcp.ChunkStorageMetadata, dcp.TensorProperties, dcp.StorageMeta,
-        dcp._MEM_FORMAT_ENCODING)} | {("torch", "Size"): torch.Size, ("torch", "device"): torch.device, ("torch.serialization", "_get_layout"): torch.serialization._get_layout}
+    What a pickle gets hold of it may also change (BUILD sets attributes): so it never meets a class that somebody uses.
+    """
+
+    ITS_OWN = ("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING")
+    OTHERS = {("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch", "device"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath")}
     DTYPES = {str(dtype).partition(".")[2]: dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 
     def __init__(self, file, path):
         super().__init__(file)
-        self.path = path
+        self.path, self.kinds = path, {}
 
     def find_class(self, module, name):
         if module == "torch" and name in self.DTYPES:
             return self.DTYPES[name]
-        if (module, name) in self.KNOWN:
-            return self.KNOWN[module, name]
-        if (module, name) in {("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath")} or module.startswith("megatron."):
-            return StandIn
+        if (module, name) == ("torch", "Size"):
+            return torch.Size
+        if module == "torch.distributed.checkpoint.metadata" and name in self.ITS_OWN or (module, name) in self.OTHERS or module.startswith(FRAMEWORKS):
+            return self.kinds.setdefault(name, type(name, (StandIn,), {}))
         return refuse(self.path, f"{module}.{name}")
 
 
+class Chunk(NamedTuple):
+    """A part of a tensor, and where its bytes are: a file's name, and in it a file of torch's from `at`, `length` bytes long."""
+
+    offsets: tuple
+    sizes: tuple
+    file: str
+    at: int
+    length: int
+
+
 def load_metadata(path):
-    """The tensors that a torch.distributed.checkpoint folder's .metadata describes; raises ValueError."""
+    """{name: (shape, dtype, [Chunk])} of the tensors that a torch.distributed.checkpoint folder's .metadata describes; raises ValueError."""
+    out = {}
     try:
         with open(path, "rb") as file:
             found = MetadataUnpickler(file, path).load()
-        return found.state_dict_metadata, found.storage_data
-    except ValueError:
+        where = {(index.fqn, tuple(index.offset)): info for index, info in found.storage_data.items() if getattr(index, "offset", None) is not None}
+        for name, about in found.state_dict_metadata.items():
+            if type(about).__name__ == "TensorStorageMetadata":
+                shape, dtype, chunks = tuple(about.size), about.properties.state[0], [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in about.chunks]
+                if not isinstance(dtype, torch.dtype) or any(not len(shape) == len(offsets) == len(sizes) for offsets, sizes in chunks):
+                    raise ValueError(f"{path} can't be read: what it says of {name} contradicts itself")
+                for key in chunks:
+                    info = where.get((name, key[0]))
+                    if info is None or Path(info.relative_path).name != info.relative_path:
+                        raise ValueError(f"{path}: where the chunk of {name} at {key[0]} is, it doesn't say")
+                out[name] = shape, dtype, [Chunk(*key, info.relative_path, int(info.offset), int(info.length)) for key in chunks for info in [where[name, key[0]]]]
+    except (ValueError, OSError):
         raise
     except Exception as problem:  # a damaged pickle can raise almost anything
         raise ValueError(f"{path} can't be read: {first_line(problem)}") from None
+    return out
 
 
 def raw_tensor(path, offset, length):
@@ -226,9 +252,8 @@ def write_safetensors(file, tensors, alive=lambda n: None):
 class Divided:
     """A tensor of a torch.distributed.checkpoint folder, in chunks, of which any region can be read."""
 
-    def __init__(self, folder, name, described, where):
-        self.folder, self.name, self.shape, self.dtype = folder, name, tuple(described.size), described.properties.dtype
-        self.chunks, self.where, self.places = described.chunks, where, {}
+    def __init__(self, folder, name, shape, dtype, chunks):
+        self.folder, self.name, self.shape, self.dtype, self.chunks, self.places = folder, name, shape, dtype, chunks, {}
 
     def read(self, start=None, stop=None):
         """The values from `start` to `stop` (a number for each dimension); raises ValueError where some are not there."""
@@ -248,21 +273,16 @@ class Divided:
 
     def rows(self, chunk, first, last):
         """Rows first … last − 1 of a chunk."""
-        key = tuple(chunk.offsets)
-        if key not in self.places:
-            info = self.where.get(dcp.MetadataIndex(self.name, torch.Size(key)))
-            file = getattr(info, "relative_path", "")
-            if not file or Path(file).name != file:
-                raise ValueError(f"{self.folder}: where the chunk of {self.name} at {key} is, .metadata doesn't say")
-            dtype, shape, at = raw_tensor(self.folder / file, info.offset, info.length)
-            if (dtype, tuple(shape)) != (self.dtype, tuple(chunk.sizes)):
-                raise ValueError(f"{self.folder / file}: a chunk of {self.name} is {tuple(shape)} {dtype}, and should be {tuple(chunk.sizes)} {self.dtype}")
-            self.places[key] = self.folder / file, at
-        file, at = self.places[key]
+        file = self.folder / chunk.file
+        if chunk not in self.places:
+            dtype, shape, at = raw_tensor(file, chunk.at, chunk.length)
+            if (dtype, tuple(shape)) != (self.dtype, chunk.sizes):
+                raise ValueError(f"{file}: a chunk of {self.name} is {tuple(shape)} {dtype}, and should be {chunk.sizes} {self.dtype}")
+            self.places[chunk] = at
         out = torch.empty((last - first, *chunk.sizes[1:]), dtype=self.dtype)
         row = math.prod(chunk.sizes[1:]) * self.dtype.itemsize
         with open(file, "rb") as data:
-            data.seek(at + first * row)
+            data.seek(self.places[chunk] + first * row)
             if data.readinto(memoryview(out.view(-1).view(torch.uint8).numpy())) != (last - first) * row:
                 raise ValueError(f"{file} is cut short")
         return out
@@ -270,5 +290,4 @@ class Divided:
 
 def of_distributed(folder):
     """{name: Divided} of a folder that torch.distributed.checkpoint wrote; raises ValueError or OSError."""
-    described, where = load_metadata(Path(folder) / ".metadata")
-    return {name: Divided(Path(folder), name, about, where) for name, about in described.items() if isinstance(about, dcp.TensorStorageMetadata)}
+    return {name: Divided(Path(folder), name, *about) for name, about in load_metadata(Path(folder) / ".metadata").items()}
