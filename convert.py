@@ -118,6 +118,9 @@ def open_huggingface(cfg, path):
     family, about = huggingface.read_config(path)
     objective = resolved(cfg, "ar" if shape["causal"] else "masked", path)
     tokens = open_tokenizer(cfg, path, about.get("tokenizer_name", ""))
+    if tokens is None and cfg.tokenizer != "none":
+        old = " (transformers makes one of its vocab.json: docs/checkpoints.md)" if (path / "vocab.json").is_file() else ""
+        raise ValueError(f"{path} has no tokenizer.json{old}: give --tokenizer, or none (nothing can be sampled or evaluated then)")
     n_vocab, mask_id = vocabulary(path, tokens, rows, mask_id if cfg.mask_id < 0 else cfg.mask_id, rows, objective)
     shape["block_len"] = cfg.block_len or shape["block_len"]
     config = ModelConfig(**shape, n_vocab=n_vocab, mask_id=mask_id)

@@ -41,7 +41,7 @@ class Lazy(NamedTuple):
 FRAMEWORKS = ("megatron.", "transformer_engine.", "apex.")
 HARMLESS = {"numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct", "numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar", "numpy.ndarray", "numpy.dtype",
             "_codecs.encode", "_io.BytesIO", "io.BytesIO", "signal.Signals", "pathlib.PosixPath", "pathlib._local.PosixPath", "datetime.timedelta", "datetime.datetime", "builtins.slice",
-            "types.SimpleNamespace", "torch.nn.functional.silu", "torch.nn.functional.gelu"}  # as they are found beside the weights, each only a name here
+            "types.SimpleNamespace", "torch.nn.functional.silu", "torch._C._nn.gelu"}  # as they are found beside the weights, each only a name here
 
 
 class StandIn:

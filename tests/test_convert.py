@@ -5,7 +5,10 @@ import dataclasses
 import json
 import os
 import pickle
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from test_model import build
 import checkpoint
 import convert
 import data
+import huggingface
 import sample
 import train
 from model import ModelConfig
@@ -206,6 +210,34 @@ def test_megatron_shards_become_the_whole_bit_for_bit(run, tmp_path, shape, obje
             assert getattr(written["args"], key) == getattr(theirs["args"], key) or key == "padded_vocab_size" and tp < 4, key
 
 
+def test_arguments_that_are_not_set(run, tmp_path):
+    """None is Megatron's way to say: as usual. A mask may be named by its text, and a window without end is none."""
+    network = make_run(tmp_path / "base", norm_eps=1e-5, rope_base=10000.0)
+    write_megatron(tmp_path / "mega", network, "masked", norm_epsilon=None, rotary_base=None, rotary_percent=None, kv_channels=None, max_position_embeddings=None,
+                   window_size=(-1, -1), mask_token="<|mask|>", tensor_model_parallel_size="1", use_rope_scaling=None, vocab_size=None)
+    code, _, err = run(source=tmp_path / "mega", out=tmp_path / "back", tokenizer="bytes", verify=True)
+    assert code == 0, err
+    same(weights_of(tmp_path / "back"), weights_of(tmp_path / "base"))
+    record = checkpoint.read_checkpoint(tmp_path / "back/step_00000042")
+    assert ModelConfig(**record["model"]) == dataclasses.replace(network.config, init_std=0.02)
+
+
+def test_layers_without_transformer_engine(run, tmp_path):
+    """transformer_impl=local keeps the norms in modules of their own."""
+    write_megatron(tmp_path / "mega", make_run(tmp_path / "ours"), "masked", 2)
+    own = {"self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight", "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight"}
+    for file in tmp_path.glob("mega/*/*/model_optim_rng.pt"):
+        def rename(values):
+            for name in list(values["model"]):
+                for fused, alone in own.items():
+                    if name.endswith(fused):
+                        values["model"][name.replace(fused, alone)] = values["model"].pop(name)
+        edit_pickle(file, rename)
+    code, _, err = run(source=tmp_path / "mega", out=tmp_path / "back", tokenizer="bytes", verify=True)
+    assert code == 0, err
+    same(weights_of(tmp_path / "back"), weights_of(tmp_path / "ours"))
+
+
 def test_interleaved_pipelines(run, tmp_path):
     """With virtual stages a rank holds model0, model1, …: every second group of layers."""
     network = make_run(tmp_path / "ours", n_layer=4)
@@ -303,7 +335,7 @@ def test_imported_logits_equal_transformers(run, tmp_path, kind, tied):
         for p in theirs.parameters():
             p.copy_(torch.randn_like(p) * 0.3 + (p.dim() == 1))
     theirs.save_pretrained(tmp_path / "hf")
-    code, _, err = run(source=tmp_path / "hf", out=tmp_path / "ours", verify=True)
+    code, _, err = run(source=tmp_path / "hf", out=tmp_path / "ours", tokenizer="none", verify=True)
     assert code == 0, err
     ours = checkpoint.load_model(tmp_path / "ours/step_00000000", checkpoint.read_checkpoint(tmp_path / "ours/step_00000000")).eval()
     ids = torch.randint(300, (2, 40))
@@ -396,6 +428,8 @@ def test_poisoned_pickles_are_refused(run, tmp_path):
     write_distributed(tmp_path / "b", network, "masked")
     write_distributed(tmp_path / "c", network, "masked")
     write_distributed(tmp_path / "d", network, "masked")
+    write_megatron(tmp_path / "f", network, "masked", 2)
+    edit_pickle(tmp_path / "f/iter_0000042/mp_rank_01/model_optim_rng.pt", lambda values: values.update(rng_state=Evil(evil)))
     common = tmp_path / "b/iter_0000042/common.pt"
     torch.save(torch.load(common, weights_only=False) | dict(rerun=Evil(evil)), common)
     metadata = tmp_path / "c/iter_0000042/.metadata"
@@ -415,12 +449,59 @@ def test_poisoned_pickles_are_refused(run, tmp_path):
     (tmp_path / "e/model.safetensors").unlink()
     torch.save({"model.norm.weight": Evil(evil)}, tmp_path / "e/pytorch_model.bin")
     torch.save({"model.norm.weight": Evil(evil)}, tmp_path / "old", _use_new_zipfile_serialization=False)
-    for name in "abcde":
+    for name in "abcdef":
         said = refused(run, tmp_path, source=tmp_path / name, out=tmp_path / "out", tokenizer="bytes")
         assert "posix.system" in said and "refused" in said, said
     (tmp_path / "old").replace(tmp_path / "e/pytorch_model.bin")
     assert "posix.system" in refused(run, tmp_path, source=tmp_path / "e", out=tmp_path / "out", tokenizer="bytes")
     assert not evil.exists()
+
+
+def test_classes_in_use_are_out_of_a_pickles_reach(tmp_path):
+    """A pickle's BUILD sets attributes, also of a class: of none that anybody but this pickle has."""
+    from torch.distributed.checkpoint import metadata
+
+    import tensors
+
+    for module, name in (("torch.distributed.checkpoint.metadata", "Metadata"), ("torch.serialization", "_get_layout"), ("torch", "device"), ("megatron.core.enums", "X")):
+        poison = b"\x80\x02c" + f"{module}\n{name}\n".encode() + b"N}X\x06\x00\x00\x00gainedX\x01\x00\x00\x00xs\x86b."  # (class, (None, {"gained": "x"})) BUILD
+        (tmp_path / ".metadata").write_bytes(poison)
+        with pytest.raises(ValueError, match="can't be read"):
+            tensors.load_metadata(tmp_path / ".metadata")
+    assert not any(hasattr(thing, "gained") for thing in (metadata.Metadata, torch.serialization._get_layout, torch.device, tensors.StandIn))
+
+
+def test_what_honest_checkpoints_hold_beside_tensors(run, tmp_path):
+    """Random states, paths, dates and activation functions are names that nobody looks up."""
+    import datetime
+    import types
+
+    import numpy as np
+
+    network = make_run(tmp_path / "ours")
+    others = dict(rng_state=[dict(np_rng_state=np.random.get_state(), scalar=np.float64(1.5))], when=datetime.datetime(2026, 1, 1), where=Path("a"), part=slice(1, 2),
+                  space=types.SimpleNamespace(a=1), act=torch.nn.functional.silu)
+    write_megatron(tmp_path / "mega", network, "masked", extra=others, activation_func=torch.nn.functional.gelu, started=datetime.datetime(2026, 1, 1))
+    code, _, err = run(source=tmp_path / "mega", out=tmp_path / "back", tokenizer="bytes")
+    assert code == 0, err
+    same(weights_of(tmp_path / "back"), weights_of(tmp_path / "ours"))
+
+
+def test_old_pickles_cut_anywhere(run, tmp_path):
+    """Before torch 1.6 files were no archives: wherever one ends too early, that is one line."""
+    make_run(tmp_path / "ours", n_layer=1)
+    assert run(source=tmp_path / "ours", out=tmp_path / "hf")[0] == 0
+    weights = load_file(tmp_path / "hf/model.safetensors")
+    (tmp_path / "hf/model.safetensors").unlink()
+    torch.save(weights, tmp_path / "hf/pytorch_model.bin", _use_new_zipfile_serialization=False)
+    whole = (tmp_path / "hf/pytorch_model.bin").read_bytes()
+    for share in range(8):
+        (tmp_path / "hf/pytorch_model.bin").write_bytes(whole[: len(whole) * share // 8])
+        assert "pytorch_model.bin can't be read" in refused(run, tmp_path, source=tmp_path / "hf", out=tmp_path / "out")
+    (tmp_path / "hf/pytorch_model.bin").write_bytes(whole)
+    code, _, err = run(source=tmp_path / "hf", out=tmp_path / "back")
+    assert code == 0, err
+    same(weights_of(tmp_path / "back"), weights_of(tmp_path / "ours"))
 
 
 def edit_json(path, **changes):
@@ -451,6 +532,8 @@ HF_LIES = {
     "another mask": (lambda d: edit_json(d / "config.json", mask_token_id=256), "its mask has the id 256, tokenizer 'bytes' puts it at 257"),
     "fewer rows than tokens": (lambda d: (edit_json(d / "config.json", vocab_size=200), edit_weights(d, lambda w: w.update({"model.embed_tokens.weight": torch.ones(200, 32)}))), "200 rows of embeddings"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "has no model.safetensors and no pytorch_model.bin"),
+    "an index that lists": (lambda d: ((d / "model.safetensors").unlink(), (d / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=["a"])))), "index.json can't be read"),
+    "no tokenizer": (lambda d: edit_json(d / "config.json", tokenizer_name=...) or (d / "tokenizer.json").unlink(), "has no tokenizer.json"),
     "a file elsewhere": (lambda d: ((d / "model.safetensors").unlink(), (d / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map={"a": "../x.safetensors"})))), "which is not in its folder"),
 }
 
@@ -479,6 +562,9 @@ MEGATRON_LIES = {
     "partial rotary": (dict(rotary_percent=0.5), None, "rotary positions are partial"),
     "another aim": (dict(model_running_mode="test-forward"), None, "give --objective"),
     "another norm of queries": (dict(qk_l2_norm=True), None, "qk_l2_norm=True"),
+    "uneven heads": (dict(group_query_attention=True, num_query_groups=3), None, "contradict each other"),
+    "windows": (dict(window_size=(128, 0)), None, "window_size=(128, 0)"),
+    "no number of ranks": (dict(tensor_model_parallel_size="two"), None, "how many ranks"),
     "no heads": (dict(num_attention_heads=0, kv_channels=None), None, "can't be understood"),
     "block-causal attention": (dict(attention_mask_type="block_causal"), None, "give --objective"),
     "no arguments": ({}, lambda d: edit_pickle(d / RANK, lambda v: v.pop("args")), "holds no arguments"),
@@ -530,6 +616,22 @@ def test_what_else_is_refused(run, tmp_path):
                         (dict(source=tmp_path / "ours", out=tmp_path / "x", to="ours"), "is ours already"), (dict(source=tmp_path / "uniform", out=tmp_path / "x"), "use sample.py"),
                         (dict(source=tmp_path / "ours", out=tmp_path / "x", to="megatron", tensor_parallel=3), "4 is no multiple of 3"), (dict(source=tmp_path / "ours"), "give --out")):
         assert said in refused(run, tmp_path, **flags), flags
+
+
+@pytest.mark.parametrize("signum", (signal.SIGINT, signal.SIGTERM))
+def test_ended_early_it_leaves_nothing(tmp_path, signum):
+    """Neither what is half written, nor folders that were made for it."""
+    make_run(tmp_path / "ours", n_layer=8, d_model=512, d_ff=2048, n_head=4, head_dim=128)
+    code = "import sys, time; sys.argv[0] = 'convert.py'; import tensors; old = tensors.Lazy.nbytes.fget; tensors.Lazy.nbytes = property(lambda t: time.sleep(0.05) or old(t)); import convert; convert.main()"
+    process = subprocess.Popen([sys.executable, "-c", code, f"--source={tmp_path / 'ours'}", f"--out={tmp_path / 'new/folders/hf'}"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 60
+    while not list(tmp_path.glob("new/folders/.hf.*")):
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signum)
+    assert process.wait(30) == 130
+    assert "nothing is written" in (err := process.stderr.read()) and "Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
 
 def test_verify_refuses_what_differs(run, monkeypatch, tmp_path):
@@ -588,8 +690,6 @@ def llada_logits(w, ids, n_layers, n_heads, theta, eps):
 
 def tokenizer_file(path, mask, above=()):
     """A byte-level tokenizer.json: 256 letters, a separator, then the mask, then special tokens with higher ids."""
-    import huggingface
-
     layout, _ = huggingface.layout_of(data.tokenizer("bytes"))
     specials = ["<|endoftext|>", mask, *above]
     layout["added_tokens"] = [dict(id=256 + i) | huggingface.special(name) for i, name in enumerate(specials)]
@@ -624,14 +724,21 @@ def test_llada(run, tmp_path):
 
 
 def test_dream_is_shifted(run, tmp_path):
-    """Qwen2.5's network, bidirectional, each position predicted from the one before."""
+    """Qwen2.5's network, bidirectional, each position predicted from the one before. Its tokenizer is in files of old, of which transformers makes ours."""
     config = transformers.Qwen2Config(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
                                       tie_word_embeddings=False, attn_implementation="eager")
     theirs = transformers.Qwen2ForCausalLM(config).eval()
     theirs.save_pretrained(tmp_path / "dream")
     about = json.loads((tmp_path / "dream/config.json").read_text())
     (tmp_path / "dream/config.json").write_text(json.dumps(about | dict(architectures=["DreamModel"], model_type="Dream", mask_token_id=257)))
-    tokenizer_file(tmp_path / "dream/tokenizer.json", "<|mask|>")
+    layout, _ = huggingface.layout_of(data.tokenizer("bytes"))
+    (tmp_path / "dream/vocab.json").write_text(json.dumps(layout["model"]["vocab"]))
+    (tmp_path / "dream/merges.txt").write_text("#version: 0.2\n")
+    specials = {"256": huggingface.special("<|endoftext|>"), "257": huggingface.special("<|mask|>")}
+    (tmp_path / "dream/tokenizer_config.json").write_text(json.dumps(dict(added_tokens_decoder=specials, eos_token="<|endoftext|>", mask_token="<|mask|>", tokenizer_class="DreamTokenizer")))
+    code, _, err = run(source=tmp_path / "dream", out=tmp_path / "ours")
+    assert code == 2 and "of its vocab.json: docs/checkpoints.md" in err
+    transformers.Qwen2TokenizerFast.from_pretrained(tmp_path / "dream").save_pretrained(tmp_path / "dream")  # as the docs say
     code, _, err = run(source=tmp_path / "dream", out=tmp_path / "ours", verify=True)
     assert code == 0, err
     record = checkpoint.read_checkpoint(tmp_path / "ours/step_00000000")
@@ -666,29 +773,47 @@ def test_the_exported_tokenizer_gives_the_same_ids(run, remote_code, tmp_path, n
 
 @pytest.mark.slow
 def test_a_network_of_1_7b_in_minutes_and_little_memory(tmp_path):
-    """torch_dist, bfloat16, random weights: within 3 minutes, and one tensor at a time."""
-    import subprocess
-    import time
-
+    """torch_dist, bfloat16, random weights → ours within 3 minutes; from there to every format and back. One tensor at a time."""
     import torch.distributed.checkpoint as dcp
 
     import megatron
 
     c, place = ModelConfig(28, 16, 16, 128, 2048, 6144, 50277, 50277, 2048, False, tied=False), tmp_path / "mega/iter_0000042"
     place.mkdir(parents=True)
-    whole, stacked = {}, {}
+    generator, whole, stacked = torch.Generator().manual_seed(0), {}, {}
+
+    def values(*shape):
+        return torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)
+
     for name, shape in megatron.names(c).items():
         if name.startswith("decoder.layers."):
             stacked[name.split(".", 3)[3]] = shape
         else:
-            whole[name] = torch.full([50304 if n is None else n for n in shape], 0.5, dtype=torch.bfloat16)
+            whole[name] = values(*(50304 if n is None else n for n in shape))
     largest = max(w.numel() * 2 for w in whole.values())
-    dcp.save(whole | {f"decoder.layers.{name}": torch.full((28, *shape), 0.25, dtype=torch.bfloat16) for name, shape in stacked.items()}, checkpoint_id=place, no_dist=True)
+    layers = {f"decoder.layers.{name}": values(28, *shape) for name, shape in stacked.items()}
+    dcp.save(whole | layers, checkpoint_id=place, no_dist=True)
     torch.save(dict(args=megatron_args(c, "masked", padded_vocab_size=50304), iteration=42), place / "common.pt")
     (tmp_path / "mega/latest_checkpointed_iteration.txt").write_text("42")
-    code = "import sys; sys.argv[0] = 'convert.py'; import convert; convert.main(); print([l.split()[1] for l in open('/proc/self/status') if 'VmHWM' in l][0])"  # kB
-    start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code, f"--source={tmp_path / 'mega'}", "--tokenizer=none", f"--out={tmp_path / 'ours'}"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert time.perf_counter() - start < 180 and 1024 * int(done.stdout.split()[-1]) < largest + 2**30
-    assert "1,732,895,744 parameters" in done.stdout
+    last = layers["decoder.layers.mlp.linear_fc2.weight"][27].clone(), whole["output_layer.weight"][:50278].clone()
+    del whole, layers
+
+    def convert(source, out, room, *flags):
+        """Seconds; its peak of memory must be below a GiB and `room`."""
+        code = "import sys; sys.argv[0] = 'convert.py'; import convert; convert.main(); print([l.split()[1] for l in open('/proc/self/status') if 'VmHWM' in l][0])"  # kB
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code, f"--source={tmp_path / source}", f"--out={tmp_path / out}", *flags], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0 and "1,732,895,744 parameters" in done.stdout, done.stderr
+        seconds, peak = time.perf_counter() - start, 1024 * int(done.stdout.split()[-1])
+        print(f"{source} → {out}: {seconds:.0f} s, {peak / 2**30:.2f} GiB")
+        assert peak < room + 2**30
+        return seconds
+
+    assert convert("mega", "ours", largest, "--tokenizer=none") < 180
+    ours = {name: file for file in (tmp_path / "ours").glob("step_*/*.safetensors") for name in load_file(file)}
+    assert torch.equal(load_file(ours["blocks.27.mlp.down_proj.weight"])["blocks.27.mlp.down_proj.weight"], last[0])
+    assert torch.equal(load_file(ours["lm_head.weight"])["lm_head.weight"][:50278], last[1])
+    convert("ours", "hf", largest)
+    convert("hf", "again", largest, "--tokenizer=none")
+    same(weights_of(tmp_path / "again"), weights_of(tmp_path / "ours"))
+    convert("ours", "shards", largest + 3.5e9 / 4, "--to=megatron", "--tensor_parallel=4")  # a rank's share is held, too
