@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -436,3 +437,21 @@ def test_save_at_keeps_its_checkpoints(config, monkeypatch, tmp_path, capsys):
             train_here(monkeypatch, *common, f"--save_at={wrong}")
         line, = capsys.readouterr().err.splitlines()
         assert f"save_at={wrong}: '" in line and "is no step; write whole numbers from 1 on" in line
+
+
+def test_the_grids_of_the_paper(corpus, tmp_path):
+    """docs/checkpoints.md's commands lay out the paper's sizes at its budgets (the first of each loop)."""
+    loops = re.findall(r"^for \w+ in .*?^done$", (ROOT / "docs/checkpoints.md").read_text(), re.S | re.M)
+    own = tmp_path / "own.py"
+    own.write_text(f"corpus = {str(corpus)!r}\n")
+    for loop, name, where in zip(loops, ("isoflop_points.csv", "epoch_curves.csv"), ("flops", "unique_tokens"), strict=True):
+        rows = list(csv.DictReader(open(ROOT / "results/quokka" / name)))
+        header, first = re.match(r"for \w+ in ((\S+).*); do", loop).groups()
+        assert set(header.split()) == {row[where] for row in rows}
+        command = loop.replace(header, first).replace(".py --obj", f".py,{own} --obj").replace("python ", f"{sys.executable} ").replace(" --launch=", " --dry_run --launch=")
+        done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+        wanted = {f"{int(row['params']) // 10**6}M" for row in rows if row[where] == first}
+        assert set(re.findall(r"masked_(\d+M)_", done.stdout + done.stderr)) == wanted and len(wanted) > 5  # of the small corpus there are fewer unique tokens: it says of which runs
+        assert "Traceback" not in done.stderr
+        if where == "flops":
+            assert done.returncode == 0 and len(re.findall(r" 3e18? | 3e\+?18 ", done.stdout)) == len(wanted), done.stdout
