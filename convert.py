@@ -129,7 +129,7 @@ def open_huggingface(cfg, path):
     drop_tied(config, found, *(huggingface.their_name(name, family) for name in ("lm_head.weight", "embed.weight")), path)
     check(path, {theirs_: with_rows(ours_of(config)[name], name, rows) for theirs_, name in theirs.items()}, found)
     weights = fitted({name: found[theirs_] for theirs_, name in theirs.items()}, config)
-    return Source("hf", path, config, objective, weights, tokens, 0, lambda ids: by_transformers(path, family, config, weights, ids))
+    return Source("hf", path, config, objective, weights, tokens, 0, lambda ids: by_transformers(config, weights, ids))
 
 
 def open_megatron(cfg, path):
@@ -332,24 +332,32 @@ def streamed(config, weights, ids):
 
 
 @torch.no_grad()
-def by_transformers(path, family, config, weights, ids):
-    """Logits of the stock architecture in transformers with a folder's weights in fp32, unshifted; raises ValueError. The folder's own code is not run."""
+def by_transformers(config, weights, ids):
+    """Logits of the stock architecture in transformers, unshifted, with one block at a time in memory; raises ValueError. A folder's own code is not run.
+
+    ids (B, L) → (B, L, n_vocab) fp32.
+    """
     try:
         import transformers
     except ImportError:
         raise ValueError("--verify of a Hugging Face folder needs: pip install '.[hf]'") from None
-    about = huggingface.config_of(dataclasses.replace(config, n_vocab=config.padded_vocab, causal=True, shift=False), "ar", None)
+    about = huggingface.config_of(dataclasses.replace(config, causal=True, shift=False), "ar", None)
     kind = about["architectures"][0]
-    network = getattr(transformers, kind)(getattr(transformers, kind.replace("ForCausalLM", "Config"))(**about, attn_implementation="eager")).float().eval()
-    named = {huggingface.their_name(name): value for name, value in weights.items()}
-    with torch.no_grad():
-        for name, p in network.named_parameters():
-            p.copy_(named[name].read())
+    settings = getattr(transformers, kind.replace("ForCausalLM", "Config"))(**about | dict(vocab_size=1, num_hidden_layers=1), attn_implementation="eager")
+    network = getattr(transformers, kind)(settings).float().eval().model  # its one block is each in turn; the ends are taken off
+    norm, network.norm = network.norm, torch.nn.Identity()
     length = ids.shape[1]
     allowed = torch.ones(length, length, dtype=torch.bool)
     allowed = allowed.tril() if config.causal else allowed
     mask = torch.zeros(length, length).masked_fill(~allowed, torch.finfo(torch.float32).min).expand(len(ids), 1, -1, -1)
-    return network(ids, attention_mask=mask, use_cache=False).logits.float()
+    x = weights["embed.weight"].read()[ids].float()
+    for i in range(config.n_layer):
+        named = {huggingface.their_name(name).removeprefix(f"model.layers.{i}."): value for name, value in weights.items() if name.startswith(f"blocks.{i}.")}
+        network.layers[0].load_state_dict({name: value.read().float() for name, value in named.items()})
+        x = network(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
+    norm.weight.copy_(weights["norm.weight"].read())
+    head = weights["embed.weight" if config.tied else "lm_head.weight"].read()[: config.n_vocab].float()
+    return norm(x) @ head.T
 
 
 def difference(source, written, dtype):

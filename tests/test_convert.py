@@ -185,7 +185,7 @@ SHAPES = dict(tied_mha={}, untied_gqa=dict(tied=False, n_kv_head=4, n_head=8, he
 def test_megatron_shards_become_the_whole_bit_for_bit(run, tmp_path, shape, objective, tp, pp):
     """From fixtures that follow the published layout; what our own writer makes of that is those files again."""
     more = SHAPES[shape]
-    network = make_run(tmp_path / "ours", objective, **more)
+    network = make_run(tmp_path / "ours", objective, n_layer=2 * pp, **more)
     write_megatron(tmp_path / "mega", network, objective, tp, pp)
     code, out, err = run(source=tmp_path / "mega", out=tmp_path / "back", tokenizer="bytes", verify=True)
     assert code == 0, err
