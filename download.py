@@ -94,7 +94,7 @@ def listed(api, repo, kind, cfg):
         raise ValueError(f"{repo} has no revision {cfg.revision}") from None
     except Exception as problem:
         raise ValueError(f"{repo} can't be listed: {said(problem)}") from None
-    found = [entry for entry in found if isinstance(entry, RepoFile) and (not folder or entry.path == folder or entry.path.startswith(folder + "/"))]
+    found = [entry for entry in found if isinstance(entry, RepoFile)]
     if not found:
         raise ValueError(f"{repo} has no files" + (f" in {folder}" if folder else ""))
     return commit, found

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import divided
 import pytest
 import torch
 import transformers
@@ -261,9 +263,6 @@ def test_interleaved_pipelines(run, tmp_path):
 
 def write_distributed(folder, network, objective, ranks=2, stacked=True, **args):
     """A `torch_dist` checkpoint as torch.distributed.checkpoint leaves it, its chunks divided among `ranks` files."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.filesystem import FileSystemWriter
-
     c, whole, place = network.config, megatron_tensors(network), Path(folder) / "iter_0000042"
     place.mkdir(parents=True)
     if stacked:
@@ -271,31 +270,18 @@ def write_distributed(folder, network, objective, ranks=2, stacked=True, **args)
         whole = {name: w for name, w in whole.items() if not name.startswith("decoder.layers.")} | {
             f"decoder.layers.{name}": torch.stack([whole[f"decoder.layers.{i}.{name}"] for i in range(c.n_layer)]) for name in names}
     whole |= {f"optimizer.state.exp_avg.{name}": torch.ones_like(w) for name, w in whole.items()}
-    import torch.multiprocessing as mp
-
-    mp.spawn(save_rank, (ranks, str(place), whole, place.parent / "store"), nprocs=ranks)
+    torch.multiprocessing.spawn(divided.save, (ranks, str(place), whole, place.parent / "store"), nprocs=ranks)
     torch.save(dict(args=megatron_args(c, objective, **args), iteration=42, checkpoint_version=3.0), place / "common.pt")
     (place / "metadata.json").write_text(json.dumps(dict(sharded_backend="torch_dist", sharded_backend_version=1)))
     (Path(folder) / "latest_checkpointed_iteration.txt").write_text("42")
-    del dcp, FileSystemWriter
 
 
-def save_rank(rank, world, place, whole, store):
-    """One rank's part: tensors that can be are divided along a dimension of their own."""
-    import torch.distributed as dist
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-    dist.init_process_group("gloo", store=dist.FileStore(str(store), world), rank=rank, world_size=world)
-    mesh = init_device_mesh("cpu", (world,))
-    out = {}
-    for number, (name, w) in enumerate(sorted(whole.items())):
-        dims = [d for d in range(w.dim()) if w.shape[d] % world == 0]
-        out[name] = distribute_tensor(w, mesh, [Shard(dims[number % len(dims)]) if dims else Replicate()])
-    out["decoder.layers.mlp.linear_fc1._extra_state/shard_0_2"] = "bytes that nobody reads"
-    dcp.save(out, checkpoint_id=place)
-    dist.destroy_process_group()
+@pytest.fixture(scope="module")
+def distributed(tmp_path_factory):
+    """The folder of one, to copy, of the network that make_run makes by default."""
+    folder = tmp_path_factory.mktemp("distributed")
+    write_distributed(folder / "mega", make_run(folder / "ours"), "masked")
+    return folder / "mega"
 
 
 @pytest.mark.parametrize("ranks, stacked", ((2, True), (4, True), (2, False)))
@@ -414,32 +400,33 @@ def test_the_exported_ar_folder_is_stock(run, tmp_path):
 
 
 class Evil:
-    def __init__(self, path):
-        self.path = path
+    def __init__(self, path, by):
+        self.path, self.by = path, by
 
     def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
+        return {"posix.system": (os.system, (f"touch {self.path}",)), "builtins.exec": (exec, (f"open({str(self.path)!r}, 'w')",)),
+                "subprocess.call": (subprocess.call, (["touch", str(self.path)],))}[self.by]
 
 
-def test_poisoned_pickles_are_refused(run, tmp_path):
+@pytest.mark.parametrize("by", ("posix.system", "builtins.exec", "subprocess.call"))
+def test_poisoned_pickles_are_refused(run, distributed, tmp_path, by):
     """In every place where a checkpoint has one; nothing in them runs."""
     network, evil = make_run(tmp_path / "ours"), tmp_path / "evil"
-    write_megatron(tmp_path / "a", network, "masked", extra=dict(rng_state=Evil(evil)))
-    write_distributed(tmp_path / "b", network, "masked")
-    write_distributed(tmp_path / "c", network, "masked")
-    write_distributed(tmp_path / "d", network, "masked")
+    write_megatron(tmp_path / "a", network, "masked", extra=dict(rng_state=Evil(evil, by)))
+    for name in "bcd":
+        shutil.copytree(distributed, tmp_path / name)
     write_megatron(tmp_path / "f", network, "masked", 2)
-    edit_pickle(tmp_path / "f/iter_0000042/mp_rank_01/model_optim_rng.pt", lambda values: values.update(rng_state=Evil(evil)))
+    edit_pickle(tmp_path / "f/iter_0000042/mp_rank_01/model_optim_rng.pt", lambda values: values.update(rng_state=Evil(evil, by)))
     common = tmp_path / "b/iter_0000042/common.pt"
-    torch.save(torch.load(common, weights_only=False) | dict(rerun=Evil(evil)), common)
+    torch.save(torch.load(common, weights_only=False) | dict(rerun=Evil(evil, by)), common)
     metadata = tmp_path / "c/iter_0000042/.metadata"
     described = pickle.loads(metadata.read_bytes())
-    described.planner_data = Evil(evil)
+    described.planner_data = Evil(evil, by)
     metadata.write_bytes(pickle.dumps(described))
     described = pickle.loads((tmp_path / "d/iter_0000042/.metadata").read_bytes())
     index, info = next((index, info) for index, info in described.storage_data.items() if index.fqn == "decoder.final_layernorm.weight")
     chunk = tmp_path / "d/iter_0000042" / info.relative_path
-    torch.save(Evil(evil), tmp_path / "chunk")
+    torch.save(Evil(evil, by), tmp_path / "chunk")
     whole, small = chunk.read_bytes(), (tmp_path / "chunk").read_bytes()
     chunk.write_bytes(whole + small)
     info.offset, info.length = len(whole), len(small)
@@ -447,14 +434,17 @@ def test_poisoned_pickles_are_refused(run, tmp_path):
     (tmp_path / "chunk").unlink()
     assert run(source=tmp_path / "ours", out=tmp_path / "e")[0] == 0
     (tmp_path / "e/model.safetensors").unlink()
-    torch.save({"model.norm.weight": Evil(evil)}, tmp_path / "e/pytorch_model.bin")
-    torch.save({"model.norm.weight": Evil(evil)}, tmp_path / "old", _use_new_zipfile_serialization=False)
+    torch.save({"model.norm.weight": Evil(evil, by)}, tmp_path / "e/pytorch_model.bin")
+    torch.save({"model.norm.weight": Evil(evil, by)}, tmp_path / "old", _use_new_zipfile_serialization=False)
     for name in "abcdef":
         said = refused(run, tmp_path, source=tmp_path / name, out=tmp_path / "out", tokenizer="bytes")
-        assert "posix.system" in said and "refused" in said, said
+        assert f"{by.rpartition('.')[2]}, which no checkpoint needs" in said, said
     (tmp_path / "old").replace(tmp_path / "e/pytorch_model.bin")
-    assert "posix.system" in refused(run, tmp_path, source=tmp_path / "e", out=tmp_path / "out", tokenizer="bytes")
+    said = refused(run, tmp_path, source=tmp_path / "e", out=tmp_path / "out", tokenizer="bytes")
+    assert f"{by.rpartition('.')[2]}, which no checkpoint needs" in said, said
     assert not evil.exists()
+    pickle.loads(pickle.dumps(Evil(evil, by)))
+    assert evil.exists()  # it would have
 
 
 def test_classes_in_use_are_out_of_a_pickles_reach(tmp_path):
@@ -589,16 +579,18 @@ def test_megatron_folders_that_lie(run, tmp_path, lie):
     assert said in err, err
 
 
-def test_distributed_folders_that_lie(run, tmp_path):
-    write_distributed(tmp_path / "mega", make_run(tmp_path / "ours"), "masked")
+def test_distributed_folders_that_lie(run, distributed, tmp_path):
+    shutil.copytree(distributed, tmp_path / "mega")
     folder, flags = tmp_path / "mega/iter_0000042", dict(source=tmp_path / "mega", out=tmp_path / "out", tokenizer="bytes")
     whole = {p: p.read_bytes() for p in folder.iterdir()}
     described = pickle.loads(whole[folder / ".metadata"])
     lost = dict(described.storage_data)
     del lost[next(index for index in lost if index.fqn == "embedding.word_embeddings.weight")]
     described.storage_data = lost
+    parts = pickle.loads(whole[folder / ".metadata"])
+    parts.state_dict_metadata["embedding.word_embeddings.weight"].chunks.pop()
     for name, content, said in (("__1_0.distcp", whole[folder / "__1_0.distcp"][:3000], "can't be read"), (".metadata", whole[folder / ".metadata"][:2000], ".metadata can't be read"),
-                                (".metadata", pickle.dumps(described), "embedding.word_embeddings.weight"), ("common.pt", b"", "common.pt can't be read")):
+                                (".metadata", pickle.dumps(described), "embedding.word_embeddings.weight"), (".metadata", pickle.dumps(parts), "values of embedding.word_embeddings.weight are there"), ("common.pt", b"", "common.pt can't be read")):
         (folder / name).write_bytes(content)
         assert said in refused(run, tmp_path, **flags), name
         (folder / name).write_bytes(whole[folder / name])

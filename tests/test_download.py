@@ -168,11 +168,14 @@ def test_ctrl_c_ends_it_at_once(hub, tmp_path):
 
 def test_a_file_that_cant_be_had(hub, tmp_path):
     """It is named; what was on its way arrives, and nothing else is begun."""
-    lost, large = "batch_size1/a/iter_0000010/.metadata", "batch_size1/a/iter_0000010/__0_0.distcp"
-    hub.lost = {lost}
-    code, _, err = download(hub, tmp_path, "--folder=batch_size1", "--workers=2")
+    lost, large, others = "batch_size1/a/iter_0000010/.metadata", "batch_size1/a/iter_0000010/__0_0.distcp", "batch_size1/a/latest_checkpointed_iteration.txt"
+    hub.files = {name: hub.files[name] for name in (lost, large, others)}
+    hub.lost, hub.slow[large] = {lost}, threading.Event()
+    threading.Timer(8, hub.slow[large].set).start()
+    code, _, err = download(hub, tmp_path, "--folder=batch_size1", "--workers=1")
     assert code == 2 and lost in err and "404" in err and len(err.strip().splitlines()) == 1, err
     assert (tmp_path / "got" / large).read_bytes() == hub.files[large] and not list((tmp_path / "got/.cache").rglob("*.incomplete"))
+    assert others not in {name for _, name, _ in hub.asked}
 
 
 def test_another_checksum_is_refused(hub, tmp_path):

@@ -320,6 +320,7 @@ def test_no_good_step_at_the_end_goes_back_too(run_main, poisoned, capsys):
     assert newest(run) == 40 and read_checkpoint(checkpoints(run)[0])["streak"] == 0
 
 
+@pytest.mark.slow
 def test_rank_0_that_hangs_is_named(corpus, tmp_path):
     """It keeps the store through which the others would look: they must not wait for its answer."""
     with open(tmp_path / "log", "w") as log:
@@ -615,6 +616,7 @@ def test_a_run_that_goes_back_in_vain_ends(run_main, poisoned, capsys):
     assert "there is no checkpoint from before" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_spikes_are_skipped_and_ranks_decide_alike(corpus, tmp_path, run_main):
     """skip_norm: what one process skips, two ranks skip, and both go back at the same step."""
     begun = run_main("--steps=20", "--log_every=1", "--save_every=10", "--lr_schedule=constant")

@@ -97,7 +97,7 @@ def test_a_layout_that_is_wrong_would_be_seen(trained, corpus, tmp_path):
 CYCLE = list(pairwise([*LAYOUTS, "one"])) + [("hybrid2x2", "ddp2"), ("full2", "ddp4")]
 
 
-@pytest.mark.parametrize("pairs", [CYCLE + [(name, name) for name in LAYOUTS],
+@pytest.mark.parametrize("pairs", [CYCLE,
                                    pytest.param(list(product(LAYOUTS, LAYOUTS)), marks=pytest.mark.slow)], ids=["some", "all"])
 def test_resumed_under_any_layout(trained, corpus, tmp_path, pairs):
     """The loss continues to 1e-5; in the same layout bit for bit, weights and moments."""
@@ -196,7 +196,8 @@ def test_a_slow_rank_is_found(corpus, tmp_path, layout):
     assert "rank 1 is slow" in output
 
 
-@pytest.mark.parametrize("layout", ("full", pytest.param("optim", marks=pytest.mark.slow)))
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ("full", "optim"))
 def test_divided_runs_go_back_alike(corpus, tmp_path, layout):
     """No gradient passes: all ranks skip, read the checkpoint of before into their shards, and compute what DDP computes."""
     flags = ["--steps=12", "--save_every=4", "--keep=9", f"--corpus={corpus}"]
