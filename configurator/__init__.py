@@ -46,7 +46,10 @@ def load(settings, argv=None, about="", aliases=None):
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
         if os.environ.get("RANK", "0") == "0":
-            print(usage(settings, about, aliases or {}))
+            try:
+                print(usage(settings, about, aliases or {}), flush=True)
+            except BrokenPipeError:  # as of `| head`: nothing is left for Python to say at its end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0)
     fields, types_ = {f.name: f for f in dataclasses.fields(settings)}, typing.get_type_hints(settings)
     values, problems, unread, called = {}, [], False, {}

@@ -366,3 +366,9 @@ def test_other_names(capsys):
     with pytest.raises(SystemExit):
         configurator.load(Settings, ["--help"], aliases=aliases)
     assert "also --rate)" in capsys.readouterr().out
+
+
+def test_help_into_a_pipe_that_is_closed():
+    program = subprocess.Popen([sys.executable, "train.py", "--help"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    program.stdout.close()
+    assert program.wait(60) == 0 and program.stderr.read() == b""
