@@ -104,17 +104,18 @@ def open_ours(path):
         folder, record = path, checkpoint.read_checkpoint(path)
     else:
         folder, record = checkpoint.load_newest(path, lambda warning: print(f"warning: {warning}", file=sys.stderr))
-    config, name = ModelConfig(**record["model"]), record["corpus"]["tokenizer"]
+    config, objective, name, step = understood(folder, lambda r: (ModelConfig(**r["model"]), r["settings"]["objective"], r["corpus"]["tokenizer"], r["step"]), record)
     weights = {}
     for file in checkpoint.weight_files(folder):
         weights |= tensors.of_safetensors(file)
     check(folder, {name: tuple(p.shape) for name, p in skeleton(config).named_parameters()}, weights)
     tokens = data.tokenizer(name, (folder.parent, folder)) if name else None
-    return Source("ours", folder, config, record["settings"]["objective"], weights, tokens, record["step"], lambda ids: streamed(config, weights, ids))
+    return Source("ours", folder, config, objective, weights, tokens, step, lambda ids: streamed(config, weights, ids))
 
 
 def open_huggingface(cfg, path):
     shape, rows, mask_id = understood(path / "config.json", huggingface.shape_of, path)
+    possible(path, shape)
     family, about = huggingface.read_config(path)
     objective = resolved(cfg, "ar" if shape["causal"] else "masked", path)
     tokens = open_tokenizer(cfg, path, about.get("tokenizer_name", ""))
@@ -135,14 +136,15 @@ def open_huggingface(cfg, path):
 def open_megatron(cfg, path):
     args, iteration, found = megatron.read(path)
     shape, objective = understood(path, megatron.shape_of, args), megatron.objective_of(args)
+    possible(path, shape)
     if objective is None and cfg.objective == "auto":
         raise ValueError(f"the arguments do not say what was learned (model_running_mode={args.get('model_running_mode')}, attention_mask_type={args.get('attention_mask_type')}); give --objective")
     objective = resolved(cfg, objective, path) if objective else cfg.objective
     if "embedding.word_embeddings.weight" not in found:
         raise ValueError(f"{path} has no embedding.word_embeddings.weight")
-    rows = found["embedding.word_embeddings.weight"].shape[0]
+    rows = (*found["embedding.word_embeddings.weight"].shape, 0)[0]
     mask_id = args.get("mask_token") if cfg.mask_id < 0 else cfg.mask_id
-    mask_id = mask_id if isinstance(mask_id, int) and mask_id < rows else None  # some name it by its text
+    mask_id = mask_id if type(mask_id) is int and 0 <= mask_id < rows else None  # some name it by its text
     tokens = open_tokenizer(cfg, path, "")
     if tokens is None and cfg.tokenizer != "none":
         raise ValueError("Megatron's checkpoints bring no tokenizer: give --tokenizer=gpt2, a tokenizer.json, or none (nothing can be sampled or evaluated then)")
@@ -159,8 +161,18 @@ def understood(path, function, argument):
     """What `function` makes of settings that somebody else wrote; raises ValueError where they are of strange types."""
     try:
         return function(argument)
-    except (TypeError, KeyError, AttributeError, ZeroDivisionError) as problem:
-        raise ValueError(f"the settings of {path} can't be understood ({type(problem).__name__}: {problem})") from None
+    except (TypeError, KeyError, AttributeError, ZeroDivisionError, OverflowError, RuntimeError) as problem:
+        raise ValueError(f"the settings of {path} can't be understood ({tensors.first_line(problem)})") from None
+    except ValueError as problem:
+        raise problem if str(path) in str(problem) else ValueError(f"{path}: {problem}") from None
+
+
+def possible(path, shape):
+    """Raises ValueError for a shape that no network can have."""
+    if wrong := [f"{name}={value}" for name, value in shape.items() if name in ("n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "d_ff", "block_len") and value < 1]:
+        raise ValueError(f"{path}: {wrong[0]}")
+    if shape["n_head"] % shape["n_kv_head"] or shape["head_dim"] % 2:
+        raise ValueError(f"{path}: its settings contradict each other: {shape['n_head']} heads of {shape['head_dim']}, {shape['n_kv_head']} for keys and values")
 
 
 def resolved(cfg, said, path):
@@ -174,7 +186,7 @@ def open_tokenizer(cfg, path, known):
     if cfg.tokenizer:
         return None if cfg.tokenizer == "none" else data.tokenizer(cfg.tokenizer, (), cfg.eos)
     if known:
-        return data.tokenizer(known)
+        return understood(path / "config.json", data.tokenizer, known)
     return data.tokenizer(str(path / "tokenizer.json")) if (path / "tokenizer.json").is_file() else None
 
 
@@ -183,6 +195,9 @@ def vocabulary(path, tokens, rows, mask_id, text, objective):
 
     mask_id: the mask that the checkpoint was trained with, None if it knows none; text: ids that it takes for text without a tokenizer.
     """
+    for what, value in (("mask", mask_id), ("vocabulary", text)):
+        if value is not None and (type(value) is not int or not 0 <= value <= rows):
+            raise ValueError(f"{path}: its {what} is said to be {value!r}, and its embedding has {rows:,} rows")
     if objective == "ar" and tokens is None:
         return text, text
     if objective == "ar":
@@ -219,7 +234,7 @@ def with_rows(shape, name, rows):
 def drop_tied(config, found, head, embedding, path):
     """A tied network's head is its embedding: a copy of it goes. Raises ValueError if it is none."""
     if config.tied and head in found and embedding in found:
-        if found[head].shape != found[embedding].shape or not torch.equal(found[head].read(), found[embedding].read()):
+        if found[head].shape != found[embedding].shape or not all(map(torch.equal, found[head].parts(), found[embedding].parts())):
             raise ValueError(f"{path}: {head} differs from {embedding}, though the head is said to be tied to it")
         del found[head]
 
@@ -239,16 +254,7 @@ def check(path, wanted, found):
 
 def fitted(weights, config):
     """With as many rows of the vocabulary as our network has: what is neither text nor mask goes, or is filled up with zeros."""
-    rows = config.padded_vocab
-
-    def fit(value):
-        def read():
-            values = value.read()
-            return torch.cat((values, values.new_zeros(rows - len(values), *values.shape[1:]))) if len(values) < rows else values[:rows]
-
-        return value if value.shape[0] == rows else Lazy((rows, *value.shape[1:]), value.dtype, read)
-
-    return {name: fit(value) if name in ("embed.weight", "lm_head.weight") else value for name, value in weights.items()}
+    return {name: value.with_rows(config.padded_vocab) if name in ("embed.weight", "lm_head.weight") else value for name, value in weights.items()}
 
 
 # ------------------------------------------------------------------------------------------------------- writing
@@ -286,9 +292,13 @@ def write_groups(folder, weights, alive):
     return [*groups, "model.safetensors.index.json"]
 
 
+def rounded(weights, dtype):
+    return weights if dtype == "source" else {name: value.to(DTYPES[dtype], name) for name, value in weights.items()}
+
+
 def write(cfg, source, to, out):
     """Everything that the conversion leaves behind, in `out`; raises ValueError or OSError."""
-    weights = {name: value.to(DTYPES[cfg.dtype]) if cfg.dtype != "source" else value for name, value in source.weights.items()}
+    weights = rounded(source.weights, cfg.dtype)
     total = sum(value.nbytes for value in weights.values())
     free = shutil.disk_usage(out).free
     if total > free:
@@ -341,7 +351,8 @@ def by_transformers(config, weights, ids):
         import transformers
     except ImportError:
         raise ValueError("--verify of a Hugging Face folder needs: pip install '.[hf]'") from None
-    about = huggingface.config_of(dataclasses.replace(config, causal=True, shift=False), "ar", None)
+    both = config.qk_norm and config.qkv_bias  # Qwen3 has biases in all four projections, or none: the fourth is zero then
+    about = huggingface.config_of(dataclasses.replace(config, causal=True, shift=False, qkv_bias=config.qkv_bias and not both), "ar", None) | dict(attention_bias=both)
     kind = about["architectures"][0]
     settings = getattr(transformers, kind.replace("ForCausalLM", "Config"))(**about | dict(vocab_size=1, num_hidden_layers=1), attn_implementation="eager")
     network = getattr(transformers, kind)(settings).float().eval().model  # its one block is each in turn; the ends are taken off
@@ -353,7 +364,8 @@ def by_transformers(config, weights, ids):
     x = weights["embed.weight"].read()[ids].float()
     for i in range(config.n_layer):
         named = {huggingface.their_name(name).removeprefix(f"model.layers.{i}."): value for name, value in weights.items() if name.startswith(f"blocks.{i}.")}
-        network.layers[0].load_state_dict({name: value.read().float() for name, value in named.items()})
+        zero = {"self_attn.o_proj.bias": torch.zeros(config.d_model)} if both else {}
+        network.layers[0].load_state_dict({name: value.read().float() for name, value in named.items()} | zero)
         x = network(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
     norm.weight.copy_(weights["norm.weight"].read())
     head = weights["embed.weight" if config.tied else "lm_head.weight"].read()[: config.n_vocab].float()
@@ -373,10 +385,10 @@ def difference(source, written, dtype):
         a, b = a[..., : c.n_vocab], b[..., : c.n_vocab]
         return float((a - b).abs().max() / a.abs().max())
 
-    if dtype == source.weights["embed.weight"].dtype:
+    if dtype == "source":
         return gap(source.logits(ids), written.logits(ids))
-    rounded = {name: value.to(dtype) for name, value in source.weights.items()}
-    return max(gap(source.logits(ids), streamed(c, source.weights, ids)), gap(streamed(c, rounded, ids), written.logits(ids)))
+    gaps = gap(source.logits(ids), streamed(c, source.weights, ids)), gap(streamed(c, rounded(source.weights, dtype), ids), written.logits(ids))
+    return float(torch.tensor(gaps).max())  # NaN, if one is
 
 
 # ---------------------------------------------------------------------------------------------------------- main
@@ -395,6 +407,8 @@ def main():
     try:
         source = open_source(cfg)
         to = cfg.to if cfg.to != "auto" else "hf" if source.kind == "ours" else "ours"
+        if source.kind == "ours" and (idle := [name for name in ("tokenizer", "eos", "objective", "mask_id", "block_len") if getattr(cfg, name) != getattr(Config(), name)]):
+            raise ValueError(f"{source.folder} is ours and knows its {idle[0]}: {', '.join('--' + name for name in idle)} is for others' checkpoints")
         if to == source.kind == "ours":
             raise ValueError(f"{source.folder} is ours already")
         c = source.config
@@ -405,8 +419,7 @@ def main():
         total = write(cfg, source, to, building)
         if cfg.verify:
             written = open_source(dataclasses.replace(cfg, tokenizer="none", mask_id=c.mask_id if source.objective == "masked" else -1), building)
-            dtype = written.weights["embed.weight"].dtype
-            gap = difference(source, written, dtype)
+            gap = difference(source, written, cfg.dtype)
             print(f"logits differ by at most {gap:.2g} of the largest (limit {LIMIT:.2g})")
             if not gap <= LIMIT:
                 raise ValueError("what was written does not compute what the source computes; nothing is kept")

@@ -3,10 +3,13 @@
     python convert.py download OWNER/NAME --folder=batch_size1/1024_96b_1e_1b_ar --out=ckpts
     python convert.py download datasets/MDGA-1/quokka_logs --folder=batch_size1 --out=logs
 
-A broken connection is taken up where it broke. Started again after an interruption, it leaves alone what is there and whole.
+A connection that breaks is taken up where it broke. Started again after an interruption, it leaves alone what is there and whole; a
+file that was not begins anew (huggingface_hub 2 keeps no part of it).
 HF_ENDPOINT names another hub, HF_TOKEN who you are.
 """
 
+import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -20,6 +23,8 @@ from pathlib import Path
 import configurator
 from checkpoint import file_digest
 from configurator import setting
+
+OURS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)  # the trouble is here, not on the way
 
 
 @dataclass
@@ -51,7 +56,7 @@ def said(problem):
 
 
 def fetch(api, repo, kind, commit, entry, out, tries, enough):
-    """One file, resumed after each broken connection; raises ValueError. Tries no more once the event `enough` is set."""
+    """One file, tried again after whatever goes wrong on the way; raises ValueError. Tries no more once the event `enough` is set."""
     path, problem = Path(out) / entry.path, ""
     for attempt in range(tries):
         if is_whole(path, entry):
@@ -65,7 +70,7 @@ def fetch(api, repo, kind, commit, entry, out, tries, enough):
             problem = "" if is_whole(path, entry) else "checksum"
         except Exception as error:  # the HTTP library has its own kinds, which differ from version to version
             problem = said(error)
-            if getattr(getattr(error, "response", None), "status_code", None) in (401, 403, 404):
+            if getattr(getattr(error, "response", None), "status_code", None) in (401, 403, 404) or getattr(error, "errno", None) in OURS:
                 break
         if not problem:
             return
@@ -114,23 +119,30 @@ def download(cfg, repo, progress=lambda done, total: None):
     root = Path(cfg.out).resolve()
     known = root / ".cache/huggingface/download"  # where huggingface_hub notes what it has put here, and writes what isn't whole yet
     for entry in found:
-        path = root / entry.path
-        if not path.resolve().is_relative_to(root) or path.is_relative_to(root / ".cache"):
+        path = (root / entry.path).resolve()
+        if not path.is_relative_to(root) or path.is_relative_to(root / ".cache"):
             raise ValueError(f"{repo} lists {entry.path}, which is not within its own folder: nothing is downloaded")
         if path.exists() and not (known / f"{entry.path}.metadata").is_file() and not is_whole(path, entry):
             raise ValueError(f"{path} exists and is no download of this: nothing is overwritten; choose another --out")
     root.mkdir(parents=True, exist_ok=True)
     total, began, enough = sum(entry.size for entry in found), time.time(), threading.Event()
 
-    def parts():
-        """Files that this process has begun, and their sizes."""
-        for path in known.rglob("*.incomplete"):
-            try:
-                if (stat := path.stat()).st_mtime >= began - 1:
-                    yield path, stat.st_size
-            except OSError:  # whole in between
-                pass
+    hashes = {entry.lfs.sha256 if entry.lfs else entry.blob_id for entry in found}  # in the names of files that are not whole yet
 
+    def parts():
+        """Files that are not whole yet, of those that are wanted, with their sizes and times."""
+        for path in known.rglob("*.incomplete"):
+            with contextlib.suppress(OSError):  # whole in between
+                if hashes & set(path.name.split(".")):
+                    yield path, path.stat().st_size, path.stat().st_mtime
+
+    def sweep(paths):
+        for path in paths:
+            if re.search(r"\.[0-9a-f]{8}\.incomplete$", path.name):  # a process's own name for it, which no later one takes up
+                path.unlink(missing_ok=True)
+
+    sweep([path for path, _, time_ in parts() if time_ < began - 3600])  # of one that was killed
+    before = {path for path, *_ in parts()}  # of another that runs beside this
     pool = ThreadPoolExecutor(cfg.workers)
     jobs = {pool.submit(fetch, api, repo, kind, commit, entry, root, cfg.tries, enough): entry for entry in found}
     try:
@@ -142,11 +154,9 @@ def download(cfg, repo, progress=lambda done, total: None):
                 pool.shutdown(wait=False, cancel_futures=True)  # what runs may end: a half file could not be kept
             waiting = {job for job in waiting if not job.cancelled()}
             whole = sum(entry.size for job, entry in jobs.items() if job.done() and not job.cancelled())
-            progress(min(total, whole + sum(size for _, size in parts())), total)
+            progress(min(total, whole + sum(size for path, size, _ in parts() if path not in before)), total)
     except KeyboardInterrupt:
-        for path, _ in parts():
-            if re.search(r"\.[0-9a-f]{8}\.incomplete$", path.name):  # this process's own name for it, which no later one takes up
-                path.unlink(missing_ok=True)
+        sweep([path for path, *_ in parts() if path not in before])
         raise
     pool.shutdown()
     if problems := [job.exception() for job in jobs if not job.cancelled() and job.exception()]:

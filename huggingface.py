@@ -13,7 +13,6 @@ import shutil
 from pathlib import Path
 
 import tensors
-from tensors import Lazy
 
 # What `architectures` in config.json may say, and what that means for ModelConfig.
 FAMILIES = {
@@ -41,7 +40,7 @@ def read_config(folder):
     try:
         a = json.loads(path.read_text(encoding="utf-8"))
         family = (a.get("architectures") or ["none"])[0]
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError) as problem:
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError, RecursionError) as problem:
         raise ValueError(f"{path} can't be read: {tensors.first_line(problem)}") from None
     if family not in FAMILIES:
         raise ValueError(f"{path}: architecture {family} is not supported; {', '.join(FAMILIES)} are")
@@ -72,7 +71,7 @@ def shape_of(folder):
                      head_dim=a.get("head_dim") or (128 if family == "Qwen3ForCausalLM" else d_model // n_head), d_ff=a["intermediate_size"])
     except KeyError as missing:
         raise ValueError(f"{path} does not say {missing}") from None
-    if wrong := [f"{name}={value}" for name, value in (shape | dict(vocab_size=rows, max_position_embeddings=length)).items() if not isinstance(value, int) or value < 1]:
+    if wrong := [f"{name}={value}" for name, value in (shape | dict(vocab_size=rows, max_position_embeddings=length)).items() if type(value) is not int or value < 1]:
         raise ValueError(f"{path} can't be understood: {', '.join(wrong)}")
     rope = a.get("rope_parameters") or {}
     scaling = a.get("rope_scaling") or rope
@@ -161,10 +160,7 @@ def from_ours(config, objective, ours):
     """{their name: Lazy}; AR models are written without the rows that are no text."""
     rows = config.n_vocab if objective == "ar" else config.padded_vocab
 
-    def cut(value):
-        return Lazy((rows, *value.shape[1:]), value.dtype, lambda: value.read()[:rows])
-
-    return {their_name(name): cut(value) if name in ("embed.weight", "lm_head.weight") else value for name, value in ours.items()}
+    return {their_name(name): value.with_rows(rows) if name in ("embed.weight", "lm_head.weight") else value for name, value in ours.items()}
 
 
 def write_beside(folder, config, objective, tokens, dtype):
@@ -199,7 +195,9 @@ def write_tokenizer(folder, tokens, mask_id, length):
         put(folder / "tokenizer.json", layout)
     settings = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=eos, pad_token=eos, padding_side="left", model_max_length=length, clean_up_tokenization_spaces=False)
     if mask_id is not None:
-        mask = next((name for name, i in tokens.specials.items() if i == mask_id), MASK)
+        mask = next((name for name, i in tokens.specials.items() if i == mask_id), None)
+        while mask is None or tokens.specials.get(mask, mask_id) != mask_id:  # a name that is still free
+            mask = MASK if mask is None else f"<{mask}>"
         settings |= dict(mask_token=mask, added_tokens_decoder={str(mask_id): special(mask)})
     put(folder / "tokenizer_config.json", settings)
 

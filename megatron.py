@@ -38,7 +38,7 @@ def find(path):
     if not pointer.is_file():
         return path
     latest = pointer.read_text().strip()
-    if latest != "release" and not latest.isdecimal():
+    if latest != "release" and not re.fullmatch("[0-9]{1,12}", latest):
         raise ValueError(f"{pointer} holds no iteration but {latest[:20]!r}")
     folder = path / (latest if latest == "release" else f"iter_{int(latest):07d}")
     if not folder.is_dir():
@@ -85,7 +85,7 @@ def read_ranks(folder):
         for tensor in range(n_tensor):
             if (pipeline, tensor) not in ranks:
                 raise FileNotFoundError(f"{folder}: the shard of tensor rank {tensor}, pipeline rank {pipeline} is not there")
-    n_chunks = sum(bool(re.fullmatch(r"model\d+", key)) for key in first)  # of interleaved pipelines
+    n_chunks = sum(isinstance(key, str) and bool(re.fullmatch(r"model\d+", key)) for key in first)  # of interleaved pipelines
     out, layers = {}, 0
     for chunk in range(n_chunks or 1):
         key = f"model{chunk}" if n_chunks else "model"
@@ -98,7 +98,7 @@ def read_ranks(folder):
                     raise ValueError(f"{lacking[0]} has no {name}, which other ranks have")
                 whole = renumbered(name, layers, numbers)
                 merged = merge(whole, [Lazy(tuple(part[name].shape), part[name].dtype, functools.partial(reread, file, key, name)) for file, part in zip(files, parts)])
-                if whole in out and whole != "output_layer.weight":
+                if whole in out:
                     raise ValueError(f"{folder}: {whole} occurs on more than one pipeline rank")
                 out[whole] = merged
             layers += len(numbers)
@@ -107,12 +107,13 @@ def read_ranks(folder):
 
 def state_dict(file, key):
     """{name: tensor} of the network in a rank's file, mapped, not read."""
-    loaded = tensors.load(file, mmap=True).get(key)
+    loaded = tensors.load(file, mmap=True)
+    loaded = loaded.get(key) if isinstance(loaded, dict) else None
     if not isinstance(loaded, dict):
         raise ValueError(f"{file} holds no {key}")
     if "language_model" in loaded:
         raise ValueError(f"{file} is of the old Megatron without core (its tensors are under language_model): not supported")
-    return {strip(name): value for name, value in loaded.items() if isinstance(value, torch.Tensor) and not name.endswith(IGNORED)}
+    return {strip(name): value for name, value in tensors.plain(loaded, file, but=IGNORED).items()}
 
 
 def strip(name):
@@ -163,7 +164,11 @@ def merge(name, parts):
 
     if dim is None:
         return Lazy(first.shape, first.dtype, read_same)
+    if dim >= len(first.shape):
+        raise ValueError(f"{name} is {first.shape} on each tensor-parallel rank: it can't be a part of a whole")
     shape = tuple(size * len(parts) if i == dim else size for i, size in enumerate(first.shape))
+    if dim == 0 and not name.endswith("linear_fc1.weight"):
+        return tensors.joined(shape, first.dtype, lambda: (part.read() for part in parts))
     return Lazy(shape, first.dtype, read_divided)
 
 
@@ -177,7 +182,7 @@ def read_distributed(folder):
             continue
         stacked = re.fullmatch(r"decoder\.layers\.([a-z].*)", name)
         if not stacked or not whole.shape:
-            out[name] = Lazy(whole.shape, whole.dtype, whole.read)
+            out[name] = Lazy(whole.shape, whole.dtype, whole.read, whole.parts if whole.shape else None)
             continue
         for layer in range(whole.shape[0]):
             out[f"decoder.layers.{layer}.{stacked[1]}"] = Lazy(whole.shape[1:], whole.dtype, functools.partial(one_layer, whole, layer))
@@ -196,9 +201,11 @@ def shape_of(args):
     defaults = dict(swiglu=False, normalization="LayerNorm", add_bias_linear=True, position_embedding_type="learned_absolute", rotary_percent=1.0, rotary_interleaved=False,
                     num_experts=None, multi_latent_attention=False, qk_layernorm=False, qk_l2_norm=False, add_qkv_bias=False, group_query_attention=False, softmax_scale=None,
                     apply_layernorm_1p=False, apply_residual_connection_post_layernorm=False, untie_embeddings_and_output_weights=False, rotary_base=10000,
-                    rotary_seq_len_interpolation_factor=None, use_rope_scaling=False, no_rope_freq=None, window_size=None)
+                    rotary_seq_len_interpolation_factor=None, use_rope_scaling=False, no_rope_freq=None, window_size=None,
+                    softmax_type="vanilla", activation_func_clamp_value=None, glu_linear_offset=0.0)
     needed = dict(swiglu=True, normalization="RMSNorm", add_bias_linear=False, position_embedding_type="rope", rotary_interleaved=False, num_experts=None, multi_latent_attention=False,
-                  qk_l2_norm=False, softmax_scale=None, apply_layernorm_1p=False, apply_residual_connection_post_layernorm=False, use_rope_scaling=False, no_rope_freq=None, window_size=None)
+                  qk_l2_norm=False, softmax_scale=None, apply_layernorm_1p=False, apply_residual_connection_post_layernorm=False, use_rope_scaling=False, no_rope_freq=None, window_size=None,
+                  softmax_type="vanilla", activation_func_clamp_value=None, glu_linear_offset=0.0)
     a = defaults | {name: value for name, value in args.items() if value is not None}
     if a["window_size"] is not None and all(size == -1 for size in a["window_size"]):
         a["window_size"] = None  # a window without end on both sides
@@ -214,8 +221,6 @@ def shape_of(args):
         length = int(a.get("max_position_embeddings") or a["seq_length"])
     except KeyError as problem:
         raise ValueError(f"the checkpoint's arguments do not say {problem}") from None
-    if min(n_layer, d_model, n_head, d_ff, head_dim, n_kv_head, length) < 1 or n_head % n_kv_head or head_dim % 2:
-        raise ValueError(f"the checkpoint's arguments contradict each other: {n_layer} layers of width {d_model}, {n_head} heads of {head_dim}, {n_kv_head} query groups")
     eps = a.get("norm_epsilon", a.get("layernorm_epsilon", 1e-5))
     return dict(n_layer=n_layer, n_head=n_head, n_kv_head=n_kv_head, head_dim=head_dim, d_model=d_model, d_ff=d_ff, block_len=length,
                 tied=not a["untie_embeddings_and_output_weights"], rope_base=float(a["rotary_base"]), norm_eps=float(eps),
@@ -366,11 +371,14 @@ def share(name, values, rows, rank, world):
     """A tensor-parallel rank's own part of a whole tensor, in memory of its own."""
     dim = divided_dim(name)
     if name.endswith(("word_embeddings.weight", "output_layer.weight")):
-        values = torch.cat((values, values.new_zeros(rows - len(values), values.shape[1])))
+        out = values.new_zeros(rows // world, values.shape[1])
+        mine = values[rank * len(out) : (rank + 1) * len(out)]
+        out[: len(mine)] = mine
+        return out
     if dim is None:
         return values.clone()
     halves = values.chunk(2) if name.endswith("linear_fc1.weight") else [values]
-    return torch.cat([half.chunk(world, dim)[rank] for half in halves], dim).clone()
+    return torch.cat([half.chunk(world, dim)[rank] for half in halves], dim)
 
 
 # ------------------------------------------------------------------------------------------------- what it computes

@@ -193,14 +193,15 @@ class DiffLM(PreTrainedModel):
             prompt = torch.empty(1, 0, dtype=torch.long, device=self.device)
         B, L = prompt.shape
         limit = max_length or getattr(given, "max_length", None) if generation_config else max_length
-        new = max_new_tokens or getattr(generation_config, "max_new_tokens", None) or ((limit or self.config.max_position_embeddings) - L)
-        block = inference_block_size or new
-        if new <= 0 or L + new > self.config.max_position_embeddings:
+        new = getattr(generation_config, "max_new_tokens", None) if max_new_tokens is None else max_new_tokens
+        new = (limit or self.config.max_position_embeddings) - L if new is None else new
+        block = new if inference_block_size is None else inference_block_size
+        if new < 1 or block < 1 or L + new > self.config.max_position_embeddings:
             raise ValueError(f"{L} + {new} tokens do not fit into {self.config.max_position_embeddings}")
         if new % block:
             raise ValueError(f"max_new_tokens={new} must be a multiple of inference_block_size={block}")
-        steps = sample_steps or new
-        if steps % (new // block):
+        steps = new if sample_steps is None else sample_steps
+        if steps < 1 or steps % (new // block):
             raise ValueError(f"sample_steps={steps} must be a multiple of the {new // block} blocks")
         if remasking not in ("low_confidence", "random"):
             raise ValueError(f"remasking={remasking}: choose low_confidence or random")

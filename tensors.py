@@ -11,7 +11,6 @@ import io
 import json
 import math
 import pickle
-import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,8 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+BLOCK = 64 << 20  # bytes of a tensor that are in memory at a time where its rows can be read by themselves
+
 
 class Lazy(NamedTuple):
     """A tensor that is read when it is wanted."""
@@ -27,13 +28,73 @@ class Lazy(NamedTuple):
     shape: tuple
     dtype: torch.dtype
     read: Callable  # () → the tensor
+    pieces: Callable | None = None  # () → its rows in several parts, one after the other
 
     @property
     def nbytes(self):
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def to(self, dtype):
-        return self if dtype == self.dtype else Lazy(self.shape, dtype, lambda: self.read().to(dtype))
+    def parts(self):
+        """Its rows, in as many parts as its file allows."""
+        return self.pieces() if self.pieces else iter((self.read(),))
+
+    def to(self, dtype, name=""):
+        """In another dtype; reading raises ValueError where values get lost that this can't hold."""
+        if dtype == self.dtype:
+            return self
+
+        def rounded(values):
+            out = values.to(dtype)
+            if not torch.equal(out.isfinite(), values.isfinite()):
+                raise ValueError(f"{name}: {str(dtype).removeprefix('torch.')} can't hold values as large as {values[values.isfinite()].abs().max():.3g}")
+            return out
+
+        return Lazy(self.shape, dtype, lambda: rounded(self.read()), lambda: map(rounded, self.parts()))
+
+    def with_rows(self, rows):
+        """Its first rows, or filled up with rows of zeros."""
+        if rows == self.shape[0]:
+            return self
+
+        def pieces():
+            left = rows
+            for part in self.parts():
+                yield part[:left]
+                left -= min(left, len(part))
+            if left:
+                yield torch.zeros(left, *self.shape[1:], dtype=self.dtype)
+
+        return joined((rows, *self.shape[1:]), self.dtype, pieces)
+
+
+def joined(shape, dtype, pieces):
+    """A Lazy of parts that follow one another."""
+
+    def read():
+        out, at = torch.empty(shape, dtype=dtype), 0
+        for part in pieces():
+            out[at : at + len(part)] = part
+            at += len(part)
+        return out
+
+    return Lazy(tuple(shape), dtype, read, pieces)
+
+
+def blocks(shape, dtype):
+    """(first, last + 1) of the rows that are read together."""
+    rows = max(1, BLOCK // max(1, math.prod(shape[1:]) * dtype.itemsize))
+    return [(first, min(first + rows, shape[0])) for first in range(0, shape[0], rows)]
+
+
+def plain(values, file, but=()):
+    """{name: tensor} of what is a tensor in a dictionary somebody wrote, without names that end in one of `but`; raises ValueError for tensors that are no weights."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds no dictionary of tensors")
+    out = {name: value for name, value in values.items() if isinstance(name, str) and isinstance(value, torch.Tensor) and not name.endswith(but or ("\0",))}
+    for name, value in out.items():
+        if value.layout != torch.strided or value.device.type != "cpu" or not value.dim():
+            raise ValueError(f"{file}: {name!r} is no array of weights")
+    return out
 
 
 # ------------------------------------------------------------------------------------------------------- pickles
@@ -57,34 +118,46 @@ class StandIn:
             self.state = state
 
 
+class Refused(ValueError):
+    """What a file refers to may run code."""
+
+
 def refuse(path, name):
-    raise ValueError(f"{path} refers to {name}, which no checkpoint needs: it may run code, so the file is refused, and nothing in it was run")
+    raise Refused(f"{path} refers to {name!r}, which no checkpoint needs: it may run code, so the file is refused, and nothing in it was run")
 
 
 def load(path, at=None, **how):
-    """torch.load of a file, or of the part of it that `at` = (offset, length) says, on the CPU; raises ValueError."""
+    """torch.load of a file, or of the part of it that `at` = (offset, length) says, on the CPU; raises ValueError or OSError.
+
+    how: mmap=True maps a file of today's format instead of reading it; map_location.
+    """
     try:
         with Window(path, *at) if at else open(path, "rb") as file:
             is_zip = zipfile.is_zipfile(file)
             file.seek(0)
-            names = torch.serialization.get_unsafe_globals_in_checkpoint(file) if is_zip else []
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(file) if is_zip else [*HARMLESS]  # an old file names them as it is read
             for name in names:
                 if name != "argparse.Namespace" and name not in HARMLESS and not name.startswith(FRAMEWORKS):
                     refuse(path, name)
             file.seek(0)
-            known = [argparse.Namespace if name == "argparse.Namespace" else (StandIn, name) for name in names]
+            known = [argparse.Namespace, *((StandIn, name) for name in names if name != "argparse.Namespace")]
+            how = dict(map_location="cpu") | how
             with torch.serialization.safe_globals(known):
-                return torch.load(path if how.get("mmap") and is_zip else file, weights_only=True, **dict(map_location="cpu") | how | ({} if is_zip else dict(mmap=None)))
+                if is_zip and how.get("mmap"):
+                    return torch.load(path, weights_only=True, **how)  # it maps files by their names only
+                return torch.load(file, weights_only=True, map_location=how["map_location"])
+    except Refused:
+        raise
     except pickle.UnpicklingError as problem:
         if "GLOBAL " in str(problem):
             refuse(path, str(problem).partition("GLOBAL ")[2].split()[0])
         raise ValueError(f"{path} can't be read: it is no file of torch's, or holds more than tensors") from None
-    except (RuntimeError, EOFError, KeyError, IndexError, TypeError, AttributeError, AssertionError, OverflowError, struct.error, zipfile.BadZipFile) as problem:
-        raise ValueError(f"{path} can't be read: {first_line(problem)}") from None
     except OSError as problem:
         if problem.filename is not None:  # it can't be opened
             raise
         raise ValueError(f"{path} can't be read: it is cut short or damaged ({problem})") from None  # torch seeks before its beginning
+    except Exception as problem:  # a damaged file can raise almost anything
+        raise ValueError(f"{path} can't be read: {first_line(problem)}") from None
 
 
 def first_line(problem):
@@ -129,6 +202,7 @@ class MetadataUnpickler(pickle.Unpickler):
 
     ITS_OWN = ("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING")
     OTHERS = {("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch", "device"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath")}
+    OLD = ("torch.distributed._shard.sharded_tensor.metadata",)  # where torch 2.2 and before had the properties
     DTYPES = {str(dtype).partition(".")[2]: dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 
     def __init__(self, file, path):
@@ -140,7 +214,7 @@ class MetadataUnpickler(pickle.Unpickler):
             return self.DTYPES[name]
         if (module, name) == ("torch", "Size"):
             return torch.Size
-        if module == "torch.distributed.checkpoint.metadata" and name in self.ITS_OWN or (module, name) in self.OTHERS or module.startswith(FRAMEWORKS):
+        if module == "torch.distributed.checkpoint.metadata" and name in self.ITS_OWN or (module, name) in self.OTHERS or module in self.OLD or module.startswith(FRAMEWORKS):
             return self.kinds.setdefault(name, type(name, (StandIn,), {}))
         return refuse(self.path, f"{module}.{name}")
 
@@ -163,16 +237,21 @@ def load_metadata(path):
             found = MetadataUnpickler(file, path).load()
         where = {(index.fqn, tuple(index.offset)): info for index, info in found.storage_data.items() if getattr(index, "offset", None) is not None}
         for name, about in found.state_dict_metadata.items():
-            if type(about).__name__ == "TensorStorageMetadata":
-                shape, dtype, chunks = tuple(about.size), about.properties.state[0], [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in about.chunks]
-                if not isinstance(dtype, torch.dtype) or any(not len(shape) == len(offsets) == len(sizes) for offsets, sizes in chunks):
-                    raise ValueError(f"{path} can't be read: what it says of {name} contradicts itself")
-                for key in chunks:
-                    info = where.get((name, key[0]))
-                    if info is None or Path(info.relative_path).name != info.relative_path:
-                        raise ValueError(f"{path}: where the chunk of {name} at {key[0]} is, it doesn't say")
-                out[name] = shape, dtype, [Chunk(*key, info.relative_path, int(info.offset), int(info.length)) for key in chunks for info in [where[name, key[0]]]]
-    except (ValueError, OSError):
+            if type(about).__name__ != "TensorStorageMetadata":
+                continue
+            shape, dtype, chunks = torch.Size(about.size), about.properties.state[0], []
+            if not isinstance(name, str) or not isinstance(dtype, torch.dtype):
+                raise TypeError(f"{name!r} is no tensor")
+            for chunk in about.chunks:
+                offsets, sizes = torch.Size(chunk.offsets), torch.Size(chunk.sizes)
+                info = where.get((name, tuple(offsets)))
+                if info is None or Path(info.relative_path).name != info.relative_path:
+                    raise ValueError(f"where the chunk of {name} at {tuple(offsets)} is, it doesn't say")
+                if not len(shape) == len(offsets) == len(sizes) or min(info.offset, info.length) < 0:
+                    raise ValueError(f"what it says of {name} contradicts itself")
+                chunks.append(Chunk(tuple(offsets), tuple(sizes), info.relative_path, int(info.offset), int(info.length)))
+            out[name] = tuple(shape), dtype, chunks
+    except (Refused, OSError):
         raise
     except Exception as problem:  # a damaged pickle can raise almost anything
         raise ValueError(f"{path} can't be read: {first_line(problem)}") from None
@@ -198,14 +277,14 @@ def raw_tensor(path, offset, length):
 
 def of_torch(file):
     """{name: Lazy} of a state dict that torch.save wrote; raises ValueError."""
-    values = load(file, mmap=True)
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} holds no dictionary of tensors")
+    values = plain(load(file, mmap=True), file)
+    mapped = zipfile.is_zipfile(file)
 
     def reading(name):
-        return lambda: load(file, mmap=True)[name]  # mapped anew, so that what was read before can go
+        # what is mapped is mapped anew, so that what was read before can go; a file of before torch 1.6 can only be read whole
+        return lambda: load(file, mmap=True)[name] if mapped else values[name]
 
-    return {name: Lazy(tuple(t.shape), t.dtype, reading(name)) for name, t in values.items() if isinstance(t, torch.Tensor)}
+    return {name: Lazy(tuple(t.shape), t.dtype, reading(name)) for name, t in values.items()}
 
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
@@ -215,17 +294,23 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 def of_safetensors(file):
     """{name: Lazy} of a .safetensors file; raises ValueError."""
 
-    def reading(name):
+    def lazy(name, shape, dtype):
         def read():
             with safe_open(file, "pt") as tensors:  # mapped anew, so that what was read before can go
                 return tensors.get_tensor(name)
 
-        return read
+        def pieces():
+            for first, end in blocks(shape, dtype):
+                with safe_open(file, "pt") as tensors:
+                    part = tensors.get_slice(name)[first:end]
+                yield part
+
+        return Lazy(shape, dtype, read, pieces if len(shape) and math.prod(shape) else None)
 
     try:
         with safe_open(file, "pt") as tensors:
             parts = {name: tensors.get_slice(name) for name in tensors.keys()}
-            return {name: Lazy(tuple(part.get_shape()), DTYPES[part.get_dtype()], reading(name)) for name, part in parts.items()}
+            return {name: lazy(name, tuple(part.get_shape()), DTYPES[part.get_dtype()]) for name, part in parts.items()}
     except (SafetensorError, KeyError) as problem:
         raise ValueError(f"{file} can't be read: {first_line(problem)}") from None
 
@@ -242,11 +327,14 @@ def write_safetensors(file, tensors, alive=lambda n: None):
     with open(file, "wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in tensors.items():
-            values = tensor.read()
-            if tuple(values.shape) != tensor.shape or values.dtype != tensor.dtype:
-                raise ValueError(f"{name} is {tuple(values.shape)} {values.dtype}, and was said to be {tensor.shape} {tensor.dtype}")
-            out.write(memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy()))
-            alive(tensor.nbytes)
+            written = 0
+            for values in tensor.parts():
+                if tuple(values.shape[1:]) != tensor.shape[1:] or values.dtype != tensor.dtype:
+                    raise ValueError(f"{name} is {tuple(values.shape)} {values.dtype}, and was said to be {tensor.shape} {tensor.dtype}")
+                written += out.write(memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy()))
+                alive(values.nbytes)
+            if written != tensor.nbytes:
+                raise ValueError(f"{name} has {written} bytes, and was said to have {tensor.nbytes}")
 
 
 class Divided:
@@ -270,6 +358,10 @@ class Divided:
         if found != out.numel():
             raise ValueError(f"{self.folder}: {found:,} of {out.numel():,} values of {self.name} are there")
         return out
+
+    def parts(self):
+        for first, end in blocks(self.shape, self.dtype):
+            yield self.read((first, *(0 for _ in self.shape[1:])), (end, *self.shape[1:]))
 
     def rows(self, chunk, first, last):
         """Rows first … last − 1 of a chunk."""
