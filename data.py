@@ -113,7 +113,6 @@ class TokenizerFile:
             raise ValueError(f"{path}: " + (f"has no token {eos!r}" if eos else "which token ends a document?") + "; give it with --eos="
                              + (f" (its specials: {', '.join(self.specials)})" if self.specials else ""))
         self.eos, self.eos_id = eos, vocab[eos]
-        added = {t["id"] for t in layout.get("added_tokens", ())}
         text = max(i for i in vocab.values() if i not in self.specials.values())
         own = next((self.specials[mask] for mask in self.MASKS if self.specials.get(mask, -1) > max(text, self.eos_id)), None)
         self.n_vocab = self.mask_id = max(vocab.values()) + 1 if own is None else own  # one that comes after the text ends it: LLaDA's, Dream's

@@ -14,6 +14,7 @@ from test_train import TINY
 
 import data
 import diffusion
+import engine
 import sample
 import train
 from checkpoint import begin_with, checkpoints, read_checkpoint
@@ -99,6 +100,9 @@ def test_training_sees_the_annealed_pairs_and_then_all(corpus):
             assert (batch.visible.numpy() == diffusion.visible_pairs(cfg.seed, step, 32, (step + 1) / 4)).all()
         else:
             assert batch.visible is None
+    objective = engine.Objective(build(n_vocab=257, mask_id=257, block_len=32), False)
+    losses = [objective(batches[0]._replace(visible=visible))[0].item() for visible in (batches[0].visible, torch.ones(32, 32, dtype=torch.bool), None)]
+    assert losses[1] == pytest.approx(losses[2], rel=1e-6) and abs(losses[0] - losses[1]) > 1e-4  # and the network goes by them
     other = list(train.training_batches(process, blocks, 256, 0, 0, 6, cfg, 1, 2, False))  # the second of two ranks
     assert torch.equal(other[0].visible, batches[0].visible)
 
@@ -110,7 +114,7 @@ def test_weights_are_taken_over_and_the_mask_gets_a_row(run_main, tmp_path):
     """The rows of text are the old ones; the mask's the mean of them where it was never seen, else the old mask's."""
     ar = run_main("--steps=3", "--objective=ar", run="ar")
     masked = run_main("--steps=3", f"--init_from={ar}", run="masked")
-    folder, record = checkpoints(masked)[0], read_checkpoint(checkpoints(masked)[0])
+    record = read_checkpoint(checkpoints(masked)[0])
     assert record["model"]["shift"] and not record["model"]["causal"] and record["settings"]["init_from"] == str(ar)
     old = load_file(checkpoints(ar)[0] / "model.safetensors")
     for causal in (True, False):
@@ -121,7 +125,6 @@ def test_weights_are_taken_over_and_the_mask_gets_a_row(run_main, tmp_path):
         assert torch.equal(network.embed.weight[:200], old["embed.weight"][:200]) and (network.embed.weight[200:230] == 0).all() and not torch.equal(network.embed.weight[250], before)
         torch.testing.assert_close(network.embed.weight[230], old["embed.weight"][:200].mean(0) if causal else old["embed.weight"][257])
         assert all(torch.equal(p, old[name]) for name, p in network.named_parameters() if name not in ("embed.weight", "lm_head.weight"))
-    del folder
 
 
 def test_the_adapted_start_is_ahead(run_main):

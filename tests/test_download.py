@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -26,6 +27,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.asked, self.wrong, self.lost = {}, [], set(), set()
         self.breaks = {}  # path: bytes after which the connection is cut, once
+        self.broken = {}  # path: how often it is answered with an error, or, where it is named in `wrong`, with something else
         self.slow = {}  # path: an event, for which it waits in the middle
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -70,7 +72,12 @@ class Handler(BaseHTTPRequestHandler):
                 self.answer(404, X_Error_Code="EntryNotFound")
         elif file and file[1] == COMMIT and file[2] in hub.files.keys() - hub.lost:
             name, content = file[2], hub.files[file[2]]
-            if name in hub.wrong:
+            failing = self.command == "GET" and hub.broken.get(name, 0) > 0
+            if failing:
+                hub.broken[name] -= 1
+            if failing and name not in hub.wrong:
+                return self.answer(500)
+            if name in hub.wrong and (failing or name not in hub.broken):
                 content = b"x" * len(content)
             start = int((re.match(r"bytes=(\d+)-", self.headers.get("Range", "")) or [0, 0])[1])
             hub.asked.append((self.command, name, start))
@@ -149,9 +156,15 @@ def test_a_broken_connection_is_resumed(hub, tmp_path):
 def test_ctrl_c_ends_it_at_once(hub, tmp_path):
     """Not waiting for what is being downloaded, and leaving nothing that the next start can't use."""
     large, small = "batch_size1/a/iter_0000010/__0_0.distcp", "batch_size1/a/latest_checkpointed_iteration.txt"
+    known = tmp_path / "got/.cache/huggingface/download/batch_size1"
+    known.mkdir(parents=True)
+    others, running, killed = (known / f"x.{digest}.{i}abcdef0.incomplete" for i, digest in enumerate(("0" * 64, hub.digest(large), hub.digest(large))))
+    for path in (others, running, killed):
+        path.write_bytes(b"part")
+    os.utime(killed, (0, 0))
     hub.slow[large] = threading.Event()
     process, end = start(hub, tmp_path, "--folder=batch_size1"), time.monotonic() + 60
-    while not ((tmp_path / "got" / small).exists() and list((tmp_path / "got/.cache").rglob("*.incomplete"))):
+    while not ((tmp_path / "got" / small).exists() and len(list((tmp_path / "got/.cache").rglob("*.incomplete"))) == 3):
         assert time.monotonic() < end and process.poll() is None
         time.sleep(0.05)
     time.sleep(0.5)
@@ -159,7 +172,7 @@ def test_ctrl_c_ends_it_at_once(hub, tmp_path):
     assert process.wait(20) == 130
     err = process.stderr.read()
     assert "start again to go on" in err and "Traceback" not in err, err
-    assert not list((tmp_path / "got/.cache").rglob("*.incomplete")) and not (tmp_path / "got" / large).exists()
+    assert set((tmp_path / "got/.cache").rglob("*.incomplete")) == {others, running} and not (tmp_path / "got" / large).exists()  # another download's stay
     hub.slow.pop(large).set()
     hub.asked.clear()
     assert download(hub, tmp_path, "--folder=batch_size1")[0] == 0 and (tmp_path / "got" / large).read_bytes() == hub.files[large]
@@ -176,6 +189,14 @@ def test_a_file_that_cant_be_had(hub, tmp_path):
     assert code == 2 and lost in err and "404" in err and len(err.strip().splitlines()) == 1, err
     assert (tmp_path / "got" / large).read_bytes() == hub.files[large] and not list((tmp_path / "got/.cache").rglob("*.incomplete"))
     assert others not in {name for _, name, _ in hub.asked}
+
+
+def test_what_goes_wrong_once_is_tried_again(hub, tmp_path):
+    small, large = "batch_size1/a/latest_checkpointed_iteration.txt", "batch_size1/a/iter_0000010/.metadata"
+    hub.broken, hub.wrong = {small: 1, large: 1}, {large}
+    code, _, err = download(hub, tmp_path, "--folder=batch_size1")
+    assert code == 0 and hub.broken == {small: 0, large: 0}, err
+    assert all((tmp_path / "got" / name).read_bytes() == hub.files[name] for name in (small, large))
 
 
 def test_another_checksum_is_refused(hub, tmp_path):
