@@ -79,8 +79,11 @@ def unit(bits):
 def visible_pairs(seed, step, length, share):
     """What each position (row) attends to while attention turns from causal to bidirectional: all that is not after it, and a
     random `share` of what is, drawn anew for each step (DiffuLLaMA's annealing). → (length, length) bool."""
-    u = unit(random_bits(seed, SIGHT, [step], length * length)).reshape(length, length)
-    return np.tri(length, dtype=bool) | (u <= share)
+    out = np.tri(length, dtype=bool)
+    for first in range(0, length, 256):  # so many rows at a time, for the memory's sake
+        rows = np.arange(first, min(first + 256, length))
+        out[rows] |= unit(random_bits(seed, SIGHT, step * length + rows, length)) <= share
+    return out
 
 
 # ------------------------------------------------------------------------------------------- noise of a step
