@@ -6,7 +6,7 @@
     python convert.py --source=runs/quickstart --to=megatron --tensor_parallel=2 --out=mp       # ours → Megatron's torch format
     python convert.py download OWNER/NAME --folder=…                                            # a folder of a hub: download --help
 
-What the source is, its files say. Nothing in them is run, and one tensor at a time is in memory (writing Megatron's format: one rank's).
+What the source is, its files say. Nothing in them is run, and at most one tensor is in memory (writing Megatron's format: one rank's besides).
 """
 
 import contextlib
