@@ -398,6 +398,22 @@ def test_the_exported_ar_folder_is_stock(run, tmp_path):
     assert not list((tmp_path / "hf").glob("*.py"))
 
 
+def test_the_exported_ar_folder_in_the_harness(run, tmp_path):
+    """lm-evaluation-harness's own `hf` model loads the folder, tokenizer and all, and scores as ours does."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    import harness
+
+    make_run(tmp_path / "ours", "ar")
+    assert run(source=tmp_path / "ours", out=tmp_path / "hf")[0] == 0
+    ours, theirs = harness.NanoQuokka(run_dir=str(tmp_path / "ours"), device="cpu"), HFLM(pretrained=str(tmp_path / "hf"), device="cpu", dtype="float32", batch_size=2)
+    asked = [Instance("loglikelihood", {}, pair, i, metadata=("t", i, 1)) for i, pair in enumerate((("3 squared", " is 9"), ("é ", "→ü"), ("1", "2"), ("a" * 20, "b" * 20)))]
+    for (a, greedy), (b, theirs_greedy) in zip(ours.loglikelihood(asked), theirs.loglikelihood(asked, disable_tqdm=True), strict=True):
+        assert a == pytest.approx(b, abs=1e-3, rel=1e-5) and greedy == theirs_greedy
+
+
 # ---------------------------------------------------------------------------------------------------- files that lie
 
 
