@@ -62,11 +62,10 @@ def fetch(api, repo, kind, commit, entry, out, tries, enough):
         if is_whole(path, entry):
             return
         path.unlink(missing_ok=True)  # of another revision, or damaged
-        damaged = problem == "checksum"
-        if attempt and not damaged and enough.wait(min(2**attempt, 30)):  # the hub, or the way there, needs a moment
+        if attempt and problem != "checksum" and enough.wait(min(2**attempt, 30)):  # the hub, or the way there, needs a moment
             break
         try:
-            api.hf_hub_download(repo, entry.path, repo_type=kind, revision=commit, local_dir=out, force_download=damaged)
+            api.hf_hub_download(repo, entry.path, repo_type=kind, revision=commit, local_dir=out)
             problem = "" if is_whole(path, entry) else "checksum"
         except Exception as error:  # the HTTP library has its own kinds, which differ from version to version
             problem = said(error)

@@ -691,12 +691,13 @@ def test_verify_refuses_what_differs(run, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ("source", "bfloat16"))
-def test_verify_looks_at_what_was_written(run, monkeypatch, tmp_path, dtype):
+@pytest.mark.parametrize("factor", (1.01, float("nan")))
+def test_verify_looks_at_what_was_written(run, monkeypatch, tmp_path, dtype, factor):
     """A file that holds something else is found out, too."""
     make_run(tmp_path / "ours")
     honest, before = convert.tensors.write_safetensors, set(tmp_path.iterdir())
     monkeypatch.setattr(convert.tensors, "write_safetensors", lambda file, weights, alive: honest(
-        file, {name: value._replace(read=lambda value=value: value.read() * 1.01, pieces=None) if name == "model.norm.weight" else value for name, value in weights.items()}, alive))
+        file, {name: value._replace(read=lambda value=value: value.read() * factor, pieces=None) if name == "model.norm.weight" else value for name, value in weights.items()}, alive))
     code, out, err = run(source=tmp_path / "ours", out=tmp_path / "out", verify=True, dtype=dtype)
     assert code == 2 and "does not compute what the source computes" in err and set(tmp_path.iterdir()) == before
 
