@@ -82,7 +82,7 @@ def shape_of(folder):
     elif kind != "default":
         raise ValueError(f"{path}: this architecture is not ours: rotary positions of type {kind}")
     causal = a.get("attn_mask_type") == "causal" if "causal" not in means else means["causal"]
-    own = dict(qk_norm=a.get("qk_norm", True), qkv_bias=a.get("qkv_bias", False), shift=a.get("shift", False)) if family == "DiffLM" else {}
+    own = dict(qk_norm=a.get("qk_norm", True), qkv_bias=a.get("qkv_bias", False), shift=a.get("shift", False), rope_stretch=tuple(map(float, a.get("rope_stretch") or stretch))) if family == "DiffLM" else {}
     shape |= dict(block_len=length, tied=bool(a.get("tie_word_embeddings", False)), rope_base=float(rope.get("rope_theta") or a.get("rope_theta") or 10000.0),
                   norm_eps=float(1e-6 if a.get("rms_norm_eps") is None else a["rms_norm_eps"]), rope_stretch=stretch) | means | own | dict(causal=causal)
     return shape, rows, None if causal else a.get("mask_token_id")
@@ -144,16 +144,16 @@ def config_of(config, objective, eos_id):
         raise ValueError("no stock architecture has both QK-norm and biases")
     kind = "Qwen3" if c.qk_norm else "Qwen2" if c.qkv_bias else "Llama"
     out = dict(hidden_size=c.d_model, intermediate_size=c.d_ff, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head,
-               head_dim=c.head_dim, max_position_embeddings=c.block_len, rms_norm_eps=c.norm_eps, rope_theta=c.rope_base, rope_scaling=None, hidden_act="silu",
+               head_dim=c.head_dim, max_position_embeddings=c.block_len, rms_norm_eps=c.norm_eps, rope_theta=c.rope_base, hidden_act="silu",
                tie_word_embeddings=c.tied, attention_dropout=0.0, initializer_range=c.init_std, use_cache=objective == "ar", eos_token_id=eos_id, bos_token_id=None)
-    if c.rope_stretch:
+    if c.rope_stretch and objective == "ar":
         factor, low, high, length = c.rope_stretch
         out["rope_scaling"] = dict(rope_type="llama3", factor=factor, low_freq_factor=low, high_freq_factor=high, original_max_position_embeddings=int(length))
     if objective == "ar":
         return dict(architectures=[f"{kind}ForCausalLM"], model_type=kind.lower(), vocab_size=c.n_vocab, attention_bias=False, use_sliding_window=False) | out
     own = dict(AutoConfig="modeling_nanoquokka.DiffLMConfig", AutoModel="modeling_nanoquokka.DiffLM", AutoModelForCausalLM="modeling_nanoquokka.DiffLM")
     return dict(architectures=["DiffLM"], model_type="nanoquokka", auto_map=own, vocab_size=c.padded_vocab, text_tokens=c.n_vocab, mask_token_id=c.mask_id,
-                attn_mask_type="bidirectional", qk_norm=c.qk_norm, qkv_bias=c.qkv_bias, shift=c.shift) | out
+                attn_mask_type="bidirectional", qk_norm=c.qk_norm, qkv_bias=c.qkv_bias, shift=c.shift, rope_stretch=list(c.rope_stretch) or None) | out
 
 
 def from_ours(config, objective, ours):

@@ -20,7 +20,7 @@ class DiffLMConfig(PretrainedConfig):
 
     def __init__(self, vocab_size=50304, text_tokens=None, mask_token_id=50257, hidden_size=768, intermediate_size=2048, num_hidden_layers=12,
                  num_attention_heads=12, num_key_value_heads=None, head_dim=None, max_position_embeddings=2048, rms_norm_eps=1e-6,
-                 rope_theta=10000.0, rope_scaling=None, qk_norm=True, qkv_bias=False, shift=False, attn_mask_type="bidirectional",
+                 rope_theta=10000.0, rope_stretch=None, qk_norm=True, qkv_bias=False, shift=False, attn_mask_type="bidirectional",
                  tie_word_embeddings=True, initializer_range=0.02, **more):
         self.vocab_size, self.mask_token_id = vocab_size, mask_token_id
         self.text_tokens = text_tokens or mask_token_id  # ids from here on are never predicted
@@ -29,7 +29,7 @@ class DiffLMConfig(PretrainedConfig):
         self.head_dim = head_dim or hidden_size // num_attention_heads
         self.max_position_embeddings, self.rms_norm_eps = max_position_embeddings, rms_norm_eps
         theta = (more.pop("rope_parameters", None) or {}).get("rope_theta")
-        self.rope_theta, self.rope_scaling = rope_theta if theta is None else theta, rope_scaling
+        self.rope_theta, self.rope_stretch = rope_theta if theta is None else theta, rope_stretch  # Llama 3.1's: factor, low, high, length
         self.qk_norm, self.qkv_bias, self.shift, self.attn_mask_type = qk_norm, qkv_bias, shift, attn_mask_type
         self.initializer_range = initializer_range
         super().__init__(tie_word_embeddings=tie_word_embeddings, **more)
@@ -135,11 +135,10 @@ class DiffLM(PreTrainedModel):
         """cos and sin, (B or 1, 1, L, head_dim/2) each."""
         c = self.config
         frequency = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float64, device="cpu") / c.head_dim)
-        if c.rope_scaling and c.rope_scaling.get("rope_type") == "llama3":
-            s = c.rope_scaling
-            turns = s["original_max_position_embeddings"] * frequency / (2 * math.pi)
-            kept = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
-            frequency = kept * frequency + (1 - kept) * frequency / s["factor"]
+        if c.rope_stretch:
+            factor, low, high, length = c.rope_stretch
+            kept = ((length * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+            frequency = kept * frequency + (1 - kept) * frequency / factor
         angle = position_ids[..., None].double().cpu() * frequency
         return angle.cos().float().to(position_ids.device)[:, None], angle.sin().float().to(position_ids.device)[:, None]
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -298,7 +299,8 @@ def test_torch_dist_converts(run, tmp_path, ranks, stacked):
 # ----------------------------------------------------------------------------------------------------- Hugging Face
 
 
-@pytest.mark.parametrize("objective, more", (("masked", {}), ("masked", dict(tied=False, n_kv_head=2)), ("masked", dict(shift=True, qk_norm=False, qkv_bias=True)), ("ar", {}),
+@pytest.mark.parametrize("objective, more", (("masked", {}), ("masked", dict(tied=False, n_kv_head=2)), ("masked", dict(shift=True, qk_norm=False, qkv_bias=True)), ("masked", dict(rope_stretch=(4.0, 1.0, 4.0, 16.0))),
+                                             ("ar", {}),
                                              ("ar", dict(tied=False, n_kv_head=1)), ("ar", dict(qk_norm=False, qkv_bias=True)), ("ar", dict(qk_norm=False, rope_stretch=(8.0, 1.0, 4.0, 16.0)))))
 def test_there_and_back_bit_for_bit(run, tmp_path, objective, more):
     network = make_run(tmp_path / "ours", objective, dtype=torch.bfloat16, **more)
@@ -369,7 +371,7 @@ def remote_code(tmp_path_factory):
     transformers.dynamic_module_utils.HF_MODULES_CACHE = before
 
 
-@pytest.mark.parametrize("more", ({}, dict(tied=False, n_kv_head=2), dict(shift=True, qk_norm=False, qkv_bias=True)), ids=("plain", "untied", "shifted"))
+@pytest.mark.parametrize("more", ({}, dict(tied=False, n_kv_head=2), dict(shift=True, qk_norm=False, qkv_bias=True), dict(rope_stretch=(4.0, 1.0, 4.0, 16.0))), ids=("plain", "untied", "shifted", "stretched"))
 @pytest.mark.parametrize("guidance", (0.0, 1.5))
 def test_the_exported_folder_generates_what_sample_does(run, remote_code, monkeypatch, tmp_path, more, guidance):
     """AutoModelForCausalLM(...).generate with the seeds' arguments against sample.py at temperature 0, in blocks, two tokens a step."""
@@ -384,6 +386,15 @@ def test_the_exported_folder_generates_what_sample_does(run, remote_code, monkey
     sample.main()
     assert theirs[0].tolist() == json.loads((tmp_path / "out.jsonl").read_text())["ids"]
     assert tokenizer.mask_token_id == 257 and tokenizer.decode(inputs["input_ids"][0]) == "Ab, "
+
+
+def test_the_example_of_the_docs(run, tmp_path):
+    """As it stands in docs/checkpoints.md, for a model whose context is the quickstart's; nothing is asked."""
+    make_run(tmp_path / "ours", block_len=64)
+    assert run(source=tmp_path / "ours", out=tmp_path / "exported")[0] == 0
+    program = re.search(r"```python\n(.*?)```", (ROOT / "docs/checkpoints.md").read_text(), re.S)[1]
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=dict(os.environ, HF_HOME=str(tmp_path / "home")), stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("['Return the ") and "[y/N]" not in done.stdout and "Warning" not in done.stderr, done.stderr
 
 
 def test_the_exported_ar_folder_is_stock(run, tmp_path):
