@@ -60,7 +60,9 @@ class Config:
     def problems(self):
         wrong = [f"give --{name}" for name in ("source", "out") if not getattr(self, name)]
         if self.source and not Path(self.source).is_dir():
-            wrong.append(f"source={self.source}: no such folder")
+            wrong.append(f"source={self.source}: {'a file; name its folder' if Path(self.source).exists() else 'no such folder'}")
+        if self.source and self.out and Path(self.source).resolve() in Path(self.out).resolve().parents:
+            wrong.append(f"out={self.out} lies within the source")
         if self.out and Path(self.out).exists():
             wrong.append(f"out={self.out} exists; nothing is overwritten")
         if self.eos and not self.tokenizer:
@@ -108,14 +110,15 @@ def open_ours(path):
     weights = {}
     for file in checkpoint.weight_files(folder):
         weights |= tensors.of_safetensors(file)
-    check(folder, {name: tuple(p.shape) for name, p in skeleton(config).named_parameters()}, weights)
+    check(folder, ours_of(config), weights)
     tokens = data.tokenizer(name, (folder.parent, folder)) if name else None
     return Source("ours", folder, config, objective, weights, tokens, step, lambda ids: streamed(config, weights, ids))
 
 
 def open_huggingface(cfg, path):
     shape, rows, mask_id = understood(path / "config.json", huggingface.shape_of, path)
-    possible(path, shape)
+    found = {name: value for name, value in huggingface.read(path).items() if not name.endswith("inv_freq")}
+    possible(path, shape, found)
     family, about = huggingface.read_config(path)
     objective = resolved(cfg, "ar" if shape["causal"] else "masked", path)
     tokens = open_tokenizer(cfg, path, about.get("tokenizer_name", ""))
@@ -125,7 +128,6 @@ def open_huggingface(cfg, path):
     n_vocab, mask_id = vocabulary(path, tokens, rows, mask_id if cfg.mask_id < 0 else cfg.mask_id, rows, objective)
     shape["block_len"] = cfg.block_len or shape["block_len"]
     config = ModelConfig(**shape, n_vocab=n_vocab, mask_id=mask_id)
-    found = {name: value for name, value in huggingface.read(path).items() if not name.endswith("inv_freq")}
     theirs = {huggingface.their_name(name, family): name for name in ours_of(config)}
     drop_tied(config, found, *(huggingface.their_name(name, family) for name in ("lm_head.weight", "embed.weight")), path)
     check(path, {theirs_: with_rows(ours_of(config)[name], name, rows) for theirs_, name in theirs.items()}, found)
@@ -136,7 +138,7 @@ def open_huggingface(cfg, path):
 def open_megatron(cfg, path):
     args, iteration, found = megatron.read(path)
     shape, objective = understood(path, megatron.shape_of, args), megatron.objective_of(args)
-    possible(path, shape)
+    possible(path, shape, found)
     if objective is None and cfg.objective == "auto":
         raise ValueError(f"the arguments do not say what was learned (model_running_mode={args.get('model_running_mode')}, attention_mask_type={args.get('attention_mask_type')}); give --objective")
     objective = resolved(cfg, objective, path) if objective else cfg.objective
@@ -167,8 +169,13 @@ def understood(path, function, argument):
         raise problem if str(path) in str(problem) else ValueError(f"{path}: {problem}") from None
 
 
-def possible(path, shape):
-    """Raises ValueError for a shape that no network can have."""
+def possible(path, shape, found):
+    """Raises ValueError for a shape that no network of these tensors can have."""
+    if shape["n_layer"] > len(found) or shape["block_len"] > 1 << 24:
+        raise ValueError(f"{path}: {shape['n_layer']:,} layers and {shape['block_len']:,} positions are said to be there, in {len(found)} tensors")
+    for name, end in (("norm_eps", 1), ("rope_base", math.inf)):
+        if not 0 < shape[name] < end:
+            raise ValueError(f"{path}: {name}={shape[name]:g} can't be")
     if wrong := [f"{name}={value}" for name, value in shape.items() if name in ("n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "d_ff", "block_len") and value < 1]:
         raise ValueError(f"{path}: {wrong[0]}")
     if shape["n_head"] % shape["n_kv_head"] or shape["head_dim"] % 2:
@@ -184,7 +191,12 @@ def resolved(cfg, said, path):
 def open_tokenizer(cfg, path, known):
     """The tokenizer that was asked for, or the one that lies beside the weights; None for none. Raises ValueError."""
     if cfg.tokenizer:
-        return None if cfg.tokenizer == "none" else data.tokenizer(cfg.tokenizer, (), cfg.eos)
+        tokens = None if cfg.tokenizer == "none" else data.tokenizer(cfg.tokenizer, (), cfg.eos)
+        if tokens and (path / "tokenizer.json").is_file():
+            own = data.tokenizer(known) if known else data.tokenizer(str(path / "tokenizer.json"), (), cfg.eos)
+            if own.n_vocab != tokens.n_vocab:
+                raise ValueError(f"{path} has a tokenizer of {own.n_vocab:,} tokens, '{tokens.name}' has {tokens.n_vocab:,}: not the tokenizer it was trained with")
+        return tokens
     if known:
         return understood(path / "config.json", data.tokenizer, known)
     return data.tokenizer(str(path / "tokenizer.json")) if (path / "tokenizer.json").is_file() else None
@@ -200,6 +212,8 @@ def vocabulary(path, tokens, rows, mask_id, text, objective):
             raise ValueError(f"{path}: its {what} is said to be {value!r}, and its embedding has {rows:,} rows")
     if objective == "ar" and tokens is None:
         return text, text
+    if objective == "ar" and tokens.n_vocab > text:
+        raise ValueError(f"{path}: its vocabulary has {text:,} tokens, tokenizer '{tokens.name}' {tokens.n_vocab:,}: not the tokenizer it was trained with")
     if objective == "ar":
         mask_id = tokens.mask_id  # never seen
     elif mask_id is None:
@@ -224,7 +238,8 @@ def skeleton(config):
 
 def ours_of(config):
     """{our name: shape}."""
-    return {name: tuple(p.shape) for name, p in skeleton(config).named_parameters()}
+    one = skeleton(dataclasses.replace(config, block_len=1))  # the tables of angles, which are no weights, are left out
+    return {name: tuple(p.shape) for name, p in one.named_parameters()}
 
 
 def with_rows(shape, name, rows):
@@ -409,6 +424,10 @@ def main():
         to = cfg.to if cfg.to != "auto" else "hf" if source.kind == "ours" else "ours"
         if source.kind == "ours" and (idle := [name for name in ("tokenizer", "eos", "objective", "mask_id", "block_len") if getattr(cfg, name) != getattr(Config(), name)]):
             raise ValueError(f"{source.folder} is ours and knows its {idle[0]}: {', '.join('--' + name for name in idle)} is for others' checkpoints")
+        if to != "megatron" and (cfg.tensor_parallel, cfg.pipeline_parallel) != (1, 1):
+            raise ValueError("tensor_parallel and pipeline_parallel are for --to=megatron")
+        if source.objective == "ar" and cfg.mask_id >= 0:
+            raise ValueError("mask_id has no meaning for an AR model, which has never seen a mask")
         if to == source.kind == "ours":
             raise ValueError(f"{source.folder} is ours already")
         c = source.config

@@ -39,9 +39,12 @@ def read_config(folder):
     path = Path(folder) / "config.json"
     try:
         a = json.loads(path.read_text(encoding="utf-8"))
-        family = (a.get("architectures") or ["none"])[0]
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError, RecursionError) as problem:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as problem:
         raise ValueError(f"{path} can't be read: {tensors.first_line(problem)}") from None
+    kinds = a.get("architectures") if isinstance(a, dict) else None
+    if not isinstance(kinds, list) or not kinds or not isinstance(kinds[0], str):
+        raise ValueError(f"{path} does not say which architecture it is of: \"architectures\": [\"…\"]")
+    family = kinds[0]
     if family not in FAMILIES:
         raise ValueError(f"{path}: architecture {family} is not supported; {', '.join(FAMILIES)} are")
     if family == "LLaDAModelLM":
@@ -73,6 +76,8 @@ def shape_of(folder):
         raise ValueError(f"{path} does not say {missing}") from None
     if wrong := [f"{name}={value}" for name, value in (shape | dict(vocab_size=rows, max_position_embeddings=length)).items() if type(value) is not int or value < 1]:
         raise ValueError(f"{path} can't be understood: {', '.join(wrong)}")
+    if wrong := [f"{name}={a[name]!r}" for name in ("tie_word_embeddings", "qk_norm", "qkv_bias", "shift") if a.get(name) not in (None, True, False) or type(a.get(name)) is int]:
+        raise ValueError(f"{path}: {wrong[0]} is neither true nor false")
     rope = a.get("rope_parameters") or {}
     scaling = a.get("rope_scaling") or rope
     kind = scaling.get("rope_type", scaling.get("type", "default"))

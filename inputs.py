@@ -117,6 +117,8 @@ def open_inputs(cfg, start=None):
     steps = cfg.steps or math.ceil(budget / (cfg.batch_size * cfg.block_len))
     if cfg.lr_schedule == "wsd" and cfg.decay >= 1 and cfg.warmup + cfg.decay > steps:
         raise ValueError(f"warmup={cfg.warmup} and decay={cfg.decay:g} don't fit into {steps} steps")
+    if cfg.anneal > steps:
+        raise ValueError(f"anneal={cfg.anneal} doesn't fit into {steps} steps: attention would never be bidirectional")
     model_config = ModelConfig(
         **shape_of(cfg, start, meta), n_vocab=meta["n_vocab"], mask_id=meta["mask_id"], block_len=cfg.block_len,
         causal=cfg.objective == "ar", timed=cfg.objective == "uniform", dropout=cfg.dropout,

@@ -177,7 +177,7 @@ class Config:
         for name in (("n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "d_ff") if self.model or self.init_from else ()) \
                 + (("model", "tied", "rope_base", "local_init") if self.init_from else ()):
             if getattr(self, name) != getattr(defaults, name):
-                say(f"{name}={getattr(self, name)} contradicts {shape_of}; give one of the two")
+                say(f"{name}={getattr(self, name)} contradicts {f'init_from={self.init_from}' if name == 'model' else shape_of}; give one of the two")
         if self.min_lr > self.lr or -1 < self.min_lr < 0:
             say(f"min_lr={self.min_lr} must be -1 or lie between 0 and lr={self.lr}")
         for name in ("task_path", "task_data"):

@@ -157,7 +157,8 @@ def test_what_is_refused(run_main, capsys, tmp_path, corpus):
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/config.json").write_text("{}")
     for flags, said in ((["--init_from=nowhere"], "no such folder"), ([f"--init_from={tmp_path / 'foreign'}"], "convert it first"), ([f"--init_from={ar}", "--n_layer=9"], "contradicts"),
-                        ([f"--init_from={ar}", "--objective=uniform", "--shift=yes"], "needs objective=masked"), (["--objective=ar", "--anneal=5"], "stays causal")):
+                        ([f"--init_from={ar}", "--objective=uniform", "--shift=yes"], "needs objective=masked"), (["--objective=ar", "--anneal=5"], "stays causal"), (["--anneal=5"], "anneal=5 doesn't fit into 2 steps"),
+                        ([f"--init_from={ar}", "--model=1086M"], f"model=1086M contradicts init_from={ar}")):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             run_main("--steps=2", *flags, run="other")

@@ -565,8 +565,15 @@ HF_LIES = {
     "no name of a tokenizer": (lambda d: edit_json(d / "config.json", tokenizer_name=5) or (d / "tokenizer.json").unlink(), "config.json can't be understood"),
     "far too deep": (lambda d: (d / "config.json").write_text("[" * 100000), "config.json can't be read"),
     "far more rows than tokens": (lambda d: (edit_json(d / "config.json", vocab_size=5000), edit_weights(d, lambda w: w.update({"model.embed_tokens.weight": torch.ones(5000, 32)}))), "not the tokenizer it was trained with"),
-    "numbers for names": (lambda d: (torch.save({0: torch.ones(3)}, d / "pytorch_model.bin"), (d / "model.safetensors").unlink()), "has no model.embed_tokens.weight"),
+    "numbers for names": (lambda d: (torch.save({0: torch.ones(3)}, d / "pytorch_model.bin"), (d / "model.safetensors").unlink()), "said to be there, in 0 tensors"),
     "a sparse tensor": (lambda d: (torch.save(load_file(d / "model.safetensors") | {"model.norm.weight": torch.ones(32).to_sparse()}, d / "pytorch_model.bin"), (d / "model.safetensors").unlink()), "is no array of weights"),
+    "far too many layers": (lambda d: edit_json(d / "config.json", num_hidden_layers=10**12), "layers and 32 positions are said to be there"),
+    "far too many positions": (lambda d: edit_json(d / "config.json", max_position_embeddings=10**12), "1,000,000,000,000 positions are said to be there"),
+    "no epsilon": (lambda d: edit_json(d / "config.json", rms_norm_eps=float("nan")), "norm_eps=nan can't be"),
+    "no base": (lambda d: edit_json(d / "config.json", rope_theta=-5.0), "rope_base=-5 can't be"),
+    "true as text": (lambda d: edit_json(d / "config.json", tie_word_embeddings="false"), "tie_word_embeddings='false' is neither true nor false"),
+    "a list": (lambda d: (d / "config.json").write_text("[1]"), "does not say which architecture"),
+    "an architecture as text": (lambda d: edit_json(d / "config.json", architectures="DiffLM"), "does not say which architecture"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "has no model.safetensors and no pytorch_model.bin"),
     "an index that lists": (lambda d: ((d / "model.safetensors").unlink(), (d / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=["a"])))), "index.json can't be read"),
     "no tokenizer": (lambda d: edit_json(d / "config.json", tokenizer_name=...) or (d / "tokenizer.json").unlink(), "has no tokenizer.json"),
@@ -656,6 +663,10 @@ def test_what_else_is_refused(run, tmp_path):
     make_run(tmp_path / "uniform", "uniform")
     (tmp_path / "empty").mkdir()
     write_megatron(tmp_path / "mega", network, "masked")
+    write_megatron(tmp_path / "ar", make_run(tmp_path / "ours_ar", "ar"), "ar", vocab_size=257)
+    larger = tokenizer_file(tmp_path / "t.json", "<|other|>")
+    make_run(tmp_path / "larger", "ar", tokenizer=larger)
+    assert run(source=tmp_path / "larger", out=tmp_path / "hf")[0] == 0
     make_run(tmp_path / "unclear")
     record = json.loads((tmp_path / "unclear/step_00000007/checkpoint.json").read_text())
     del record["settings"]["objective"], record["record_sha256"]
@@ -665,7 +676,12 @@ def test_what_else_is_refused(run, tmp_path):
                         (dict(source=tmp_path / "ours", out=tmp_path / "x", to="ours"), "is ours already"), (dict(source=tmp_path / "uniform", out=tmp_path / "x"), "use sample.py"),
                         (dict(source=tmp_path / "ours", out=tmp_path / "x", to="megatron", tensor_parallel=3), "4 is no multiple of 3"), (dict(source=tmp_path / "ours"), "give --out"),
                         (dict(source=tmp_path / "ours", out=tmp_path / "x", tokenizer="gpt2", objective="ar"), "--tokenizer, --objective is for others'"),
-                        (dict(source=tmp_path / "unclear", out=tmp_path / "x"), "can't be understood")):
+                        (dict(source=tmp_path / "unclear", out=tmp_path / "x"), "can't be understood"),
+                        (dict(source=tmp_path / "ours", out=tmp_path / "x", tensor_parallel=2), "are for --to=megatron"), (dict(source=tmp_path / "ours", out=tmp_path / "ours/x"), "lies within the source"),
+                        (dict(source=tmp_path / "ours/step_00000007/model.safetensors", out=tmp_path / "x"), "a file; name its folder"),
+                        (dict(source=tmp_path / "ar", out=tmp_path / "x", tokenizer="bytes", mask_id=5), "has no meaning for an AR model"),
+                        (dict(source=tmp_path / "ar", out=tmp_path / "x", tokenizer=larger), "its vocabulary has 257 tokens"),
+                        (dict(source=tmp_path / "hf", out=tmp_path / "x", tokenizer="bytes"), "has a tokenizer of 258 tokens")):
         assert said in refused(run, tmp_path, **flags), flags
 
 
