@@ -128,9 +128,10 @@ def open_huggingface(cfg, path):
     n_vocab, mask_id = vocabulary(path, tokens, rows, mask_id if cfg.mask_id < 0 else cfg.mask_id, rows, objective)
     shape["block_len"] = cfg.block_len or shape["block_len"]
     config = ModelConfig(**shape, n_vocab=n_vocab, mask_id=mask_id)
-    theirs = {huggingface.their_name(name, family): name for name in ours_of(config)}
+    shapes = ours_of(config)
+    theirs = {huggingface.their_name(name, family): name for name in shapes}
     drop_tied(config, found, *(huggingface.their_name(name, family) for name in ("lm_head.weight", "embed.weight")), path)
-    check(path, {theirs_: with_rows(ours_of(config)[name], name, rows) for theirs_, name in theirs.items()}, found)
+    check(path, {theirs_: with_rows(shapes[name], name, rows) for theirs_, name in theirs.items()}, found)
     weights = fitted({name: found[theirs_] for theirs_, name in theirs.items()}, config)
     return Source("hf", path, config, objective, weights, tokens, 0, lambda ids: by_transformers(config, weights, ids))
 
@@ -190,16 +191,19 @@ def resolved(cfg, said, path):
 
 def open_tokenizer(cfg, path, known):
     """The tokenizer that was asked for, or the one that lies beside the weights; None for none. Raises ValueError."""
-    if cfg.tokenizer:
-        tokens = None if cfg.tokenizer == "none" else data.tokenizer(cfg.tokenizer, (), cfg.eos)
-        if tokens and (path / "tokenizer.json").is_file():
-            own = data.tokenizer(known) if known else data.tokenizer(str(path / "tokenizer.json"), (), cfg.eos)
-            if own.n_vocab != tokens.n_vocab:
-                raise ValueError(f"{path} has a tokenizer of {own.n_vocab:,} tokens, '{tokens.name}' has {tokens.n_vocab:,}: not the tokenizer it was trained with")
-        return tokens
-    if known:
-        return understood(path / "config.json", data.tokenizer, known)
-    return data.tokenizer(str(path / "tokenizer.json")) if (path / "tokenizer.json").is_file() else None
+    if cfg.tokenizer == "none":
+        return None
+    tokens = data.tokenizer(cfg.tokenizer, (), cfg.eos) if cfg.tokenizer else None
+    try:
+        file = path / "tokenizer.json"
+        own = understood(path / "config.json", data.tokenizer, known) if known else data.tokenizer(str(file)) if file.is_file() else None
+    except ValueError:
+        if tokens is None:
+            raise
+        return tokens  # what the folder has can't be read: that may be why another is named
+    if tokens and own and tokens.n_vocab != own.n_vocab:
+        raise ValueError(f"{path} has a tokenizer of {own.n_vocab:,} tokens, '{tokens.name}' has {tokens.n_vocab:,}: not the tokenizer it was trained with")
+    return tokens or own
 
 
 def vocabulary(path, tokens, rows, mask_id, text, objective):

@@ -76,7 +76,7 @@ def shape_of(folder):
         raise ValueError(f"{path} does not say {missing}") from None
     if wrong := [f"{name}={value}" for name, value in (shape | dict(vocab_size=rows, max_position_embeddings=length)).items() if type(value) is not int or value < 1]:
         raise ValueError(f"{path} can't be understood: {', '.join(wrong)}")
-    if wrong := [f"{name}={a[name]!r}" for name in ("tie_word_embeddings", "qk_norm", "qkv_bias", "shift") if a.get(name) not in (None, True, False) or type(a.get(name)) is int]:
+    if wrong := [f"{name}={a[name]!r}" for name in ("tie_word_embeddings", "qk_norm", "qkv_bias", "shift") if not isinstance(a.get(name), bool | None)]:
         raise ValueError(f"{path}: {wrong[0]} is neither true nor false")
     rope = a.get("rope_parameters") or {}
     scaling = a.get("rope_scaling") or rope

@@ -90,7 +90,7 @@ def plain(values, file, but=()):
     """{name: tensor} of what is a tensor in a dictionary somebody wrote, without names that end in one of `but`; raises ValueError for tensors that are no weights."""
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds no dictionary of tensors")
-    out = {name: value for name, value in values.items() if isinstance(name, str) and isinstance(value, torch.Tensor) and not name.endswith(but or ("\0",))}
+    out = {name: value for name, value in values.items() if isinstance(name, str) and isinstance(value, torch.Tensor) and not name.endswith(but)}
     for name, value in out.items():
         if value.layout != torch.strided or value.device.type != "cpu" or not value.dim():
             raise ValueError(f"{file}: {name!r} is no array of weights")
