@@ -37,12 +37,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import configurator
 import data
 import diffusion
-import engine
 import kernels
-import memory
-import sources
 from configurator import setting
-from model import ModelConfig, Transformer, ladder, swiglu_width
+from configurator.ladder import ladder, swiglu_width
+from corpus import sources, tokenfiles, tokenizers
+from model import ModelConfig, Transformer
+from training import dryrun, memory, transfer, update
 
 
 @dataclass
@@ -70,13 +70,13 @@ class Config:
 
 def milliseconds(run, device, repeats=1):
     """Time of one call of `run`, averaged over `repeats` calls in a row."""
-    start = engine.moment(device)
+    start = transfer.timestamp(device)
     for _ in range(repeats):
         run()
-    end = engine.moment(device)
+    end = transfer.timestamp(device)
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return engine.seconds(start, end) * 1e3 / repeats
+    return transfer.seconds_between(start, end) * 1e3 / repeats
 
 
 def take_turns(rivals, device, rounds, repeats):
@@ -121,23 +121,23 @@ class Step:
     def __init__(self, config, objective, rows, device, dtype, how="whole", full_head=False, plain_loss=False, n_batches=4,
                  cuda_graphs=False, short_rows=0.0, **use):
         torch.manual_seed(0)
-        process = diffusion.Process(objective, config.n_vocab, config.mask_id, config.block_len, short_rows=short_rows)
-        blocks = data.Blocks(real_tokens(config.n_vocab), config.block_len, seed=1)
-        levels = [diffusion.step_rows(process, i * rows, rows) for i in range(n_batches)]
-        shares = [float(level.count.mean()) / config.block_len if objective == "masked" else 1.0 for level in levels]
+        process = diffusion.Process(objective, config.n_vocab, config.mask_id, config.seq_len, short_rows=short_rows)
+        blocks = data.Sequences(real_tokens(config.n_vocab), config.seq_len, seed=1)
+        levels = [diffusion.noise_levels(process, i * rows, rows) for i in range(n_batches)]
+        shares = [float(level.count.mean()) / config.seq_len if objective == "masked" else 1.0 for level in levels]
         arrays = [diffusion.make_batch(process, blocks.read(blocks.ids(np.arange(rows) + i * rows)), level, level.deal(0, 1))
                   for i, level in enumerate(levels)]
         if full_head or plain_loss:
             arrays, shares = [at_every_position(batch) for batch in arrays], [1.0] * n_batches
         with device:
             self.network = Transformer(config).init_weights().use(**use)
-        objective = engine.Objective(self.network, False)
+        objective = update.Objective(self.network, False)
         if plain_loss:
             objective.loss_of = full_logits_loss
-        self.objective = engine.prepared(objective, how, cuda_graphs=cuda_graphs)
-        self.optimizer = engine.make_optimizer(self.network, 2e-4, (0.9, 0.95), 0.1)
-        self.batches = [engine.to_device(engine.to_tensors(a, False), device) for a in arrays]
-        self.tokens, self.calls, self.cuda_graphs = rows * config.block_len, 0, cuda_graphs
+        self.objective = update.compile_and_wrap(objective, how, cuda_graphs=cuda_graphs)
+        self.optimizer = update.make_optimizer(self.network, 2e-4, (0.9, 0.95), 0.1)
+        self.batches = [transfer.to_device(transfer.to_tensors(a, False), device) for a in arrays]
+        self.tokens, self.calls, self.cuda_graphs = rows * config.seq_len, 0, cuda_graphs
         self.record = torch.zeros(2, device=device)
         self.autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
         self.share = float(np.mean(shares))  # of the positions, those with a head
@@ -147,7 +147,7 @@ class Step:
         self.record.zero_()
         batch = self.batches[self.calls % len(self.batches)]
         self.calls += 1
-        engine.optimizer_step(self.objective, self.optimizer, iter([batch]), 1, self.record, 1.0, self.autocast, cuda_graphs=self.cuda_graphs)
+        update.optimizer_step(self.objective, self.optimizer, iter([batch]), 1, self.record, 1.0, self.autocast, cuda_graphs=self.cuda_graphs)
 
 
 def full_logits_loss(hidden, head, batch, n_vocab, posterior=False):
@@ -176,9 +176,9 @@ def counted_flops(config, rows, example):
         example = example._replace(index=example.index[real], targets=example.targets[real], weights=example.weights[real])
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         network = Transformer(config)
-        batch = diffusion.Batch(*(None if t is None else fake.from_tensor(t) for t in engine.to_tensors(example, False)))
-        engine.Objective(network, False)(batch)[0].backward()
-    return counter.get_total_flops() / (rows * config.block_len)
+        batch = diffusion.Batch(*(None if t is None else fake.from_tensor(t) for t in transfer.to_tensors(example, False)))
+        update.Objective(network, False)(batch)[0].backward()
+    return counter.get_total_flops() / (rows * config.seq_len)
 
 
 # -------------------------------------------------------------------------------------------------- on a CPU
@@ -203,9 +203,9 @@ class PlainBlock(nn.Module):
 
 
 class PlainGPT(nn.Module):
-    def __init__(self, n_layer, n_head, d, n_vocab, block_len):
+    def __init__(self, n_layer, n_head, d, n_vocab, seq_len):
         super().__init__()
-        self.tokens, self.positions = nn.Embedding(n_vocab, d), nn.Embedding(block_len, d)
+        self.tokens, self.positions = nn.Embedding(n_vocab, d), nn.Embedding(seq_len, d)
         self.blocks = nn.Sequential(*(PlainBlock(d, n_head) for _ in range(n_layer)))
         self.norm = nn.LayerNorm(d, bias=False)
         for p in self.parameters():
@@ -217,15 +217,15 @@ class PlainGPT(nn.Module):
         return F.cross_entropy(F.linear(h, self.tokens.weight).flatten(0, 1), y.flatten())
 
 
-def plain_step(compile, fused, rows, block_len, n_vocab, **shape):
+def plain_step(compile, fused, rows, seq_len, n_vocab, **shape):
     """A training step in nanoGPT's style: fp32, AdamW (on a CPU not fused), clipping, a cross-entropy over all logits."""
     torch.manual_seed(0)
-    network = PlainGPT(n_vocab=n_vocab, block_len=block_len, **shape)
+    network = PlainGPT(n_vocab=n_vocab, seq_len=seq_len, **shape)
     matrices, others = ([p for p in network.parameters() if (p.dim() >= 2) == which] for which in (True, False))
     optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=0.1), dict(params=others, weight_decay=0.0)],
                                   lr=1e-3, betas=(0.9, 0.99), fused=fused)
     forward = torch.compile(network) if compile else network
-    blocks = data.Blocks(real_tokens(n_vocab), block_len, seed=1)
+    blocks = data.Sequences(real_tokens(n_vocab), seq_len, seed=1)
     batches = [torch.from_numpy(blocks.read(blocks.ids(np.arange(rows) + i * rows)).astype(np.int64)) for i in range(4)]
     calls = iter(range(10**9))
 
@@ -242,16 +242,16 @@ def plain_step(compile, fused, rows, block_len, n_vocab, **shape):
 CPU = torch.device("cpu")
 
 
-def shape_of(n_layer, n_head, d_model, n_vocab, block_len, causal, tied=True):
-    return ModelConfig(n_layer, n_head, n_head, d_model // n_head, d_model, swiglu_width(d_model), n_vocab, n_vocab, block_len, causal, tied)
+def shape_of(n_layer, n_head, d_model, n_vocab, seq_len, causal, tied=True):
+    return ModelConfig(n_layer, n_head, n_head, d_model // n_head, d_model, swiglu_width(d_model), n_vocab, n_vocab, seq_len, causal, tied)
 
 
 def cpu_shakespeare(cfg):
     """AR at nanoGPT's Shakespeare-CPU shape (4 layers, 4 heads, 128 wide, 12 rows of 64, 65 tokens), as train.py runs it (bf16 where the
     CPU multiplies it itself) and in fp32, against plain steps in fp32."""
     rows, shape = (2, dict(n_layer=1, n_head=4)) if cfg.smoke else (12, dict(n_layer=4, n_head=4))
-    config = shape_of(**shape, d_model=128, n_vocab=65, block_len=64, causal=True)
-    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32} if engine.has_bf16(CPU) else {"fp32": torch.float32}
+    config = shape_of(**shape, d_model=128, n_vocab=65, seq_len=64, causal=True)
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32} if kernels.has_bf16(CPU) else {"fp32": torch.float32}
     rivals = {f"ours, {name}": Step(config, "ar", rows, CPU, dtype) for name, dtype in dtypes.items()}
     ours = list(rivals)
     for compile in (False, True):
@@ -269,7 +269,7 @@ def cpu_gathered(cfg):
     the same step at all positions."""
     config = shape_of(5, 4, 128, 50_303 if not cfg.smoke else 500, 256 if not cfg.smoke else 32, False)
     rows, lines = 4 if cfg.smoke else 16, []
-    for dtype in (torch.float32, torch.bfloat16) if engine.has_bf16(CPU) else (torch.float32,):
+    for dtype in (torch.float32, torch.bfloat16) if kernels.has_bf16(CPU) else (torch.float32,):
         rivals = {name: Step(config, "masked", rows, CPU, dtype, full_head=full) for name, full in (("gathered", False), ("full", True))}
         times = take_turns(rivals, CPU, max(2, cfg.rounds // 2), 1)
         for name, t in times.items():
@@ -281,7 +281,7 @@ def cpu_gathered(cfg):
 
 def cpu_bf16(cfg):
     """A masked step in bf16 (where the CPU multiplies it itself) against fp32: about 1M parameters, V = 256, 16 rows of 256."""
-    if not engine.has_bf16(CPU):
+    if not kernels.has_bf16(CPU):
         return "This CPU has no bf16.\n"
     config = shape_of(5, 4, 128, 255, 256 if not cfg.smoke else 32, False)
     rivals = {name: Step(config, "masked", 4 if cfg.smoke else 16, CPU, dtype) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
@@ -324,7 +324,7 @@ def cpu_choices(cfg):
                       spread(t["MKL"] / t["oneDNN"]) + " ×"])
     products = table(["fp32", "chosen here", "GFLOP/s by MKL", "by oneDNN", "oneDNN is faster by"], lines)
     lines = []
-    for dtype in (torch.float32, torch.bfloat16) if engine.has_bf16(CPU) else (torch.float32,):
+    for dtype in (torch.float32, torch.bfloat16) if kernels.has_bf16(CPU) else (torch.float32,):
         for L in (32,) if cfg.smoke else (64, 128, 256, 512, 1024):
             torch._dynamo.reset()  # it compiles the same code 8 times at most
             config = shape_of(2, 4, 128, 255, L, False)
@@ -339,15 +339,15 @@ def cpu_choices(cfg):
 def cpu_host(cfg):
     """What the host does per 65 536 tokens while the device computes: read rows, draw noise, find the masked positions (one thread)."""
     L, rows, lines = (64, 4, []) if cfg.smoke else (2048, 32, [])
-    blocks = data.Blocks(np.random.default_rng(0).integers(0, 50_257, 40 * rows * L).astype(np.uint16), L, seed=1)
+    blocks = data.Sequences(np.random.default_rng(0).integers(0, 50_257, 40 * rows * L).astype(np.uint16), L, seed=1)
     for objective, loss in (("ar", "elbo"), ("masked", "elbo"), ("uniform", "elbo"), ("uniform", "paper")):
         process, counter = diffusion.Process(objective, 50_257, 50_257, L, loss=loss), iter(range(10**9))
 
         def run(process=process, counter=counter):
             first = next(counter) % 30 * rows
-            levels = diffusion.step_rows(process, first, rows)
+            levels = diffusion.noise_levels(process, first, rows)
             x = blocks.read(blocks.ids(first + np.arange(rows)))
-            engine.to_tensors(diffusion.make_batch(process, x, levels, levels.deal(0, 1)), False)
+            transfer.to_tensors(diffusion.make_batch(process, x, levels, levels.deal(0, 1)), False)
 
         t = take_turns({"run": run}, CPU, cfg.rounds, 3)["run"]
         lines.append([objective, loss, spread(t), f"{rows * L / np.median(t) / 1e3:.1f}"])
@@ -363,7 +363,7 @@ def cpu_loading(cfg):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "train.bin"
         np.random.default_rng(0).integers(0, 50_257, count).astype(np.uint16).tofile(path)
-        blocks = data.Blocks(data.Stream([np.memmap(path, np.uint16, mode="r")]), L, seed=1, n_vocab=50_257)
+        blocks = data.Sequences(tokenfiles.Stream([np.memmap(path, np.uint16, mode="r")]), L, seed=1, n_vocab=50_257)
 
         def ours(steps=64):
             ids = blocks.ids(np.arange(steps * rows))  # as train.py: for 64 steps at once
@@ -390,7 +390,7 @@ def cpu_prepare(cfg):
     """`python data.py` on 200 MB of JSON lines (documentation of this Python, GPT-2's BPE) on all cores, from its start to its end, against
     tiktoken's own encode_ordinary_batch in one thread on the same documents in memory. Memory: of all its processes, shared pages once."""
     try:
-        encoding = data.tokenizer("gpt2").encoding
+        encoding = tokenizers.load_tokenizer("gpt2").encoding
     except ValueError as problem:
         return f"{problem}\n"
     texts, size, target = [], 0, 2 * 10**8 if not cfg.smoke else 10**6
@@ -633,7 +633,7 @@ def model_of(name, causal):
     if name == "1.7B":
         return ModelConfig(28, 16, 16, 128, 2048, swiglu_width(2048), 50_277, 50_277, 2048, causal, tied=False)
     shape = ladder({"1.1B": "1086M"}.get(name, name))
-    return ModelConfig(**shape, n_kv_head=shape["n_head"], d_ff=swiglu_width(shape["d_model"]), n_vocab=50_257, mask_id=50_257, block_len=2048, causal=causal)
+    return ModelConfig(**shape, n_kv_head=shape["n_head"], d_ff=swiglu_width(shape["d_model"]), n_vocab=50_257, mask_id=50_257, seq_len=2048, causal=causal)
 
 
 def gpu_steps(cfg, device):
@@ -657,7 +657,7 @@ def gpu_steps(cfg, device):
 
 
 def step_line(cfg, device, name, objective, rows, settings):
-    config, peak = model_of(name, objective == "ar"), engine.peak_flops(device) or float("nan")
+    config, peak = model_of(name, objective == "ar"), dryrun.peak_flops(device) or float("nan")
     run = Step(config, objective, rows, device, torch.bfloat16, **settings)
     for _ in range(cfg.warmup):
         run()
@@ -670,11 +670,11 @@ def step_line(cfg, device, name, objective, rows, settings):
     gc.unfreeze()
     n, c = run.network, config
     flops = n.flops_per_token(run.share)
-    issue = 6 * (n.n_params(False) + run.share * c.padded_vocab * c.d_model) + 12 * c.n_layer * c.n_head * c.head_dim * c.block_len * (0.5 if c.causal else 1)
+    issue = 6 * (n.n_params(False) + run.share * c.padded_vocab * c.d_model) + 12 * c.n_layer * c.n_head * c.head_dim * c.seq_len * (0.5 if c.causal else 1)
     palm, ratio = n.flops_per_token(1.0, causal=False), n.flops_per_token(run.example_share, causal=False) / counted_flops(config, rows, run.example)
     example, speed = run.example, run.tokens / np.median(t) * 1e3
     sizes = f"{n.n_params() / 1e6:,.0f}M ({n.n_params(False) / 1e6:,.0f}M)"
-    backend = kernels.attention_backend(torch.empty(rows, c.block_len, c.n_head, c.head_dim, device=device, dtype=torch.bfloat16).transpose(1, 2), c.causal,
+    backend = kernels.attention_backend(torch.empty(rows, c.seq_len, c.n_head, c.head_dim, device=device, dtype=torch.bfloat16).transpose(1, 2), c.causal,
                                         example.documents is not None)
     if not np.isfinite(losses).all():
         raise RuntimeError("the loss is not finite")
@@ -684,19 +684,19 @@ def step_line(cfg, device, name, objective, rows, settings):
     if cfg.predict and not settings.get("plain_loss"):
         how = {k: v for k, v in settings.items() if k in ("how", "recompute", "fp8")}
         predicted = f" / {memory.predict(config, example, False, torch.bfloat16, True, **how, lasting_gradients=settings.get('cuda_graphs', False)).peak / 2**30:.1f}"
-    return [name, sizes, objective, f"{rows} × {c.block_len}", ", ".join(f"{k}={v}" for k, v in settings.items()) or "—", spread(t, 1), f"{speed:,.0f}",
+    return [name, sizes, objective, f"{rows} × {c.seq_len}", ", ".join(f"{k}={v}" for k, v in settings.items()) or "—", spread(t, 1), f"{speed:,.0f}",
             *(f"{speed * count / peak:.1%}" for count in (flops, issue, palm)), f"{taken / 2**30:.1f}{predicted}", backend, f"{np.mean(losses[-4:]):.3f}", f"{ratio:.4f}"]
 
 
 def timed_in_a_row(run, device, steps):
     """(steps,) milliseconds of steps that follow each other without waiting, and their losses."""
-    moments, losses = [engine.moment(device)], torch.zeros(steps, device=device)
+    moments, losses = [transfer.timestamp(device)], torch.zeros(steps, device=device)
     for i in range(steps):
         run()
         losses[i] = run.record[0]
-        moments.append(engine.moment(device))
+        moments.append(transfer.timestamp(device))
     losses = losses.tolist()
-    return np.array([1e3 * engine.seconds(a, b) for a, b in zip(moments, moments[1:])]), losses
+    return np.array([1e3 * transfer.seconds_between(a, b) for a, b in zip(moments, moments[1:])]), losses
 
 
 def release(device):
@@ -799,7 +799,7 @@ def machine(suite):
         if git(["git", "status", "--porcelain", "--untracked-files=no", "--", "*.py"]).stdout.strip():
             commit += " with changes"
     features = [name for name, has in (("AVX2", torch.cpu._is_avx2_supported()), ("AVX-512", torch.cpu._is_avx512_supported()),
-                                       ("bf16", engine.has_bf16(CPU))) if has]
+                                       ("bf16", kernels.has_bf16(CPU))) if has]
     what = f"{cpu}, {torch.get_num_threads()} threads, {', '.join(features)}"
     if suite == "gpu" and torch.cuda.is_available():
         what = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}; host: {what}"

@@ -27,16 +27,14 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-import checkpoint
 import configurator
-import data
-import huggingface
-import megatron
-import tensors
 import train
 from configurator import setting
+from corpus import tokenizers
+from interop import huggingface, megatron, tensors
+from interop.tensors import Lazy
 from model import ModelConfig, Transformer
-from tensors import Lazy
+from training import checkpoint
 
 LIMIT = 1e-4  # of --verify, which computes in float32 whatever the weights are
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -51,7 +49,7 @@ class Config:
     eos: str = setting("", "of a tokenizer.json: the token that ends a document")
     objective: Literal["auto", "masked", "ar"] = setting("auto", "what the source was trained for, where its files don't say")
     mask_id: int = setting(-1, "the mask's id, where neither the source nor its tokenizer knows it", low=-1)
-    block_len: int = setting(0, "longest sequence (0: as the source says)", low=0)
+    seq_len: int = setting(0, "longest sequence (0: as the source says)", low=0)
     dtype: Literal["source", "float32", "bfloat16", "float16"] = setting("source", "of the weights that are written")
     tensor_parallel: int = setting(1, "of Megatron: ranks that share each layer", low=1)
     pipeline_parallel: int = setting(1, "of Megatron: ranks that share the layers", low=1)
@@ -111,7 +109,7 @@ def open_ours(path):
     for file in checkpoint.weight_files(folder):
         weights |= tensors.of_safetensors(file)
     check(folder, ours_of(config), weights)
-    tokens = data.tokenizer(name, (folder.parent, folder)) if name else None
+    tokens = tokenizers.load_tokenizer(name, (folder.parent, folder)) if name else None
     return Source("ours", folder, config, objective, weights, tokens, step, lambda ids: streamed(config, weights, ids))
 
 
@@ -126,7 +124,7 @@ def open_huggingface(cfg, path):
         old = " (transformers makes one of its vocab.json: docs/checkpoints.md)" if (path / "vocab.json").is_file() else ""
         raise ValueError(f"{path} has no tokenizer.json{old}: give --tokenizer, or none (nothing can be sampled or evaluated then)")
     n_vocab, mask_id = vocabulary(path, tokens, rows, mask_id if cfg.mask_id < 0 else cfg.mask_id, rows, objective)
-    shape["block_len"] = cfg.block_len or shape["block_len"]
+    shape["seq_len"] = cfg.seq_len or shape["seq_len"]
     config = ModelConfig(**shape, n_vocab=n_vocab, mask_id=mask_id)
     shapes = ours_of(config)
     theirs = {huggingface.their_name(name, family): name for name in shapes}
@@ -152,7 +150,7 @@ def open_megatron(cfg, path):
     if tokens is None and cfg.tokenizer != "none":
         raise ValueError("Megatron's checkpoints bring no tokenizer: give --tokenizer=gpt2, a tokenizer.json, or none (nothing can be sampled or evaluated then)")
     n_vocab, mask_id = vocabulary(path, tokens, rows, mask_id, args.get("vocab_size") or rows, objective)
-    shape["block_len"] = cfg.block_len or shape["block_len"]
+    shape["seq_len"] = cfg.seq_len or shape["seq_len"]
     config = ModelConfig(**shape, n_vocab=n_vocab, mask_id=mask_id, causal=objective == "ar")
     drop_tied(config, found, "output_layer.weight", "embedding.word_embeddings.weight", path)
     check(path, {name: tuple(rows if size is None else size for size in shape) for name, shape in megatron.names(config).items()}, found)
@@ -172,12 +170,12 @@ def understood(path, function, argument):
 
 def possible(path, shape, found):
     """Raises ValueError for a shape that no network of these tensors can have."""
-    if shape["n_layer"] > len(found) or shape["block_len"] > 1 << 24:
-        raise ValueError(f"{path}: {shape['n_layer']:,} layers and {shape['block_len']:,} positions are said to be there, in {len(found)} tensors")
+    if shape["n_layer"] > len(found) or shape["seq_len"] > 1 << 24:
+        raise ValueError(f"{path}: {shape['n_layer']:,} layers and {shape['seq_len']:,} positions are said to be there, in {len(found)} tensors")
     for name, end in (("norm_eps", 1), ("rope_base", math.inf)):
         if not 0 < shape[name] < end:
             raise ValueError(f"{path}: {name}={shape[name]:g} can't be")
-    if wrong := [f"{name}={value}" for name, value in shape.items() if name in ("n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "d_ff", "block_len") and value < 1]:
+    if wrong := [f"{name}={value}" for name, value in shape.items() if name in ("n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "d_ff", "seq_len") and value < 1]:
         raise ValueError(f"{path}: {wrong[0]}")
     if shape["n_head"] % shape["n_kv_head"] or shape["head_dim"] % 2:
         raise ValueError(f"{path}: its settings contradict each other: {shape['n_head']} heads of {shape['head_dim']}, {shape['n_kv_head']} for keys and values")
@@ -193,10 +191,10 @@ def open_tokenizer(cfg, path, known):
     """The tokenizer that was asked for, or the one that lies beside the weights; None for none. Raises ValueError."""
     if cfg.tokenizer == "none":
         return None
-    tokens = data.tokenizer(cfg.tokenizer, (), cfg.eos) if cfg.tokenizer else None
+    tokens = tokenizers.load_tokenizer(cfg.tokenizer, (), cfg.eos) if cfg.tokenizer else None
     try:
         file = path / "tokenizer.json"
-        own = understood(path / "config.json", data.tokenizer, known) if known else data.tokenizer(str(file)) if file.is_file() else None
+        own = understood(path / "config.json", tokenizers.load_tokenizer, known) if known else tokenizers.load_tokenizer(str(file)) if file.is_file() else None
     except ValueError:
         if tokens is None:
             raise
@@ -242,7 +240,7 @@ def skeleton(config):
 
 def ours_of(config):
     """{our name: shape}."""
-    one = skeleton(dataclasses.replace(config, block_len=1))  # the tables of angles, which are no weights, are left out
+    one = skeleton(dataclasses.replace(config, seq_len=1))  # the tables of angles, which are no weights, are left out
     return {name: tuple(p.shape) for name, p in one.named_parameters()}
 
 
@@ -284,7 +282,7 @@ def write_ours(out, name, source, weights, alive):
     c, tokens = source.config, source.tokens
     if hasattr(tokens, "path"):
         shutil.copyfile(tokens.path, out / "tokenizer.json")
-    settings = train.Config(run_dir=name, corpus="", objective=source.objective, block_len=c.block_len, tied=c.tied, rope_base=c.rope_base, shift="yes" if c.shift else "auto",
+    settings = train.Config(run_dir=name, corpus="", objective=source.objective, seq_len=c.seq_len, tied=c.tied, rope_base=c.rope_base, shift="yes" if c.shift else "auto",
                             **{name: getattr(c, name) for name in ("n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "d_ff")})
     vocabulary = dict(tokenizer=tokens.name if tokens else "", n_vocab=c.n_vocab, mask_id=c.mask_id, eos_id=tokens.eos_id if tokens else 0)
     record = dict(settings=asdict(settings), model=asdict(c), corpus=vocabulary | dict(train_sha256="", val_sha256=""), samples=0, passed=0, steps=source.step, streak=0,
@@ -341,7 +339,7 @@ def write(cfg, source, to, out):
 @torch.no_grad()
 def streamed(config, weights, ids):
     """Logits of our own network, unshifted, with one block at a time in memory. ids (B, L) → (B, L, n_vocab) fp32."""
-    layers, config = config.n_layer, dataclasses.replace(config, shift=False, block_len=ids.shape[1], n_layer=1)
+    layers, config = config.n_layer, dataclasses.replace(config, shift=False, seq_len=ids.shape[1], n_layer=1)
     network = skeleton(config)  # its one block is each in turn
     network.cos, network.sin = (torch.empty(ids.shape[1], config.head_dim // 2) for _ in range(2))
     network.tables()
@@ -396,7 +394,7 @@ def difference(source, written, dtype):
     changed, in two steps: the source against its weights in our network, and these, rounded, against what was written."""
     c = source.config
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(c.n_vocab, (2, min(64, c.block_len)), generator=generator)
+    ids = torch.randint(c.n_vocab, (2, min(64, c.seq_len)), generator=generator)
     if source.objective != "ar":
         ids = torch.where(torch.rand(ids.shape, generator=generator) < 0.3, c.mask_id, ids)
 
@@ -415,7 +413,7 @@ def difference(source, written, dtype):
 
 def main():
     if sys.argv[1:2] == ["download"]:
-        import download
+        from interop import download
 
         return download.main(sys.argv[2:])
     cfg = configurator.load(Config, about=__doc__)
@@ -426,7 +424,7 @@ def main():
     try:
         source = open_source(cfg)
         to = cfg.to if cfg.to != "auto" else "hf" if source.kind == "ours" else "ours"
-        if source.kind == "ours" and (idle := [name for name in ("tokenizer", "eos", "objective", "mask_id", "block_len") if getattr(cfg, name) != getattr(Config(), name)]):
+        if source.kind == "ours" and (idle := [name for name in ("tokenizer", "eos", "objective", "mask_id", "seq_len") if getattr(cfg, name) != getattr(Config(), name)]):
             raise ValueError(f"{source.folder} is ours and knows its {idle[0]}: {', '.join('--' + name for name in idle)} is for others' checkpoints")
         if to != "megatron" and (cfg.tensor_parallel, cfg.pipeline_parallel) != (1, 1):
             raise ValueError("tensor_parallel and pipeline_parallel are for --to=megatron")

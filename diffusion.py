@@ -76,7 +76,7 @@ def unit(bits):
     return ((bits >> np.uint64(11)).astype(np.float64) + 1) * 2.0**-53
 
 
-def visible_pairs(seed, step, length, share):
+def annealed_mask(seed, step, length, share):
     """What each position (row) attends to while attention turns from causal to bidirectional: all that is not after it, and a
     random `share` of what is, drawn anew for each step (DiffuLLaMA's annealing). → (length, length) bool."""
     out = np.tri(length, dtype=bool)
@@ -95,7 +95,7 @@ class Process(NamedTuple):
     objective: str  # ar, masked or uniform
     n_vocab: int
     mask_id: int
-    block_len: int
+    seq_len: int
     seed: int = 0
     loss: str = "elbo"  # masked: elbo or maskgit; uniform: elbo or paper
     estimator: str = "count"  # of the masked bound: count, ratio or time
@@ -106,7 +106,7 @@ class Process(NamedTuple):
     short_rows: float = 0.0  # share of rows that get a random length in [2, L]
 
 
-class Rows(NamedTuple):
+class NoiseLevels(NamedTuple):
     """Noise levels of all N rows of one optimizer step; `deal` gives each micro-batch its share."""
 
     sample: np.ndarray  # (N,) global sample index
@@ -120,7 +120,7 @@ class Rows(NamedTuple):
         return np.arange(part, len(self.t), parts)
 
 
-def step_rows(p, first_sample, n_rows, progress=0.0):
+def noise_levels(p, first_sample, n_rows, progress=0.0):
     """Noise levels for one step of n_rows rows whose first is number `first_sample`; progress ∈ [0, 1].
 
     One lattice over all rows of the step: u_j = (j + offset)/N, j = 0…N−1 (SPEC §3).
@@ -131,12 +131,12 @@ def step_rows(p, first_sample, n_rows, progress=0.0):
     else:
         u = (np.arange(n_rows) + unit(random_bits(p.seed, OFFSET, sample[:1], 1)[0, 0])) / n_rows
     t = time_quantile(p, u, progress)
-    length = np.full(n_rows, p.block_len)
+    length = np.full(n_rows, p.seq_len)
     if p.short_rows:
         draw = unit(random_bits(p.seed, LENGTH, sample, 2))
-        some = np.clip(1 + np.ceil(draw[:, 1] * (p.block_len - 1)), 2, p.block_len)
+        some = np.clip(1 + np.ceil(draw[:, 1] * (p.seq_len - 1)), 2, p.seq_len)
         length = np.where(draw[:, 0] <= p.short_rows, some, length).astype(np.int64)
-    return Rows(sample, t, length, noisy_count(p, t, length), progress)
+    return NoiseLevels(sample, t, length, noisy_count(p, t, length), progress)
 
 
 def noisy_count(p, t, length):
@@ -195,10 +195,10 @@ def capacity(p, n_rows, spacing=None):
     """
     top = np.minimum(1.0, (np.arange(n_rows) + 1) * (spacing or 1 / n_rows))
     t = time_quantile(p, np.ones(n_rows) if p.time == "iid" else top, 1.0)
-    most = int(noisy_count(p, t, np.full(n_rows, p.block_len)).sum())
+    most = int(noisy_count(p, t, np.full(n_rows, p.seq_len)).sum())
     if p.estimator != "count":
-        most += int(10 * math.sqrt(n_rows * p.block_len / 4)) + n_rows
-    return min(-(-most // 64) * 64, n_rows * p.block_len)
+        most += int(10 * math.sqrt(n_rows * p.seq_len / 4)) + n_rows
+    return min(-(-most // 64) * 64, n_rows * p.seq_len)
 
 
 class Batch(NamedTuple):
@@ -222,7 +222,7 @@ def make_batch(p, x, rows, which, valid=None, spacing=None, documents=None):
     `valid` (B,) switches off rows that only fill up a batch; `spacing` as in `capacity`; `documents` (B, L) ids ≥ 0 within
     which attention is to stay. Returns a Batch of numpy arrays.
     """
-    B, L = x.shape[0], p.block_len
+    B, L = x.shape[0], p.seq_len
     sample, t, length = rows.sample[which], rows.t[which], rows.length[which]
     inside = np.arange(L) < length[:, None]  # (B, L)
     if p.short_rows and p.objective != "ar":  # causal: no row sees past its own end

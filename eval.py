@@ -29,18 +29,14 @@ from rich.progress import Progress
 
 import configurator
 import data
-import decode
-import engine
-import frontier
-import inputs
 import kernels
-import likelihood
-import parallel
-import texts
 import train
 from configurator import setting, split
-from metrics import keep_rows, read_metrics
-from sample import Writer
+from evaluation import frontier, likelihood, texts
+from sampling import decode
+from sampling.generator import Generator
+from training import checks, distributed, update
+from training.log import read_metrics, write_rows
 
 ORDERS = ("left_to_right", "confidence", "random")
 
@@ -125,16 +121,16 @@ def open_text(cfg, writer):
     """(training settings, corpora, validation blocks) for a checkpoint; raises ValueError or OSError."""
     known = {k: v for k, v in writer.record["settings"].items() if k in train.Config.__dataclass_fields__}
     settings = train.Config(**known | ({"corpus": cfg.corpus} if cfg.corpus else {}))
-    corpora = inputs.open_corpora(settings)
+    corpora = checks.open_corpora(settings)
     meta = corpora[0].meta
-    if differ := [f"{k} {writer.record['corpus'][k]} and {meta[k]}" for k in inputs.VOCABULARY if writer.record["corpus"][k] != meta[k]]:
+    if differ := [f"{k} {writer.record['corpus'][k]} and {meta[k]}" for k in checks.VOCABULARY if writer.record["corpus"][k] != meta[k]]:
         raise ValueError(f"checkpoint and corpus don't go together: {', '.join(differ)}")
-    return settings, corpora, inputs.validation_blocks(corpora, settings.block_len)
+    return settings, corpora, checks.validation_sequences(corpora, settings.seq_len)
 
 
 def reader(settings, eos_id):
     """What `likelihood.evaluate` reads batches with."""
-    return lambda process, blocks, *rest: train.read_batch(settings, process, blocks, eos_id, *rest)
+    return lambda process, blocks, *rest: data.read_batch(settings, process, blocks, eos_id, *rest)
 
 
 def bound(cfg, writer, settings, corpora, blocks, objective, ranks):
@@ -149,7 +145,7 @@ def bound(cfg, writer, settings, corpora, blocks, objective, ranks):
             return likelihood.evaluate(objective, process, blocks, rows, cfg.micro_batch, ranks, writer.device, writer.autocast, reader(settings, writer.tokens.eos_id), passes, show)
 
     if cfg.compile:
-        objective = engine.Objective(writer.model, writer.posterior).eval()  # the others' passes are of many shapes
+        objective = update.Objective(writer.model, writer.posterior).eval()  # the others' passes are of many shapes
         objective.look = torch.compile(objective.look, dynamic=False)
     measured = measure(process)
     nats, (error, noise) = sum(measured.parts), likelihood.standard_error(measured, exact)
@@ -157,7 +153,7 @@ def bound(cfg, writer, settings, corpora, blocks, objective, ranks):
     per_byte = 1 / (math.log(2) * bytes_per_token)
     found = dict(kind="exact NLL" if exact else "NELBO (upper bound)", nats_per_token=nats, error=error, noise_error=noise, bits_per_byte=nats * per_byte,
                  bits_per_byte_error=error * per_byte, perplexity=math.exp(min(nats, 700.0)), bytes_per_token=bytes_per_token, rows=rows, passes=passes,
-                 block_len=settings.block_len, text=inputs.digest(corpora, "val"))
+                 seq_len=settings.seq_len, text=checks.text_digest(corpora, "val"))
     found["own_text"] = found["text"] == writer.record["corpus"].get("val_sha256")  # that of training
     if cfg.bins and not exact:
         curve = likelihood.noise_curve(measured, process, cfg.bins)
@@ -172,7 +168,7 @@ def bound(cfg, writer, settings, corpora, blocks, objective, ranks):
 def ordered(cfg, writer, settings, corpora, blocks, objective, ranks):
     """The exact likelihoods of the samplers that write in an order, and the bound on the same blocks: {order: dict}."""
     n, eos = min(cfg.ordered_rows, blocks.available), writer.tokens.eos_id
-    ids = likelihood.spread(n, blocks.available)
+    ids = data.validation_ids(n, blocks.available)
     mine, found = np.array_split(np.arange(n), ranks.world)[ranks.rank], {}
     process = likelihood.validation_process(writer.process, settings.schedule)
     measured = likelihood.evaluate(objective, process, blocks, n, cfg.micro_batch, ranks, writer.device, writer.autocast, reader(settings, eos), max(8, cfg.passes))
@@ -209,7 +205,7 @@ def written(cfg, writer, most):
     if not cfg.texts:
         n = cfg.length or most
         order = "ancestral" if cfg.order == "auto" else cfg.order
-        how = decode.How(order=order, steps=cfg.steps, block=cfg.block, temperature=cfg.temperature,
+        how = decode.DecodeConfig(order=order, steps=cfg.steps, block=cfg.block, temperature=cfg.temperature,
                          seed=cfg.seed, cache="prefix" if writer.objective == "ar" else "no")
         rows = []
         for first in range(0, cfg.samples, cfg.micro_batch):
@@ -241,7 +237,7 @@ def stated(values):
 
 def of_texts(cfg, writer, settings, corpora, judge):
     """What is measured of texts: repetition, entropy, the judge's NLL, and copies of the training text."""
-    found = written(cfg, writer, min(writer.block_len, judge.block_len if judge else writer.block_len))
+    found = written(cfg, writer, min(writer.seq_len, judge.seq_len if judge else writer.seq_len))
     rows = [new for new, _, _ in found]
     said = dict(texts=len(rows), tokens=sum(map(len, rows)), entropy=stated([frontier.entropy(row) for row in rows]), distinct={n: texts.distinct(rows, n) for n in (1, 2, 3, 4)},
                 repetition={n: stated([texts.repetition(row, n) for row in rows]) for n in (2, 3, 4) if max(map(len, rows)) >= n})
@@ -252,11 +248,11 @@ def of_texts(cfg, writer, settings, corpora, judge):
             nll[some] = frontier.judged(judge, [found[i][1] for i in some], skip)
         said |= dict(judge=cfg.judge, nll=stated(nll), pairs=[[frontier.entropy(row), float(value)] for row, value in zip(rows, nll)])
     if cfg.match:
-        blocks = inputs.validation_blocks(corpora, writer.block_len)
-        held_out = blocks.read(likelihood.spread(min(len(rows), blocks.available), blocks.available))[:, 1:].tolist()
+        blocks = checks.validation_sequences(corpora, writer.seq_len)
+        held_out = blocks.read(data.validation_ids(min(len(rows), blocks.available), blocks.available))[:, 1:].tolist()
         held_out = [text[: len(row)] for text, row in zip(held_out, rows)]  # how much of any text stands in the training text
-        said["own_text"] = inputs.digest(corpora, "train") == writer.record["corpus"].get("train_sha256")
-        said["copies"] = copied(inputs.training_text(settings, corpora), rows, held_out, sorted(map(int, split(cfg.match))))
+        said["own_text"] = checks.text_digest(corpora, "train") == writer.record["corpus"].get("train_sha256")
+        said["copies"] = copied(checks.training_text(settings, corpora), rows, held_out, sorted(map(int, split(cfg.match))))
     return said
 
 
@@ -314,7 +310,7 @@ def show(found, run, step):
         print(f"{b['kind']:<22}{pm(b['nats_per_token'], b['error'])} nats/token   {pm(b['bits_per_byte'], b['bits_per_byte_error'])} bits/byte   perplexity {b['perplexity']:.2f}"
               + (f"   (noise alone ± {b['noise_error']:.4f})" if b["passes"] > 1 else ""))
         logged = [m for m in read_metrics(run) if m.get("step") == step and "val_loss" in m]
-        print(f"{'':<22}{b['rows']:,} blocks of {b['block_len']}" + (f", {b['passes']} passes" if b["passes"] > 1 else "")
+        print(f"{'':<22}{b['rows']:,} blocks of {b['seq_len']}" + (f", {b['passes']} passes" if b["passes"] > 1 else "")
               + (f"; train.py logged {logged[-1]['val_loss']:.4f}" if logged and b["own_text"] else "" if b["own_text"] else "; another text than in training"))
     for order, line in found.get("ordered", {}).items():
         print(f"{'exact, ' + order if order != 'bound' else 'bound of these blocks':<22}{pm(line['nats_per_token'], line['error'])} nats/token   "
@@ -341,20 +337,20 @@ def digits(stated):
 
 def main():
     if sys.argv[1:2] == ["compare"]:
-        import compare
+        from evaluation import compare
 
         return compare.main(sys.argv[2:])
     cfg = configurator.load(Config, about=__doc__)
     harness = None
     if cfg.tasks:
         try:
-            import harness
+            from evaluation import harness
         except ImportError as problem:
             configurator.fail(f"tasks need lm-evaluation-harness ({problem}): pip install '.[eval]'")
     device = torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    ranks = parallel.join(device, cfg.timeout)
+    ranks = distributed.init_distributed(device, cfg.timeout)
     code = 1
     try:
         with kernels.preferring_cudnn(device):
@@ -372,7 +368,7 @@ def main():
         traceback.print_exc()
     finally:
         if ranks.world > 1:
-            parallel.leave(ranks, code or 0)
+            distributed.shut_down(ranks, code or 0)
     if code:
         raise SystemExit(code)
 
@@ -382,7 +378,7 @@ def evaluate(cfg, ranks, harness):
     say = print if ranks.rank == 0 else lambda *_, **__: None
     found, measured, judge = {}, None, None
     try:
-        writer = Writer.of(cfg.run_dir, cfg.device, cfg.dtype)
+        writer = Generator.of(cfg.run_dir, cfg.device, cfg.dtype)
         if cfg.ordered and writer.objective != "masked":
             raise ValueError("ordered: " + ("a uniform model has no chain rule: every position stays uncertain to the end" if writer.objective == "uniform"
                                             else "an autoregressive model has one order, and its exact NLL is what is measured anyway"))
@@ -392,20 +388,20 @@ def evaluate(cfg, ranks, harness):
         needs_text = cfg.bound or cfg.ordered or (cfg.samples or cfg.texts) and cfg.match
         settings, corpora, blocks = open_text(cfg, writer) if needs_text else (None, None, None)
         if cfg.judge:
-            judge = Writer.of(cfg.judge, cfg.device, "float32")
+            judge = Generator.of(cfg.judge, cfg.device, "float32")
             if judge.objective != "ar" or (judge.tokens.name, judge.tokens.n_vocab) != (writer.tokens.name, writer.tokens.n_vocab):
                 raise ValueError(f"judge={cfg.judge} must be an autoregressive run that reads the same tokens")
             judge.load()
-        if cfg.length > min(writer.block_len, judge.block_len if judge else writer.block_len):
-            raise ValueError(f"length={cfg.length} is more than the model's context of {writer.block_len}" + (f", or the judge's of {judge.block_len}" if judge else ""))
+        if cfg.length > min(writer.seq_len, judge.seq_len if judge else writer.seq_len):
+            raise ValueError(f"length={cfg.length} is more than the model's context of {writer.seq_len}" + (f", or the judge's of {judge.seq_len}" if judge else ""))
         opened = harness.open_tasks(split(cfg.tasks), cfg.task_path, cfg.task_data, partial(say, file=sys.stderr)) if cfg.tasks else None
         step = writer.record["step"]
-        own = not needs_text or inputs.digest(corpora, "val") == writer.record["corpus"].get("val_sha256")
+        own = not needs_text or checks.text_digest(corpora, "val") == writer.record["corpus"].get("val_sha256")
         out = Path(cfg.out or writer.folder.parent / (f"eval_{step:08d}" + ("" if own else "_" + "_".join(corpus.folder.name for corpus in corpora))))
         if ranks.rank == 0:
             out.mkdir(parents=True, exist_ok=True)
         writer.load()
-        objective = engine.Objective(writer.model, writer.posterior).eval()
+        objective = update.Objective(writer.model, writer.posterior).eval()
         say(f"{writer.folder}: {writer.objective}, {writer.model.n_params():,} parameters, step {step}, {cfg.dtype} on {ranks.world} × {writer.device.type}", flush=True)
         with torch.no_grad():
             if cfg.bound:
@@ -462,7 +458,7 @@ def keep(cfg, found, measured, out, writer, step):
     names = [path.name]
     if measured:
         b = found["bound"]
-        keep_rows(out / "evaluation.npz", measured, step=step, **{name: b[name] for name in ("text", "block_len", "passes", "error", "bytes_per_token")})
+        write_rows(out / "evaluation.npz", measured, step=step, **{name: b[name] for name in ("text", "seq_len", "passes", "error", "bytes_per_token")})
         names.append("evaluation.npz")
     if curve := found.get("bound", {}).get("curve"):
         with open(out / "noise.csv", "w", newline="") as file:

@@ -13,6 +13,7 @@ ever spent on them.
 
 import contextlib
 import functools
+import platform
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,15 @@ def has_kernels(tensor):
 
 def on_cpu(tensor):
     return tensor.device.type == "cpu" and not pretending
+
+
+def has_bf16(device):
+    """Whether the hardware multiplies bfloat16 matrices itself; oneDNN also emulates it, slowly, on AVX-512."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if platform.machine() in ("x86_64", "AMD64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 # ------------------------------------------------------------------------------------- head and loss in one

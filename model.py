@@ -16,56 +16,6 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from kernels import attention, document_mask, fp8_linear, linear
 
-# The ladder of the Quokka paper's Table 6: (12·n_layer·d_model² in millions, as that table prints it,
-# d_model, head_dim, n_head, n_layer).
-LADDER = [
-    (1, 128, 32, 4, 3), (2, 224, 32, 7, 4), (5, 288, 32, 7, 5), (7, 320, 32, 10, 6), (14, 448, 32, 7, 6),
-    (25, 512, 64, 8, 8), (36, 576, 64, 9, 9), (49, 640, 64, 10, 10), (64, 640, 64, 10, 13), (79, 640, 64, 10, 16),
-    (85, 768, 64, 12, 12), (106, 768, 64, 12, 15), (127, 768, 64, 12, 18), (135, 896, 64, 14, 14),
-    (154, 896, 64, 14, 16), (173, 896, 64, 14, 18), (201, 1024, 64, 16, 16), (226, 1024, 64, 16, 18),
-    (252, 1024, 64, 16, 20), (354, 1280, 128, 10, 18), (413, 1280, 128, 10, 21), (428, 1408, 128, 11, 18),
-    (472, 1280, 128, 10, 24), (500, 1408, 128, 11, 21), (538, 1536, 128, 12, 19), (571, 1408, 128, 11, 24),
-    (623, 1536, 128, 12, 22), (708, 1536, 128, 12, 25), (771, 1792, 128, 14, 20), (886, 1792, 128, 14, 23),
-    (1002, 1792, 128, 14, 26), (1107, 2048, 128, 16, 22), (1250, 2176, 128, 17, 22), (1258, 2048, 128, 16, 25),
-    (1409, 2048, 128, 16, 28), (1420, 2176, 128, 17, 25), (1529, 2304, 128, 18, 24), (1591, 2176, 128, 17, 28),
-    (1784, 2304, 128, 18, 28), (2038, 2304, 128, 18, 32), (2045, 2560, 128, 20, 26), (2359, 2560, 128, 20, 30),
-    (2674, 2560, 128, 20, 34), (3121, 2688, 128, 21, 36), (3426, 2816, 128, 22, 36), (3744, 2944, 128, 23, 36),
-    (4077, 3072, 128, 24, 36), (6166, 3584, 128, 28, 40), (8456, 4096, 128, 32, 42), (10682, 4352, 128, 32, 47),
-    (11211, 4608, 128, 36, 44), (11976, 4608, 128, 32, 47), (13343, 4864, 128, 32, 47), (14653, 4992, 128, 32, 49),
-    (14785, 5120, 128, 40, 47),
-]  # fmt: skip
-
-
-def swiglu_width(d_model):
-    """The SwiGLU width with the parameters of a 4·d MLP, rounded down to a multiple of 64."""
-    return 64 * (8 * d_model // 3 // 64)
-
-
-def ladder_params(d_model, head_dim, n_head, n_layer):
-    """N of the paper's figures and fits: GPT-2's padded vocabulary, tied, without norms."""
-    return 50304 * d_model + n_layer * (4 * d_model * n_head * head_dim + 3 * d_model * swiglu_width(d_model))
-
-
-def ladder(name):
-    """The shape called e.g. '1086M' (N of the figures) or '1002M' (Table 6's column) as keyword arguments.
-
-    '1.1B' finds the row that rounds to it if there is just one. The figures' N comes first.
-    """
-    text = str(name).strip().upper()
-    for known in ([round(ladder_params(*row) / 1e6) for _, *row in LADDER], [count for count, *_ in LADDER]):
-        if text.endswith("M") and text[:-1].isdecimal():
-            rows = [row for n, (_, *row) in zip(known, LADDER) if n == int(text[:-1])]
-        else:
-            rows = [row for n, (_, *row) in zip(known, LADDER)
-                    if text.endswith("B") and text == f"{n / 1000:.{len(text.partition('.')[2]) - 1 if '.' in text else 0}f}B"]
-        if len(rows) > 1:
-            break
-        if len(rows) == 1:
-            d_model, head_dim, n_head, n_layer = rows[0]
-            return dict(d_model=d_model, head_dim=head_dim, n_head=n_head, n_layer=n_layer)
-    names = ", ".join(f"{round(ladder_params(*row) / 1e6)}M" for _, *row in LADDER)
-    raise ValueError(f"no single model of the ladder is called '{name}'; there are {names}")
-
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -79,7 +29,7 @@ class ModelConfig:
     d_ff: int
     n_vocab: int  # text tokens; every id at or above it is excluded from the softmax
     mask_id: int
-    block_len: int  # longest sequence
+    seq_len: int  # longest sequence
     causal: bool
     tied: bool = True
     timed: bool = False  # continuous-time embedding, for uniform diffusion
@@ -160,7 +110,7 @@ class Attention(nn.Module):
         return joint_linear(pick(y.transpose(1, 2).reshape(B, L, -1), index), self.o_proj, fp8=self.fp8)
 
 
-class Memory:
+class KVCache:
     """Keys and values of every layer and position, so that a pass needs to compute only the positions that are asked for.
 
     For a causal network that is exact. A bidirectional one's positions all depend on each other: what isn't computed
@@ -174,7 +124,7 @@ class Memory:
         self.length = length
 
 
-class Recall:
+class LayerCache:
     """One layer's part of a Memory during one pass over `columns` (B, W), of which `stored` (B, W) are to be written."""
 
     def __init__(self, memory, layer, stored, upto):
@@ -294,7 +244,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(c.d_model, c.norm_eps)
         self.lm_head = None if c.tied else nn.Linear(c.d_model, c.padded_vocab, bias=False)
         for name in ("cos", "sin"):
-            self.register_buffer(name, torch.empty(c.block_len, c.head_dim // 2, dtype=torch.float32), persistent=False)
+            self.register_buffer(name, torch.empty(c.seq_len, c.head_dim // 2, dtype=torch.float32), persistent=False)
         self.tables()
 
     def tables(self):
@@ -305,7 +255,7 @@ class Transformer(nn.Module):
             factor, low, high, length = c.rope_stretch
             kept = ((length * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
             frequency = kept * frequency + (1 - kept) * frequency / factor
-        angle = torch.arange(c.block_len, dtype=torch.float64, device="cpu")[:, None] * frequency
+        angle = torch.arange(c.seq_len, dtype=torch.float64, device="cpu")[:, None] * frequency
         self.cos.copy_(angle.cos())
         self.sin.copy_(angle.sin())
         return self
@@ -404,7 +354,7 @@ class Transformer(nn.Module):
             seen = key <= columns[:, None, :, None]  # (B, 1, W, upto)
             mask = seen if mask is None else mask & seen
         for i, block in enumerate(self.blocks):
-            x = block(x, cos, sin, mask, index if i == c.n_layer - 1 else None, Recall(memory, i, stored, upto))
+            x = block(x, cos, sin, mask, index if i == c.n_layer - 1 else None, LayerCache(memory, i, stored, upto))
         return self.norm(x)
 
     def use(self, recompute="no", fp8=False):
@@ -435,5 +385,5 @@ class Transformer(nn.Module):
         matrices = sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2)
         last = self.blocks[-1]
         picked = sum(p.numel() for p in (last.attn.o_proj.weight, *last.mlp.parameters()))
-        attention = 12 * c.n_layer * c.n_head * c.head_dim * c.block_len * (0.5 if causal else 1)
+        attention = 12 * c.n_layer * c.n_head * c.head_dim * c.seq_len * (0.5 if causal else 1)
         return 6 * (matrices - picked + share * (picked + c.padded_vocab * c.d_model)) + attention

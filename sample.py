@@ -16,13 +16,9 @@ from typing import Literal
 import torch
 
 import configurator
-import data
-import decode
-import diffusion
-import film
-from checkpoint import load_model, load_newest, read_checkpoint
 from configurator import setting
-from engine import has_bf16
+from sampling import film
+from sampling.generator import Generator, decode_config
 
 # what the same thing is called in the seeds' and LLaDA's `generate`
 ALIASES = dict(sample_steps="steps", inference_block_size="block", max_new_tokens="length", cfg="guidance", remasking="order", verbose="show",
@@ -150,34 +146,34 @@ def holes(text, tokens):
     return ids
 
 
-def template(cfg, tokens, block_len, causal, prompt="", suffix="", length=0, text=""):
+def template(cfg, tokens, seq_len, causal, prompt="", suffix="", length=0, text=""):
     """Token ids with the mask's id wherever something is to be written; raises ValueError if it can't be."""
     if text:
         ids = holes(text, tokens)
-        if len(ids) > block_len:
-            raise ValueError(f"the text has {len(ids)} tokens with its holes, more than the model's context of {block_len}")
+        if len(ids) > seq_len:
+            raise ValueError(f"the text has {len(ids)} tokens with its holes, more than the model's context of {seq_len}")
     else:
-        if cfg.max_length > block_len:
-            raise ValueError(f"max_length={cfg.max_length} is more than the model's context of {block_len}")
-        most = cfg.max_length or block_len
+        if cfg.max_length > seq_len:
+            raise ValueError(f"max_length={cfg.max_length} is more than the model's context of {seq_len}")
+        most = cfg.max_length or seq_len
         before, after = (tokens.encode(part).tolist() for part in (prompt, suffix))
         if len(before) + len(after) >= most:
             raise ValueError(f"the prompt has {len(before) + len(after)} tokens, and "
-                             + (f"max_length is {most}" if cfg.max_length else f"the model's context is {block_len}") + ": no room for a new one")
+                             + (f"max_length is {most}" if cfg.max_length else f"the model's context is {seq_len}") + ": no room for a new one")
         ids = before + [tokens.mask_id] * (length or most - len(before) - len(after)) + after
         if len(ids) > most:
-            raise ValueError(f"prompt and new tokens are {len(ids)} together, more than " + (f"max_length={most}" if cfg.max_length else f"the model's context of {block_len}"))
+            raise ValueError(f"prompt and new tokens are {len(ids)} together, more than " + (f"max_length={most}" if cfg.max_length else f"the model's context of {seq_len}"))
     first = ids.index(tokens.mask_id)
     if causal and any(i != tokens.mask_id for i in ids[first:]):
         raise ValueError("an autoregressive model can't fill holes before given text; put [MASK] at the end")
     return ids
 
 
-def templates(cfg, tokens, block_len, causal):
+def templates(cfg, tokens, seq_len, causal):
     """One list of ids for each prompt; raises ValueError, for a file of them with the line."""
     if not cfg.prompts:
         prompt = Path(cfg.prompt_file).read_text(encoding="utf-8-sig") if cfg.prompt_file else cfg.prompt
-        return [template(cfg, tokens, block_len, causal, prompt, cfg.suffix, cfg.length, cfg.text)]
+        return [template(cfg, tokens, seq_len, causal, prompt, cfg.suffix, cfg.length, cfg.text)]
     rows = []
     with open(cfg.prompts, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
@@ -191,7 +187,7 @@ def templates(cfg, tokens, block_len, causal):
                     raise ValueError("text stands alone, and has a [MASK]: its holes say how much is new")
                 if not all(isinstance(value, int if name == "length" else str) for name, value in asked.items()) or asked.get("length", 0) < 0:
                     raise ValueError("prompt, suffix and text are text, length is a whole number of at least 0")
-                rows.append(template(cfg, tokens, block_len, causal, **({"suffix": cfg.suffix, "length": cfg.length} if "prompt" in asked else {}) | asked))
+                rows.append(template(cfg, tokens, seq_len, causal, **({"suffix": cfg.suffix, "length": cfg.length} if "prompt" in asked else {}) | asked))
             except ValueError as problem:  # json's errors are ValueErrors
                 raise ValueError(f"{cfg.prompts}, line {number}: {problem}") from None
     if not rows:
@@ -200,57 +196,6 @@ def templates(cfg, tokens, block_len, causal):
 
 
 # ------------------------------------------------------------------------------------------------- what writes
-
-
-class Writer:
-    """A network that can write, with its tokenizer and the `record` of its checkpoint. Raises ValueError."""
-
-    def __init__(self, record, tokens, device, bf16, model=None):
-        settings, model_settings = record["settings"], record["model"]
-        if (tokens.n_vocab, tokens.mask_id) != (model_settings["n_vocab"], model_settings["mask_id"]):
-            raise ValueError(f"the checkpoint's vocabulary is not that of tokenizer '{tokens.name}'")
-        self.record, self.tokens, self.device, self.bf16, self.model = record, tokens, device, bf16, model
-        self.objective, self.block_len, self.causal = settings["objective"], model_settings["block_len"], model_settings["causal"]
-        self.posterior, self.schedule = settings["loss"] == "paper", diffusion.schedule(settings["schedule"])
-        self.process = diffusion.Process(self.objective, tokens.n_vocab, tokens.mask_id, self.block_len, schedule=settings["schedule"])
-
-    @classmethod
-    def of(cls, run_dir, device, dtype="auto"):
-        """The newest checkpoint of a run, or the one in a folder; its weights are read by `load`. Raises ValueError or OSError."""
-        run = Path(run_dir)
-        if not run.is_dir():
-            raise FileNotFoundError(f"no usable checkpoint in '{run}': there is no such folder")
-        if (run / "checkpoint.json").is_file():
-            folder, record = run, read_checkpoint(run)
-        else:
-            folder, record = load_newest(run, lambda warning: print(f"warning: {warning}", file=sys.stderr))
-        tokens = data.tokenizer(record["corpus"]["tokenizer"], (folder.parent, folder))
-        device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-        writer = cls(record, tokens, device, dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda" and has_bf16(device)))
-        writer.folder = folder
-        return writer
-
-    def load(self):
-        """Read the weights. Returns self."""
-        self.model = load_model(self.folder, self.record, self.device).eval()
-        return self
-
-    def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
-
-    def generate(self, rows, how, first=0, watch=lambda z: None):
-        """`decode.generate` with this model."""
-        special = {i for i in self.tokens.specials.values() if i < self.tokens.n_vocab and i != self.tokens.eos_id}
-        with self.autocast():
-            return decode.generate(self.model, rows, how._replace(banned=tuple(sorted(special))), self.tokens.eos_id, self.schedule,
-                                   self.posterior, first, watch)
-
-
-def how_of(cfg, objective):
-    """The settings that say how to decode."""
-    shared = {name: getattr(cfg, name) for name in decode.How._fields if hasattr(cfg, name)}
-    cache = ("prefix" if objective == "ar" else "no") if cfg.cache == "auto" else cfg.cache
-    return decode.How(**shared | dict(cache=cache, end=cfg.stop))
 
 
 def save(path, written, given, batch, tokens):
@@ -264,20 +209,20 @@ def save(path, written, given, batch, tokens):
 
 def main():
     if "--frontier" in sys.argv:
-        import frontier
+        from evaluation import frontier
 
         return frontier.main([arg for arg in sys.argv[1:] if arg != "--frontier"])
     cfg = configurator.load(Config, about=__doc__, aliases=ALIASES)
     try:
-        writer = Writer.of(cfg.run_dir, cfg.device, cfg.dtype)
+        writer = Generator.of(cfg.run_dir, cfg.device, cfg.dtype)
         check_meaning(cfg, writer.objective, writer.record["model"].get("shift", False))
-        asked = templates(cfg, writer.tokens, writer.block_len, writer.causal)
+        asked = templates(cfg, writer.tokens, writer.seq_len, writer.causal)
         writer.load()
     except UnicodeDecodeError as problem:
         configurator.fail(f"{cfg.prompt_file or cfg.prompts} is not UTF-8: {problem}")
     except (ValueError, OSError) as problem:
         configurator.fail(str(problem))
-    how, tokens = how_of(cfg, writer.objective), writer.tokens
+    how, tokens = decode_config(cfg, writer.objective), writer.tokens
     rows = [row for row in asked for _ in range(cfg.batch)]
     reel = film.Reel(rows[0], tokens) if cfg.show or cfg.gif or cfg.html else None
     written, new, seconds, row_passes, passes, gaps = [], 0, 0.0, 0, 0, []

@@ -28,9 +28,9 @@ from pathlib import Path  # noqa: E402
 import numpy as np  # noqa: E402
 
 import configurator  # noqa: E402
-import laws  # noqa: E402
 from configurator import setting, split  # noqa: E402
-from laws import EQ15, LAWS, Fit, Runs  # noqa: E402
+from laws import laws  # noqa: E402
+from laws.laws import EQ15, LAWS, Fit, Runs  # noqa: E402
 
 QUOKKA = Path(__file__).resolve().parent / "results/quokka"
 
@@ -158,14 +158,14 @@ def read_any(path, out):
     if not path.is_dir():
         return path
     if any(path.rglob("events.out.tfevents*")):
-        import events
+        from laws import events
 
         out.mkdir(parents=True, exist_ok=True)
         return events.write_csv(path, out / "points.csv")
     for name in ("curves.csv", "points.csv"):  # what a finished sweep left; else read its runs
         if (path / name).is_file():
             return path / name
-    import sweep
+    from laws import sweep
 
     rows = sweep.read_runs(path)
     if not rows:
@@ -338,7 +338,7 @@ def fit_main(argv):
         for objective, runs in groups.items():
             (out / f"fits{'_' * bool(objective)}{objective}.json").write_text(json.dumps(kept[objective], indent=1) + "\n")
             if cfg.figures:
-                import figures
+                from laws import figures
 
                 figures.of_fit(runs, fitted[objective], out, objective)
         if {"masked", "ar"} <= kept.keys() and all("approach1" in kept[k] for k in ("masked", "ar")):
@@ -396,14 +396,14 @@ def tables_main(argv):
 
 
 def plan_main(argv):
-    import plan
+    from laws import plan
 
     plan.main(argv)
 
 
 def sweep_main(argv):
     """Train a grid, then fit and draw what came out."""
-    import sweep
+    from laws import sweep
 
     points = sweep.main(argv)
     if points:
@@ -411,13 +411,13 @@ def sweep_main(argv):
 
 
 def plot_main(argv):
-    import figures
+    from laws import figures
 
     figures.main(argv)
 
 
 def study_main(argv):
-    import study
+    from laws import study
 
     study.main(argv)
 

@@ -20,20 +20,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-import checkpoint
 import configurator
-import cost
 import data
 import diffusion
-import engine
-import inputs
 import kernels
-import likelihood
-import parallel
-from checkpoint import load_newest
 from configurator import setting
-from metrics import Journal, draw, open_tracker, summary
-from model import Transformer, ladder, swiglu_width
+from configurator.ladder import ladder, swiglu_width
+from corpus import tokenfiles, tokenizers
+from evaluation import likelihood
+from model import Transformer
+from training import checkpoint, checks, distributed, dryrun, transfer, update, watchdog
+from training.checkpoint import load_newest
+from training.log import Journal, draw_losses, open_tracker, summary_line
 
 
 @dataclass
@@ -67,7 +65,7 @@ class Config:
     head_dim: int = setting(0, "width of a head, even (0: d_model / n_head)", low=0)
     d_model: int = setting(384, "width of the residual stream", low=1)
     d_ff: int = setting(0, "width of the SwiGLU (0: 8/3 of d_model, in 64s)", low=0)
-    block_len: int = setting(256, "tokens per row", low=2)
+    seq_len: int = setting(256, "tokens per row", low=2)
     tied: bool = setting(True, "the LM head is the embedding")
     rope_base: float = setting(10_000.0, "base of the rotary wavelengths", above=1)
     dropout: float = setting(0.0, "dropout rate", low=0, high=0.99)
@@ -152,7 +150,7 @@ class Config:
         if self.reset_positions and not self.document_attention:
             say("reset_positions needs document_attention")
         try:
-            given = data.parse_corpora(self.corpus)
+            given = tokenfiles.parse_corpora(self.corpus)
             if self.unique_tokens and (len(given) > 1 or given[0][2]):
                 say("unique_tokens is for a single corpus; give each its own as path:weight:unique_tokens")
         except ValueError as problem:
@@ -189,7 +187,7 @@ class Config:
             say(str(problem))
         if self.lr_schedule == "wsd" and self.min_lr == 0:
             say("lr_schedule=wsd decays exponentially and never reaches min_lr=0; give a positive one")
-        if self.fp8 and (self.micro_batch or self.batch_size // world) * self.block_len % 16:
+        if self.fp8 and (self.micro_batch or self.batch_size // world) * self.seq_len % 16:
             say("fp8 needs micro-batches of a multiple of 16 tokens")
         if self.fp8 and self.dtype == "float32":
             say("fp8 goes with dtype=bfloat16 or auto")
@@ -265,16 +263,6 @@ def learning_rate(cfg, step, steps):
     return cfg.lr
 
 
-def read_batch(cfg, process, blocks, eos_id, ids, rows, which, valid=None, spacing=None):
-    """The blocks `ids` as a batch of the step's rows `which`: diffusion.make_batch with what cfg says of documents."""
-    x = blocks.read(ids)
-    if not cfg.document_attention:
-        return diffusion.make_batch(process, x, rows, which, valid, spacing)
-    documents = blocks.documents(ids, x, eos_id, process.objective == "ar")
-    batch = diffusion.make_batch(process, x, rows, which, valid, spacing, documents)
-    return batch._replace(positions=data.positions_within(documents)) if cfg.reset_positions else batch
-
-
 def training_batches(process, blocks, eos_id, first_sample, first_step, steps, cfg, rank, world, pin):
     """Every micro-batch of this rank from `first_step` on: a pure function of its arguments."""
     micro = cfg.micro_batch or cfg.batch_size // world
@@ -285,15 +273,15 @@ def training_batches(process, blocks, eos_id, first_sample, first_step, steps, c
         place = (step - first_step) % ahead * cfg.batch_size
         if place == 0:
             ids = blocks.ids(first + np.arange(ahead * cfg.batch_size))
-        rows = diffusion.step_rows(process, first, cfg.batch_size, step / steps)
-        visible = diffusion.visible_pairs(cfg.seed, step, cfg.block_len, (step + 1) / cfg.anneal) if step < cfg.anneal else None
+        rows = diffusion.noise_levels(process, first, cfg.batch_size, step / steps)
+        visible = diffusion.annealed_mask(cfg.seed, step, cfg.seq_len, (step + 1) / cfg.anneal) if step < cfg.anneal else None
         for part in range(rank, parts, world):
             which = rows.deal(part, parts)
             try:
-                batch = read_batch(cfg, process, blocks, eos_id, ids[place + which], rows, which)
+                batch = data.read_batch(cfg, process, blocks, eos_id, ids[place + which], rows, which)
             except ValueError as problem:  # tokens outside the vocabulary, in a corpus too large to check at the start
                 configurator.fail(f"step {step + 1}: {problem}", everywhere=True)
-            yield engine.to_tensors(batch._replace(visible=visible), pin)
+            yield transfer.to_tensors(batch._replace(visible=visible), pin)
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -320,14 +308,14 @@ def main():
         torch.set_float32_matmul_precision("high")
         attention_order = contextlib.ExitStack()  # entered for as long as this variable lives
         attention_order.enter_context(kernels.preferring_cudnn(device))
-    ranks = parallel.ALONE if cfg.dry_run else parallel.join(device, cfg.timeout)  # waiting for the others, a signal ends it at once
-    stop = parallel.stop_on_signals()
-    watch = parallel.Watch(ranks, cfg.timeout, stop)
-    with parallel.guarded(ranks, watch):
+    ranks = distributed.SINGLE if cfg.dry_run else distributed.init_distributed(device, cfg.timeout)  # waiting for the others, a signal ends it at once
+    stop = watchdog.stop_on_signals()
+    watch = watchdog.Watchdog(ranks, cfg.timeout, stop)
+    with watchdog.guarded(ranks, watch):
         code = train(cfg, device, ranks, watch, stop)
         watch.close()
         if ranks.world > 1:
-            parallel.leave(ranks, code)
+            distributed.shut_down(ranks, code)
     if code:
         raise SystemExit(code)
 
@@ -347,26 +335,26 @@ def train(cfg, device, ranks, watch, stop):
             result = work(*arguments)
         except (ValueError, OSError) as error:
             problem = str(error)
-        problems = parallel.gathered(ranks, problem)
+        problems = distributed.all_gather(ranks, problem)
         if any(problems):
             first = next(filter(None, problems))
             configurator.fail(first if all(problems) else f"rank {problems.index(first)}: {first}")
         return result
 
-    start = together(inputs.find_start, cfg, ranks, warn)
-    given = together(inputs.open_inputs, cfg, start)
-    corpora, blocks, val_blocks, model_config, corpus_record, steps, eval_rows, bytes_per_token = given
-    tokens_per_step, kept_steps = cfg.batch_size * cfg.block_len, cfg.kept_steps()
+    start = together(checks.find_initial_checkpoint, cfg, ranks, warn)
+    given = together(checks.open_inputs, cfg, start)
+    corpora, blocks, val_sequences, model_config, corpus_record, steps, eval_rows, bytes_per_token = given
+    tokens_per_step, kept_steps = cfg.batch_size * cfg.seq_len, cfg.kept_steps()
     meta = corpora[0].meta
     micro = cfg.micro_batch or cfg.batch_size // world
     accumulation = cfg.batch_size // (micro * world)
     process = diffusion.Process(
-        cfg.objective, meta["n_vocab"], meta["mask_id"], cfg.block_len, cfg.seed, cfg.loss, cfg.estimator,
+        cfg.objective, meta["n_vocab"], meta["mask_id"], cfg.seq_len, cfg.seed, cfg.loss, cfg.estimator,
         cfg.schedule, cfg.time, cfg.time_sigma, cfg.time_correction, cfg.short_rows)
     val_process = likelihood.validation_process(process, cfg.schedule)
 
     on_gpu = device.type == "cuda" or cfg.device == "cuda"  # the latter for a dry run on a machine without
-    bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and (on_gpu and device.type == "cpu" or engine.has_bf16(device)))
+    bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and (on_gpu and device.type == "cpu" or kernels.has_bf16(device)))
     dtype = torch.bfloat16 if bf16 else torch.float32
 
     def autocast():
@@ -375,14 +363,14 @@ def train(cfg, device, ranks, watch, stop):
     if cfg.fp8 and not on_gpu:
         warn("fp8 is emulated on a CPU and slower than bfloat16; a GPU of compute capability 8.9 has it")
     if cfg.dry_run:
-        print(cost.report(cfg, process, model_config, steps, blocks.n, dtype, on_gpu))
+        print(dryrun.report(cfg, process, model_config, steps, blocks.n, dtype, on_gpu))
         return 0
-    benchmarks = together(inputs.open_benchmarks, cfg, say)
+    benchmarks = together(checks.open_benchmarks, cfg, say)
     need = None
     watch.at(0)
     if rank == 0 and on_gpu:
         try:
-            need = cost.memory_of(cfg, process, model_config, dtype, on_gpu)
+            need = dryrun.predict_memory(cfg, process, model_config, dtype, on_gpu)
         except Exception as problem:
             warn(f"no prediction of memory ({type(problem).__name__}: {problem})")
 
@@ -391,21 +379,21 @@ def train(cfg, device, ranks, watch, stop):
     def claim():
         if rank == 0 and (cfg.resume != "yes" or run.is_dir()):
             run.mkdir(parents=True, exist_ok=True)
-            checkpoint.lock(run, min(30.0, cfg.timeout))  # what is there now stays the newest
+            checkpoint.lock_run_folder(run, min(30.0, cfg.timeout))  # what is there now stays the newest
 
     watch.at(0)
     together(claim)
-    folder, record = together(inputs.find_checkpoint, cfg, given, ranks, warn)
+    folder, record = together(checks.find_checkpoint, cfg, given, ranks, warn)
     tracker = together(lambda: open_tracker(cfg, run) if cfg.wandb and rank == 0 else None)
     with torch.device("meta"):
         network = Transformer(model_config)
-    plain = engine.Objective(network.use(cfg.recompute, cfg.fp8), posterior=cfg.loss == "paper")
+    plain = update.Objective(network.use(cfg.recompute, cfg.fp8), posterior=cfg.loss == "paper")
     if cfg.layout() == "no":
         network.to_empty(device=device).tables()
-    objective = engine.prepared(plain, cfg.compile, ranks, cfg.layout(), cfg.shard_size, dtype, device, cfg.cuda_graphs)
-    optimizer = engine.make_optimizer(network, cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
+    objective = update.compile_and_wrap(plain, cfg.compile, ranks, cfg.layout(), cfg.shard_size, dtype, device, cfg.cuda_graphs)
+    optimizer = update.make_optimizer(network, cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
     saver = checkpoint.Saver(run, network, optimizer, ranks, cfg.keep, cfg.keep_every, kept_steps, alive=lambda: watch.at(step))
-    peak = engine.peak_flops(device) if bf16 else None
+    peak = dryrun.peak_flops(device) if bf16 else None
     n_parts = 2 if cfg.loss == "paper" else 1
     # `pending`: losses of no line yet; `streak`: steps skipped in a row up to now, `longest`: at any time since a checkpoint was read
     course, step, pending, streak, longest = Course(), 0, [], 0, 0
@@ -422,17 +410,17 @@ def train(cfg, device, ranks, watch, stop):
     else:
         network.init_weights(torch.Generator().manual_seed(cfg.seed))
         if start:
-            together(checkpoint.begin_with, *start, network)
+            together(checkpoint.init_weights_from, *start, network)
             say(f"begins with the weights of {start[0]}")
     to_do = step < steps  # else nothing changes
     watch.at(step)
-    seen = parallel.gathered(ranks, parallel.appears(run))
+    seen = distributed.all_gather(ranks, distributed.wait_for_folder(run))
     if not all(seen):
         configurator.fail(f"rank {seen.index(False)} does not see {run}, which rank 0 has made: --run_dir must be on a file system that all nodes share")
 
     def take_folder():
         if rank == 0 and to_do:
-            checkpoint.tidy(run)
+            checkpoint.remove_leftovers(run)
             (run / "settings.json").write_text(configurator.dump(cfg) + "\n")
             if corpora[0].tokenizer_file:
                 shutil.copyfile(corpora[0].tokenizer_file, run / "tokenizer.json")  # sampling needs it
@@ -445,14 +433,14 @@ def train(cfg, device, ranks, watch, stop):
         journal.back_to(step if record else -1)
     say(configurator.dump(cfg))
     within_documents = cfg.document_attention or cfg.short_rows > 0 and cfg.objective != "ar"
-    backend = kernels.attention_backend(torch.empty(1, 1, cfg.block_len, model_config.head_dim, dtype=dtype, device=device), model_config.causal, within_documents)
+    backend = kernels.attention_backend(torch.empty(1, 1, cfg.seq_len, model_config.head_dim, dtype=dtype, device=device), model_config.causal, within_documents)
     if backend == "flash_attention" and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
         warn("attention falls back to FlashAttention-2; cuDNN's is faster here, but this torch does not find it fit")
     say(f"{network.n_params():,} parameters ({network.n_params(False):,} without embeddings), "
-        f"{network.flops_per_token(cost.noisy_share(process)) / 1e6:.1f} MFLOP per token, {str(dtype)[6:]} on {world} × {device.type}, "
+        f"{network.flops_per_token(dryrun.noisy_share(process)) / 1e6:.1f} MFLOP per token, {str(dtype)[6:]} on {world} × {device.type}, "
         f"attention: {backend}" + (f", shard: {cfg.shard}" if cfg.layout() != "no" else ""))
     say(f"{steps:,} steps of {tokens_per_step:,} tokens: {steps * tokens_per_step:,} tokens, "
-        f"{steps * cfg.batch_size / blocks.n:.2f} epochs of {blocks.n * cfg.block_len:,}")
+        f"{steps * cfg.batch_size / blocks.n:.2f} epochs of {blocks.n * cfg.seq_len:,}")
     if record:
         changed = [f"{k} {v!r} → {getattr(cfg, k)!r}" for k, v in record["settings"].items() if getattr(cfg, k, v) != v and k != "resume"]
         say(f"resumed from {folder}" + (f"; changed settings: {', '.join(changed)}" if changed else ""))
@@ -464,7 +452,7 @@ def train(cfg, device, ranks, watch, stop):
     def log(step, **values):
         if journal:
             now = course.at(step, cfg.batch_size)
-            journal.write(step=step, tokens=(now.samples - now.passed) * cfg.block_len, **values)
+            journal.write(step=step, tokens=(now.samples - now.passed) * cfg.seq_len, **values)
 
     def decide(event, text, **values):
         """What the run does by itself is said and logged."""
@@ -473,11 +461,11 @@ def train(cfg, device, ranks, watch, stop):
 
     def read(process, blocks, *rest):
         watch.at(step)
-        return read_batch(cfg, process, blocks, meta["eos_id"], *rest)
+        return data.read_batch(cfg, process, blocks, meta["eos_id"], *rest)
 
     def validate():
         def measure(p):
-            return likelihood.evaluate(plain, p, val_blocks, eval_rows, micro, ranks, device, autocast, read)
+            return likelihood.evaluate(plain, p, val_sequences, eval_rows, micro, ranks, device, autocast, read)
 
         measured, extra = measure(val_process), {}
         loss, error = sum(measured.parts), likelihood.standard_error(measured, cfg.objective == "ar")[0]
@@ -487,25 +475,25 @@ def train(cfg, device, ranks, watch, stop):
         bits = loss / math.log(2) / bytes_per_token
         log(step, objective=cfg.objective, val_loss=loss, val_error=error, val_bpb=bits, **extra)
         if journal:
-            journal.keep_rows(measured, step=step, text=corpus_record["val_sha256"], block_len=cfg.block_len, passes=1, error=error, bytes_per_token=bytes_per_token)
+            journal.keep_rows(measured, step=step, text=corpus_record["val_sha256"], seq_len=cfg.seq_len, passes=1, error=error, bytes_per_token=bytes_per_token)
         say(f"step {step:>6}  validation {loss:.4f}" + (f" ± {error:.4f}" if math.isfinite(error) else "") + f" nats/token  {bits:.4f} bits/byte"
             + "".join(f"  {k[4:]} {v:.4f}" for k, v in extra.items()), flush=True)
 
     def measure_tasks():
         """Benchmarks: every rank takes its share of the passes, the first logs the scores."""
-        from sample import Writer
+        from sampling.generator import Generator
 
         harness, opened = benchmarks
         failure = scores = None
         try:
-            writer = Writer(dict(settings=asdict(cfg), model=asdict(model_config)), data.tokenizer(meta["tokenizer"], (run, corpora[0].folder)), device, bf16, network)
-            model = harness.NanoQuokka(writer=writer, objective=plain, ranks=ranks, masks=cfg.eval_tasks_masks, tokens=min(131_072, max(4096, micro * cfg.block_len)))
+            writer = Generator(dict(settings=asdict(cfg), model=asdict(model_config)), tokenizers.load_tokenizer(meta["tokenizer"], (run, corpora[0].folder)), device, bf16, network)
+            model = harness.NanoQuokka(writer=writer, objective=plain, ranks=ranks, masks=cfg.eval_tasks_masks, tokens=min(131_072, max(4096, micro * cfg.seq_len)))
             model.alive = lambda: watch.at(step)
             with torch.compiler.set_stance("force_eager"):  # their rows are of many lengths
                 scores = harness.run_tasks(model, opened, cfg.eval_tasks_limit)
         except Exception as problem:  # the run is worth more than a benchmark
             failure = f"{type(problem).__name__}: {problem}".partition("\n")[0]
-        if failed := next(filter(None, parallel.gathered(ranks, failure)), None):
+        if failed := next(filter(None, distributed.all_gather(ranks, failure)), None):
             return decide("benchmarks failed", f"step {step}: the benchmarks failed ({failed}); training goes on", why=failed)
         if rank == 0:
             log(step, **{f"eval/{task}/{name}": value for task, line in scores.items() for name, value in line.items() if isinstance(value, float)})
@@ -530,12 +518,12 @@ def train(cfg, device, ranks, watch, stop):
         """Let the records of steps first+1 … last travel to the host; `line`: what is known of the line that is due, if one is."""
         values = recent[: last - first]
         if line:  # one more row holds the norm of all weights: it travels like the gradient's
-            weights = parallel.whole(nn.utils.get_total_norm(list(network.parameters())))
+            weights = distributed.full_tensor(nn.utils.get_total_norm(list(network.parameters())))
             values = torch.cat((values, nn.functional.pad(weights[None, None], (n_parts, 0))))
         if world > 1:
             values[:, -1] /= world  # the norm is the same on every rank, the parts add up
             dist.all_reduce(values)
-        arriving.append((first, last, engine.Arriving(values), line))
+        arriving.append((first, last, transfer.AsyncCopy(values), line))
         recent.zero_()
 
     def receive(wait=False):
@@ -547,7 +535,7 @@ def train(cfg, device, ranks, watch, stop):
             if line:
                 line = dict(line, param_norm=rows.pop()[-1])
             for number, row in enumerate(rows, first + 1):
-                if engine.is_bad(row[-1], cfg.skip_norm):
+                if update.is_bad(row[-1], cfg.skip_norm):
                     streak += 1
                     longest = max(longest, streak)
                     warn(f"step {number}: skipped, its gradient's norm is {row[-1]:.4g} (loss {sum(row[:-1]):.4g}; {streak} in a row)")
@@ -556,7 +544,7 @@ def train(cfg, device, ranks, watch, stop):
                     streak = 0
                     pending.append(row)
             if line and pending:
-                show(last, engine.seconds(line["start"], arrived.moment), **line)
+                show(last, transfer.seconds_between(line["start"], arrived.moment), **line)
 
     def show(step, duration, start, lr, tokens, param_norm):
         """One line of progress, from the means of what is pending."""
@@ -566,8 +554,8 @@ def train(cfg, device, ranks, watch, stop):
         speeds.append(speed)
         mfu = {}
         if peak:
-            rows = diffusion.step_rows(process, course.at(step - 1, cfg.batch_size).samples, cfg.batch_size, (step - 1) / steps)
-            share = float(rows.count.mean()) / cfg.block_len if cfg.objective == "masked" else 1.0
+            rows = diffusion.noise_levels(process, course.at(step - 1, cfg.batch_size).samples, cfg.batch_size, (step - 1) / steps)
+            share = float(rows.count.mean()) / cfg.seq_len if cfg.objective == "masked" else 1.0
             mfu = dict(mfu=speed * network.flops_per_token(share) / (peak * world))
         paper = dict(noisy=2 * parts[0], clean=2 * parts[1]) if n_parts == 2 else {}
         log(step, loss=sum(parts), **paper, grad_norm=norm, param_norm=param_norm, lr=lr, tokens_per_s=speed, **mfu)
@@ -577,7 +565,7 @@ def train(cfg, device, ranks, watch, stop):
 
     def compare_ranks():
         """Log which rank computes fastest and slowest: a straggler holds up all others. Times of a step since the last line."""
-        seconds = parallel.gathered(ranks, sum(engine.seconds(*lap) for lap in laps))
+        seconds = distributed.all_gather(ranks, sum(transfer.seconds_between(*lap) for lap in laps))
         laps.clear()
         fast, slow = min(seconds), max(seconds)
         log(step, event="ranks", fastest=seconds.index(fast), fastest_s=fast, slowest=seconds.index(slow), slowest_s=slow)
@@ -590,7 +578,7 @@ def train(cfg, device, ranks, watch, stop):
 
     def stream():
         batches = training_batches(process, blocks, meta["eos_id"], course.samples, course.step, steps, cfg, rank, world, pin=gpu)
-        return engine.uploaded(engine.prefetched(batches), device) if gpu else batches  # on a CPU a thread would only take time from the step's own
+        return transfer.upload(transfer.prefetch(batches), device) if gpu else batches  # on a CPU a thread would only take time from the step's own
 
     returns = Counter()
 
@@ -615,13 +603,13 @@ def train(cfg, device, ranks, watch, stop):
 
     if world > 1 and cfg.layout() == "no" and to_do:
         with contextlib.closing(stream()) as batches:
-            engine.warm_up(objective.train(), next(batches), autocast)
+            update.fix_bucket_order(objective.train(), next(batches), autocast)
     batches = stream()
     if step == 0:
         validate()
     objective.train()
     warm, flushed, stopping = False, step, False
-    start, clock_tokens = engine.moment(device), 0
+    start, clock_tokens = transfer.timestamp(device), 0
     while step < steps:
         watch.at(step)
         lr = learning_rate(cfg, step, steps)
@@ -631,7 +619,7 @@ def train(cfg, device, ranks, watch, stop):
         if cfg.dropout:  # dropout masks, too, are a function of the step
             torch.manual_seed(hash((cfg.seed, step, rank)))
         lapping = world > 1 and step % cfg.log_every == 1 % cfg.log_every
-        engine.optimizer_step(objective, optimizer, batches, accumulation, recent[step - flushed - 1], cfg.clip, autocast, world, cfg.cuda_graphs,
+        update.optimizer_step(objective, optimizer, batches, accumulation, recent[step - flushed - 1], cfg.clip, autocast, world, cfg.cuda_graphs,
                               cfg.skip_norm, laps if lapping else None)
         clock_tokens += tokens_per_step
         if not warm:  # what has been built by now stays: the garbage collector need not look at it again
@@ -648,7 +636,7 @@ def train(cfg, device, ranks, watch, stop):
             send(flushed, step, None)
             receive(wait=True)
             flushed = step
-        stopping, giving_up = parallel.agree(ranks, stop.is_set(), longest >= cfg.max_skips)
+        stopping, giving_up = distributed.any_rank(ranks, stop.is_set(), longest >= cfg.max_skips)
         if giving_up:
             if flushed < step:
                 send(flushed, step, None)
@@ -657,7 +645,7 @@ def train(cfg, device, ranks, watch, stop):
             batches.close()
             batches, flushed = stream(), step
             laps.clear()
-            start, clock_tokens = engine.moment(device), 0
+            start, clock_tokens = transfer.timestamp(device), 0
             continue
         logging, evaluating, saving = (step == steps or every and step % every == 0
                                        for every in (cfg.log_every, cfg.eval_every, cfg.save_every))
@@ -679,7 +667,7 @@ def train(cfg, device, ranks, watch, stop):
             measure_tasks()
             evaluating = True
         if evaluating or saving:  # the next line's speed is of training alone
-            start, clock_tokens = engine.moment(device), 0
+            start, clock_tokens = transfer.timestamp(device), 0
         hear_of_saving()
         if stopping:
             break
@@ -695,15 +683,15 @@ def train(cfg, device, ranks, watch, stop):
         say(f"nothing to do: {folder} is at step {step} of {steps}")
     if rank == 0 and (run / f"step_{steps:08d}").is_dir():
         runs = [cfg.run_dir] + ([cfg.compare] if cfg.compare else [])
-        draw(runs, run / "loss.png")
-        for line in filter(None, map(summary, runs)):
+        draw_losses(runs, run / "loss.png")
+        for line in filter(None, map(summary_line, runs)):
             say(line)
         say(f"loss curve: {run / 'loss.png'}    try: python sample.py --run_dir={run}")
     if tracker:
         tracker.finish()
     if saver.failure:
         configurator.fail(f"the last checkpoint could not be written; what was saved before is in {run}: make room and continue with --resume=auto")
-    return parallel.STOPPED if step < steps else 0
+    return distributed.STOPPED if step < steps else 0
 
 
 if __name__ == "__main__":

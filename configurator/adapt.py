@@ -8,7 +8,7 @@
 run_dir = "runs/adapt"
 corpus = "corpora/qwen"
 init_from = "runs/qwen3"
-block_len = 2048
+seq_len = 2048
 anneal = 2000
 tokens = 10e9
 batch_size = 256

@@ -14,23 +14,23 @@ from dataclasses import asdict
 
 import torch
 
-import checkpoint
 import configurator
 import diffusion
-import engine
+import kernels
 import train
 from model import Transformer
+from training import checkpoint, update
 
 cfg = configurator.load(train.Config, ["configurator/quickstart.py", f"--corpus={sys.argv[1]}", "--device=cpu", f"--run_dir={tempfile.mkdtemp()}/run"])
 inputs = train.open_inputs(cfg)
 meta, blocks = inputs.corpora[0].meta, inputs.blocks
-process = diffusion.Process(cfg.objective, meta["n_vocab"], meta["mask_id"], cfg.block_len, cfg.seed)
+process = diffusion.Process(cfg.objective, meta["n_vocab"], meta["mask_id"], cfg.seq_len, cfg.seed)
 network = Transformer(inputs.model_config).init_weights(torch.Generator().manual_seed(0))
-objective = engine.prepared(engine.Objective(network, False), cfg.compile)
-optimizer = engine.make_optimizer(network, cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
+objective = update.compile_and_wrap(update.Objective(network, False), cfg.compile)
+optimizer = update.make_optimizer(network, cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
 run = tempfile.mkdtemp()
 saver = checkpoint.Saver(run, network, optimizer, checkpoint.ALONE, keep=2)
-bf16 = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and engine.has_bf16(torch.device("cpu"))
+bf16 = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and kernels.has_bf16(torch.device("cpu"))
 batches = train.training_batches(process, blocks, meta["eos_id"], 0, 0, 10**6, cfg, 0, 1, False)
 record = torch.zeros(2)
 stalls = []
@@ -44,7 +44,7 @@ def fifty(save, step=[0]):  # noqa: B006
         stalls.append(time.perf_counter() - begin)
     for _ in range(50):
         step[0] += 1
-        engine.optimizer_step(objective, optimizer, batches, 1, record, cfg.clip, lambda: torch.autocast("cpu", torch.bfloat16, enabled=bf16))
+        update.optimizer_step(objective, optimizer, batches, 1, record, cfg.clip, lambda: torch.autocast("cpu", torch.bfloat16, enabled=bf16))
     return time.perf_counter() - start
 
 

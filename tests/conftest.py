@@ -7,6 +7,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+for folder in ("processes", "sampling", "training"):  # a few tests share what stands beside others
+    sys.path.append(str(ROOT / "tests" / folder))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job that a script starts in the background ignores it, and so would what it starts
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as scaling.py does
@@ -18,8 +20,7 @@ if (ROOT / "../shared/tiktoken").is_dir():
 
 def prepared(folder, *names, **settings):
     """Prepare a corpus in this process, as `python data.py NAMES --SETTINGS` does."""
-    import prepare
-    import sources
+    from corpus import prepare, sources
 
     cfg = prepare.Config(**settings)
     return prepare.prepare(sources.find_sources([str(name) for name in names], cfg), folder, cfg)

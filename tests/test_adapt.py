@@ -14,12 +14,13 @@ from test_train import TINY
 
 import data
 import diffusion
-import engine
 import sample
 import train
-from checkpoint import begin_with, checkpoints, read_checkpoint
-from metrics import read_metrics
+from corpus import tokenfiles
 from model import ModelConfig, Transformer
+from training import update
+from training.checkpoint import checkpoints, init_weights_from, read_checkpoint
+from training.log import read_metrics
 
 SHAPE = ("n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "d_ff", "model", "tied")
 OTHERS = [flag for flag in TINY if flag.lstrip("-").partition("=")[0] not in SHAPE]
@@ -76,11 +77,11 @@ def test_a_shifted_causal_model_says_what_the_ar_model_said():
 
 def test_annealed_attention():
     """From causal to bidirectional: the past is always seen, of the future a random share, another at each step."""
-    share = [diffusion.visible_pairs(3, step, 64, 0.3) for step in (0, 1, 1)]
+    share = [diffusion.annealed_mask(3, step, 64, 0.3) for step in (0, 1, 1)]
     assert (share[1] == share[2]).all() and (share[0] != share[1]).any()
     ahead = ~np.tri(64, dtype=bool)
     assert share[0][~ahead].all() and abs(share[0][ahead].mean() - 0.3) < 0.05
-    assert diffusion.visible_pairs(0, 5, 32, 1.0).all() and diffusion.visible_pairs(0, 5, 32, 0.0)[~np.tri(32, dtype=bool)].sum() == 0
+    assert diffusion.annealed_mask(0, 5, 32, 1.0).all() and diffusion.annealed_mask(0, 5, 32, 0.0)[~np.tri(32, dtype=bool)].sum() == 0
     model, causal = build(), build(causal=True)
     causal.load_state_dict(model.state_dict())
     x, documents = tokens(2, 16), torch.tensor([[0] * 6 + [1] * 10, [0] * 16])
@@ -90,17 +91,17 @@ def test_annealed_attention():
 
 
 def test_training_sees_the_annealed_pairs_and_then_all(corpus):
-    cfg = train.Config(steps=6, batch_size=4, micro_batch=2, block_len=32, anneal=4, corpus=str(corpus))
-    blocks = data.Blocks(data.load_corpus(corpus).train, 32)
+    cfg = train.Config(steps=6, batch_size=4, micro_batch=2, seq_len=32, anneal=4, corpus=str(corpus))
+    blocks = data.Sequences(tokenfiles.load_corpus(corpus).train, 32)
     process = diffusion.Process("masked", 257, 257, 32)
     batches = list(train.training_batches(process, blocks, 256, 0, 0, 6, cfg, 0, 1, False))
     for i, batch in enumerate(batches):
         step = i // 2
         if step < 4:
-            assert (batch.visible.numpy() == diffusion.visible_pairs(cfg.seed, step, 32, (step + 1) / 4)).all()
+            assert (batch.visible.numpy() == diffusion.annealed_mask(cfg.seed, step, 32, (step + 1) / 4)).all()
         else:
             assert batch.visible is None
-    objective = engine.Objective(build(n_vocab=257, mask_id=257, block_len=32), False)
+    objective = update.Objective(build(n_vocab=257, mask_id=257, seq_len=32), False)
     losses = [objective(batches[0]._replace(visible=visible))[0].item() for visible in (batches[0].visible, torch.ones(32, 32, dtype=torch.bool), None)]
     assert losses[1] == pytest.approx(losses[2], rel=1e-6) and abs(losses[0] - losses[1]) > 1e-4  # and the network goes by them
     other = list(train.training_batches(process, blocks, 256, 0, 0, 6, cfg, 1, 2, False))  # the second of two ranks
@@ -121,7 +122,7 @@ def test_weights_are_taken_over_and_the_mask_gets_a_row(run_main, tmp_path):
         source = dict(record, model=dict(record["model"], causal=causal))
         network = Transformer(ModelConfig(**dict(record["model"], n_vocab=200, mask_id=230))).init_weights()
         before = network.embed.weight[250].clone()
-        begin_with(checkpoints(ar)[0], source, network)
+        init_weights_from(checkpoints(ar)[0], source, network)
         assert torch.equal(network.embed.weight[:200], old["embed.weight"][:200]) and (network.embed.weight[200:230] == 0).all() and not torch.equal(network.embed.weight[250], before)
         torch.testing.assert_close(network.embed.weight[230], old["embed.weight"][:200].mean(0) if causal else old["embed.weight"][257])
         assert all(torch.equal(p, old[name]) for name, p in network.named_parameters() if name not in ("embed.weight", "lm_head.weight"))

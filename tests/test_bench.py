@@ -11,8 +11,8 @@ import torch
 from conftest import ROOT
 
 import bench
-import engine
 from model import Transformer
+from training import update
 
 
 def start(*flags, cwd):
@@ -117,8 +117,8 @@ def test_full_head_computes_the_same_loss():
 
 def test_plain_step_is_a_language_model_of_like_size():
     shape = dict(n_layer=4, n_head=4)
-    plain = bench.PlainGPT(d=128, n_vocab=65, block_len=64, **shape)
-    ours = Transformer(bench.shape_of(**shape, d_model=128, n_vocab=65, block_len=64, causal=True))
+    plain = bench.PlainGPT(d=128, n_vocab=65, seq_len=64, **shape)
+    ours = Transformer(bench.shape_of(**shape, d_model=128, n_vocab=65, seq_len=64, causal=True))
     inside = sum(p.numel() for p in plain.blocks.parameters() if p.dim() == 2)
     assert inside == 4 * 12 * 128**2 and abs(ours.n_params(False) / inside - 1) < 0.05
     x = torch.randint(65, (2, 64))
@@ -137,7 +137,7 @@ def test_real_tokens_are_text_with_a_natural_distribution():
 
 def test_rivals_take_turns_and_are_called_before_the_clock_starts(monkeypatch):
     calls, now = [], [0.0]
-    monkeypatch.setattr(engine.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(update.time, "perf_counter", lambda: now[0])
 
     def rival(name, takes):
         calls.append(name)

@@ -21,13 +21,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 from test_model import build
 
-import checkpoint
 import convert
-import data
-import huggingface
 import sample
 import train
+from corpus import tokenizers
+from interop import huggingface
 from model import ModelConfig
+from training import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,14 +42,14 @@ def one_thread():
 
 def make_run(folder, objective="masked", tokenizer="bytes", dtype=torch.float32, **more):
     """A run of ours with random weights, written without convert.py. Returns its network."""
-    tokens = data.tokenizer(str(tokenizer))
-    network = build(n_vocab=tokens.n_vocab, mask_id=tokens.mask_id, causal=objective == "ar", timed=objective == "uniform", **dict(block_len=32) | more)
+    tokens = tokenizers.load_tokenizer(str(tokenizer))
+    network = build(n_vocab=tokens.n_vocab, mask_id=tokens.mask_id, causal=objective == "ar", timed=objective == "uniform", **dict(seq_len=32) | more)
     place = Path(folder) / "step_00000007"
     place.mkdir(parents=True)
     if hasattr(tokens, "path"):
         (Path(folder) / "tokenizer.json").write_bytes(tokens.path.read_bytes())
     save_file({name: value.to(dtype).contiguous() for name, value in network.state_dict().items()}, place / "model.safetensors")
-    settings = train.Config(run_dir=str(folder), objective=objective, block_len=network.config.block_len)
+    settings = train.Config(run_dir=str(folder), objective=objective, seq_len=network.config.seq_len)
     corpus = dict(tokenizer=tokens.name, n_vocab=tokens.n_vocab, mask_id=tokens.mask_id, eos_id=tokens.eos_id, train_sha256="a", val_sha256="b")
     record = json.loads(json.dumps(dict(settings=asdict(settings), model=asdict(network.config), corpus=corpus, samples=0, passed=0, steps=7, streak=0, pending=[], step=7, updates=7)))
     record["sha256"] = {"model.safetensors": checkpoint.file_digest(place / "model.safetensors")}
@@ -101,8 +101,8 @@ def megatron_args(c, objective, tp=1, pp=1, **more):
     """The arguments as Megatron's own parser would leave them, with what nobody needs among them."""
     return argparse.Namespace(**dict(
         num_layers=c.n_layer, hidden_size=c.d_model, num_attention_heads=c.n_head, kv_channels=c.head_dim, ffn_hidden_size=c.d_ff, swiglu=True,
-        group_query_attention=c.n_kv_head < c.n_head, num_query_groups=c.n_kv_head if c.n_kv_head < c.n_head else 1, seq_length=c.block_len,
-        max_position_embeddings=c.block_len, normalization="RMSNorm", norm_epsilon=c.norm_eps, rotary_base=int(c.rope_base), rotary_percent=1.0,
+        group_query_attention=c.n_kv_head < c.n_head, num_query_groups=c.n_kv_head if c.n_kv_head < c.n_head else 1, seq_length=c.seq_len,
+        max_position_embeddings=c.seq_len, normalization="RMSNorm", norm_epsilon=c.norm_eps, rotary_base=int(c.rope_base), rotary_percent=1.0,
         position_embedding_type="rope", add_bias_linear=False, add_qkv_bias=c.qkv_bias, qk_layernorm=c.qk_norm, untie_embeddings_and_output_weights=not c.tied,
         padded_vocab_size=512, vocab_size=c.mask_id + 12, mask_token=c.mask_id, model_running_mode="vanilla" if objective == "ar" else "difflm-noshift", attention_mask_type="causal_bottom_right" if objective == "ar" else "no_mask",
         tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, params_dtype=torch.bfloat16, num_experts=None, lr=2e-4) | more)
@@ -390,7 +390,7 @@ def test_the_exported_folder_generates_what_sample_does(run, remote_code, monkey
 
 def test_the_example_of_the_docs(run, tmp_path):
     """As it stands in docs/checkpoints.md, for a model whose context is the quickstart's; nothing is asked."""
-    make_run(tmp_path / "ours", block_len=64)
+    make_run(tmp_path / "ours", seq_len=64)
     assert run(source=tmp_path / "ours", out=tmp_path / "exported")[0] == 0
     program = re.search(r"```python\n(.*?)```", (ROOT / "docs/checkpoints.md").read_text(), re.S)[1]
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=dict(os.environ, HF_HOME=str(tmp_path / "home")), stdin=subprocess.DEVNULL, capture_output=True, text=True)
@@ -415,7 +415,7 @@ def test_the_exported_ar_folder_in_the_harness(run, tmp_path):
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    import harness
+    from evaluation import harness
 
     make_run(tmp_path / "ours", "ar")
     assert run(source=tmp_path / "ours", out=tmp_path / "hf")[0] == 0
@@ -480,7 +480,7 @@ def test_classes_in_use_are_out_of_a_pickles_reach(tmp_path):
     """A pickle's BUILD sets attributes, also of a class: of none that anybody but this pickle has."""
     from torch.distributed.checkpoint import metadata
 
-    import tensors
+    from interop import tensors
 
     for module, name in (("torch.distributed.checkpoint.metadata", "Metadata"), ("torch.serialization", "_get_layout"), ("torch", "device"), ("megatron.core.enums", "X")):
         poison = b"\x80\x02c" + f"{module}\n{name}\n".encode() + b"N}X\x06\x00\x00\x00gainedX\x01\x00\x00\x00xs\x86b."  # (class, (None, {"gained": "x"})) BUILD
@@ -774,7 +774,7 @@ def test_a_converted_run_is_not_resumed(run, tmp_path, monkeypatch, capsys, corp
     c = network.config
     with pytest.raises(SystemExit):
         call_main(monkeypatch, f"--run_dir={tmp_path / 'back'}", f"--corpus={corpus}", "--resume=yes", "--steps=50", f"--n_layer={c.n_layer}", f"--n_head={c.n_head}", f"--d_model={c.d_model}",
-                  f"--d_ff={c.d_ff}", f"--block_len={c.block_len}", "--batch_size=4", "--device=cpu")
+                  f"--d_ff={c.d_ff}", f"--seq_len={c.seq_len}", "--batch_size=4", "--device=cpu")
     assert "no optimizer state; begin another run with --init_from" in capsys.readouterr().err
 
 
@@ -805,7 +805,7 @@ def llada_logits(w, ids, n_layers, n_heads, theta, eps):
 
 def tokenizer_file(path, mask, above=()):
     """A byte-level tokenizer.json: 256 letters, a separator, then the mask, then special tokens with higher ids."""
-    layout, _ = huggingface.layout_of(data.tokenizer("bytes"))
+    layout, _ = huggingface.layout_of(tokenizers.load_tokenizer("bytes"))
     specials = ["<|endoftext|>", mask, *above]
     layout["added_tokens"] = [dict(id=256 + i) | huggingface.special(name) for i, name in enumerate(specials)]
     path.write_text(json.dumps(layout))
@@ -814,7 +814,7 @@ def tokenizer_file(path, mask, above=()):
 
 def test_another_name_for_a_tokenizer_that_cant_be_read(run, tmp_path):
     """Which token ends a document is not to be seen in the folder's own file: with --tokenizer and --eos it is said."""
-    layout, _ = huggingface.layout_of(data.tokenizer("bytes"))
+    layout, _ = huggingface.layout_of(tokenizers.load_tokenizer("bytes"))
     layout["added_tokens"] = [dict(id=256) | huggingface.special("<over>")]
     (tmp_path / "t.json").write_text(json.dumps(layout))
     make_run(tmp_path / "ours", "ar")
@@ -830,7 +830,7 @@ def test_another_name_for_a_tokenizer_that_cant_be_read(run, tmp_path):
 
 def test_a_mask_among_the_tokens(run, remote_code, tmp_path):
     """A special token that is called like a mask, but comes before the end of the text, is none; ours gets a name that is free."""
-    layout, _ = huggingface.layout_of(data.tokenizer("bytes"))
+    layout, _ = huggingface.layout_of(tokenizers.load_tokenizer("bytes"))
     layout["added_tokens"] = [dict(id=256) | huggingface.special("<|mask|>"), dict(id=257) | huggingface.special("<|endoftext|>")]
     (tmp_path / "t.json").write_text(json.dumps(layout))
     make_run(tmp_path / "ours", tokenizer=tmp_path / "t.json")
@@ -841,7 +841,7 @@ def test_a_mask_among_the_tokens(run, remote_code, tmp_path):
     layout = json.loads(file.read_text())
     layout["added_tokens"][-1]["special"] = False  # it is text, after the mask
     file.write_text(json.dumps(layout))
-    tokens = data.tokenizer(str(file))
+    tokens = tokenizers.load_tokenizer(str(file))
     assert tokens.n_vocab == tokens.mask_id == 259 and max(tokens.encode("a<tool>b")) < tokens.n_vocab
 
 
@@ -865,7 +865,7 @@ def test_llada(run, tmp_path):
     with torch.no_grad():
         a, b = llada_logits(weights, ids, 2, 4, 500000.0, 1e-5)[..., :257], ours.logits(ours(ids))
     assert (a - b).abs().max() < 1e-4 * a.abs().max()
-    tokens = data.tokenizer(str(folder / "tokenizer.json"))
+    tokens = tokenizers.load_tokenizer(str(folder / "tokenizer.json"))
     assert (tokens.n_vocab, tokens.mask_id, len(tokens.token_bytes())) == (257, 257, 257) and tokens.decode(tokens.encode("Ab ü")) == "Ab ü"
     (folder / "config.json").write_text(json.dumps(config | dict(alibi=True)))
     assert "alibi=True" in refused(run, tmp_path, source=folder, out=tmp_path / "x")
@@ -879,7 +879,7 @@ def test_dream_is_shifted(run, tmp_path):
     theirs.save_pretrained(tmp_path / "dream")
     about = json.loads((tmp_path / "dream/config.json").read_text())
     (tmp_path / "dream/config.json").write_text(json.dumps(about | dict(architectures=["DreamModel"], model_type="Dream", mask_token_id=257)))
-    layout, _ = huggingface.layout_of(data.tokenizer("bytes"))
+    layout, _ = huggingface.layout_of(tokenizers.load_tokenizer("bytes"))
     (tmp_path / "dream/vocab.json").write_text(json.dumps(layout["model"]["vocab"]))
     (tmp_path / "dream/merges.txt").write_text("#version: 0.2\n")
     specials = {"256": huggingface.special("<|endoftext|>"), "257": huggingface.special("<|mask|>")}
@@ -904,13 +904,13 @@ def test_dream_is_shifted(run, tmp_path):
 def test_the_exported_tokenizer_gives_the_same_ids(run, remote_code, tmp_path, name):
     if name == "gpt2":
         try:
-            data.tokenizer("gpt2")
+            tokenizers.load_tokenizer("gpt2")
         except ValueError:
             pytest.skip("GPT-2's files are not here")
     which = tokenizer_file(tmp_path / "t.json", "<|other|>") if name == "file" else name
     make_run(tmp_path / "ours", tokenizer=which)
     assert run(source=tmp_path / "ours", out=tmp_path / "hf")[0] == 0
-    ours, theirs = data.tokenizer(str(which)), transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    ours, theirs = tokenizers.load_tokenizer(str(which)), transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     for text in ("def f(x):\n    return x ** 2  # it's 1234 — ü\t\n\n", "I'll  go   there's\r\n", "日本語 🦘", " ", "a<|endoftext|b"):
         ids = ours.encode(text).tolist()
         assert theirs(text, add_special_tokens=False)["input_ids"] == ids and theirs.decode(ids) == text
@@ -967,7 +967,7 @@ def test_a_network_of_1_7b_in_minutes_and_little_memory(tmp_path):
     """torch_dist, bfloat16, random weights → ours within 3 minutes; from there to every format and back. One tensor at a time."""
     import torch.distributed.checkpoint as dcp
 
-    import megatron
+    from interop import megatron
 
     c, place = ModelConfig(28, 16, 16, 128, 2048, 6144, 50277, 50277, 2048, False, tied=False), tmp_path / "mega/iter_0000042"
     place.mkdir(parents=True)

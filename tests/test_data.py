@@ -27,15 +27,15 @@ from test_train import run_main  # noqa: F401  (fixtures)
 
 import data
 import diffusion
-import prepare
 import train
-from metrics import read_metrics
+from corpus import inspect, prepare, tokenfiles, tokenizers
 from model import ModelConfig, Transformer
+from training.log import read_metrics
 
 CACHE = ROOT.parent / "shared" / "tiktoken"  # the GPT-2 files, where there is no network
 needs_gpt2 = pytest.mark.skipif(not CACHE.is_dir(), reason="no tiktoken files beside the repository")
 quick = settings(max_examples=40, deadline=None)
-EOS = data.Bytes.eos_id
+EOS = tokenizers.Bytes.eos_id
 
 # Everything that pre-tokenizers treat in a way of its own, and characters of one to four bytes.
 TEXT = st.text(st.sampled_from("aZ1é世🙂 .'!/\t\r\x0b\x1c\x85\u00a0\u2028\n\n\n"), max_size=60)
@@ -45,7 +45,7 @@ TEXT = st.text(st.sampled_from("aZ1é世🙂 .'!/\t\r\x0b\x1c\x85\u00a0\u2028\n\
 def gpt2():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TIKTOKEN_CACHE_DIR", str(CACHE))
-        yield data.tokenizer("gpt2")
+        yield tokenizers.load_tokenizer("gpt2")
 
 
 @pytest.fixture(scope="module")
@@ -136,12 +136,12 @@ def whole(stream):
 
 
 def lengths_of(stream, eos=EOS):
-    return [n for lengths in data.document_lengths(stream, eos) for n in lengths.tolist()]
+    return [n for lengths in tokenfiles.document_lengths(stream, eos) for n in lengths.tolist()]
 
 
 def small_chunks(size):
     """Streams hand out their tokens in small pieces."""
-    return mock.patch.object(data.Stream, "chunks", functools.partialmethod(data.Stream.chunks, size))
+    return mock.patch.object(tokenfiles.Stream, "chunks", functools.partialmethod(tokenfiles.Stream.chunks, size))
 
 
 def fresh(folder):
@@ -157,7 +157,7 @@ def fresh(folder):
 @quick
 @given(st.text())
 def test_bytes_round_trip(text):
-    tokens = data.tokenizer("bytes")
+    tokens = tokenizers.load_tokenizer("bytes")
     ids = tokens.encode(text)
     assert ids.tolist() == list(text.encode()) == tokens.encode_batch(["", text])[1].tolist()
     assert tokens.decode([tokens.eos_id, *ids.tolist(), tokens.mask_id, tokens.eos_id]) == text
@@ -185,7 +185,7 @@ def real_pattern(name, ranks):
     with mock.patch.object(openai_public, "load_tiktoken_bpe", lambda *_, **__: ranks):
         encoding = tiktoken.Encoding(**openai_public.ENCODING_CONSTRUCTORS[name]())
     with mock.patch.object(tiktoken, "get_encoding", lambda _: encoding):
-        return data.tokenizer(name)
+        return tokenizers.load_tokenizer(name)
 
 
 def test_text_tokens_above_the_separator():
@@ -214,7 +214,7 @@ def test_tokenizer_file_round_trip(bpe, text):
 
 @functools.cache
 def file_tokenizer(path):
-    return data.tokenizer(str(path))
+    return tokenizers.load_tokenizer(str(path))
 
 
 def test_tokenizer_file_is_known_by_its_digest(bpe, tmp_path):
@@ -222,11 +222,11 @@ def test_tokenizer_file_is_known_by_its_digest(bpe, tmp_path):
     assert tokens.name == f"tokenizer.json {hashlib.sha256(bpe.read_bytes()).hexdigest()[:16]} <|endoftext|>"
     assert tokens.specials == {"<|endoftext|>": tokens.eos_id} and tokens.token_bytes()[tokens.eos_id] == 0 and tokens.cuts
     assert len(tokens.encode(stories(1)[0])) < 0.7 * len(stories(1)[0])  # merges at all
-    assert data.tokenizer(str(bpe.parent)).name == tokens.name  # a folder that holds it
-    assert data.tokenizer(tokens.name, (tmp_path, bpe.parent)).path == bpe
+    assert tokenizers.load_tokenizer(str(bpe.parent)).name == tokens.name  # a folder that holds it
+    assert tokenizers.load_tokenizer(tokens.name, (tmp_path, bpe.parent)).path == bpe
     (tmp_path / "tokenizer.json").write_bytes(bpe.read_bytes() + b" ")
     with pytest.raises(ValueError, match=f"no tokenizer.json of digest {tokens.name.split()[1]} in {tmp_path}") as caught:
-        data.tokenizer(tokens.name, (tmp_path,))
+        tokenizers.load_tokenizer(tokens.name, (tmp_path,))
     one_line(caught)
 
 
@@ -239,24 +239,24 @@ def test_tokenizer_file_refuses(bpe, tmp_path):
     for text in ("", "{", "[]", "{}", '{"model": 7}'):
         (tmp_path / "x.json").write_text(text)
         with pytest.raises(ValueError, match="x.json: no tokenizer.json: ") as caught:
-            data.tokenizer(str(tmp_path / "x.json"))
+            tokenizers.load_tokenizer(str(tmp_path / "x.json"))
         one_line(caught)
     (tmp_path / "x.json").write_bytes(b"\xff")
     with pytest.raises(ValueError, match="x.json: no tokenizer.json: "):
-        data.tokenizer(str(tmp_path / "x.json"))
+        tokenizers.load_tokenizer(str(tmp_path / "x.json"))
     with pytest.raises(ValueError, match="absent.json: no such tokenizer file"):
-        data.tokenizer(str(tmp_path / "absent.json"))
+        tokenizers.load_tokenizer(str(tmp_path / "absent.json"))
     none = changed_bpe(bpe, tmp_path / "none.json", added_tokens=[])
     with pytest.raises(ValueError, match="none.json: which token ends a document"):
-        data.tokenizer(str(none))
-    assert data.tokenizer(str(none), eos="a").eos_id == json.loads(bpe.read_text())["model"]["vocab"]["a"]
+        tokenizers.load_tokenizer(str(none))
+    assert tokenizers.load_tokenizer(str(none), eos="a").eos_id == json.loads(bpe.read_text())["model"]["vocab"]["a"]
     with pytest.raises(ValueError, match=r"has no token '<s>'; give it with --eos= \(its specials: <\|endoftext\|>\)"):
-        data.tokenizer(str(bpe), eos="<s>")
+        tokenizers.load_tokenizer(str(bpe), eos="<s>")
     plain = changed_bpe(bpe, tmp_path / "plain.json", pre_tokenizer={"type": "Whitespace"}, decoder=None)
     with pytest.raises(ValueError, match="do not spell the text"):
-        data.tokenizer(str(plain))
+        tokenizers.load_tokenizer(str(plain))
     with pytest.raises(ValueError, match="eos=a: only a tokenizer.json leaves that open"):
-        data.tokenizer("bytes", eos="a")
+        tokenizers.load_tokenizer("bytes", eos="a")
 
 
 def test_tokenizer_file_with_byte_fallback(tmp_path):
@@ -269,7 +269,7 @@ def test_tokenizer_file_with_byte_fallback(tmp_path):
         tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
     made.add_special_tokens(["</s>"])
     made.save(str(tmp_path / "tokenizer.json"))
-    tokens = data.tokenizer(str(tmp_path))
+    tokens = tokenizers.load_tokenizer(str(tmp_path))
     text = "ab  a é世🙂 b"
     ids = tokens.encode(text)
     assert tokens.decode(ids) == text and tokens.token_bytes()[ids].sum() == len(text.encode())
@@ -278,14 +278,14 @@ def test_tokenizer_file_with_byte_fallback(tmp_path):
 
 def test_unknown_tokenizer_names_the_known():
     with pytest.raises(ValueError, match="unknown tokenizer 'gtp2'.*bytes.*gpt2"):
-        data.tokenizer("gtp2")
+        tokenizers.load_tokenizer("gtp2")
 
 
 def test_a_folder_of_a_tokenizers_name_is_no_tokenizer(tmp_path, monkeypatch):
     """Corpora are often called as their tokenizer is."""
     monkeypatch.chdir(tmp_path)
     Path("bytes").mkdir()
-    assert data.tokenizer("bytes").name == "bytes"
+    assert tokenizers.load_tokenizer("bytes").name == "bytes"
 
 
 def test_token_bytes_add_up_to_the_text(tmp_path, bpe):
@@ -293,13 +293,13 @@ def test_token_bytes_add_up_to_the_text(tmp_path, bpe):
     (tmp_path / "t.txt").write_text("Straße, naïve; 数 and 🙂.\n" * 50)
     for i, name in enumerate(["bytes", str(bpe)] + ["gpt2"] * CACHE.is_dir()):
         meta = prepared(tmp_path / str(i), tmp_path / "t.txt", tokenizer=name)
-        read = data.load_corpus(tmp_path / str(i))
+        read = tokenfiles.load_corpus(tmp_path / str(i))
         assert read.tokenizer_file == (tmp_path / str(i) / "tokenizer.json" if name == str(bpe) else None)
         for split in ("train", "val"):
             assert read.token_bytes[whole(getattr(read, split))].sum() == meta[split]["bytes"] > 100
     (tmp_path / "0" / "token_bytes.bin").write_bytes(b"")
     with pytest.raises(ValueError, match="token_bytes.bin: missing"):
-        data.load_corpus(tmp_path / "0")
+        tokenfiles.load_corpus(tmp_path / "0")
 
 
 # ------------------------------------------------------------------------------------------- prepared corpora
@@ -360,20 +360,20 @@ def pair_up(folder):
 def test_load_refuses(tmp_path, small, damage, message):
     folder = tmp_path / "out"
     shutil.copytree(small, folder)
-    data.load_corpus(folder)
+    tokenfiles.load_corpus(folder)
     damage(folder)
     with pytest.raises(ValueError, match=message) as caught:
-        data.load_corpus(folder)
+        tokenfiles.load_corpus(folder)
     assert str(folder) in one_line(caught)
 
 
 def test_load_refuses_a_missing_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="no corpus in .*absent'; prepare one with: python data.py FILE --name=absent"):
-        data.load_corpus(tmp_path / "absent")
+        tokenfiles.load_corpus(tmp_path / "absent")
     with pytest.raises(FileNotFoundError, match="no corpus in .*docs'; prepare one with: python data.py docs"):
-        data.load_corpus(tmp_path / "docs")
+        tokenfiles.load_corpus(tmp_path / "docs")
     with pytest.raises(FileNotFoundError, match="no corpus in"):
-        data.load_corpus(tmp_path)  # a folder, but nothing in it
+        tokenfiles.load_corpus(tmp_path)  # a folder, but nothing in it
 
 
 @pytest.mark.parametrize("tokenizer", ["", "bytes"])
@@ -382,12 +382,12 @@ def test_a_corpus_without_its_meta_json_is_no_nanogpt_folder(small, tmp_path, to
     shutil.copytree(small, tmp_path / "out")
     (tmp_path / "out" / "meta.json").unlink()
     with pytest.raises(FileNotFoundError, match="out/meta.json"):
-        data.load_corpus(tmp_path / "out", tokenizer)
+        tokenfiles.load_corpus(tmp_path / "out", tokenizer)
 
 
 def test_load_of_several_shards(sharded, tmp_path):
     files = json.loads((sharded / "meta.json").read_text())["train"]["files"]
-    read = data.load_corpus(sharded)
+    read = tokenfiles.load_corpus(sharded)
     assert len(files) > 3 and len(read.val.arrays) > 1
     assert whole(read.train) == np.concatenate([np.fromfile(sharded / f["name"], np.uint16) for f in files]).tolist()
     assert len(lengths_of(read.train)) + len(lengths_of(read.val)) == 120
@@ -399,14 +399,14 @@ def test_load_of_several_shards(sharded, tmp_path):
         shutil.copytree(sharded, folder)
         damage(folder)
         with pytest.raises(ValueError, match=f"{third}: .*{problem}") as caught:
-            data.load_corpus(folder)
+            tokenfiles.load_corpus(folder)
         one_line(caught)
 
 
 def test_prepared_corpus_and_another_tokenizer(small, bpe):
-    assert data.load_corpus(small, "bytes").meta["tokenizer"] == "bytes"
+    assert tokenfiles.load_corpus(small, "bytes").meta["tokenizer"] == "bytes"
     with pytest.raises(ValueError, match="small was prepared with tokenizer 'bytes', not 'tokenizer.json [0-9a-f]{16} "):
-        data.load_corpus(small, str(bpe))
+        tokenfiles.load_corpus(small, str(bpe))
 
 
 def test_large_vocabulary_takes_four_bytes(tmp_path):
@@ -416,7 +416,7 @@ def test_large_vocabulary_takes_four_bytes(tmp_path):
                              encode_batch=lambda texts: [np.array([65536 + ord(c) for c in text], np.uint32) for text in texts])
     with mock.patch.object(data, "tokenizer", lambda *_, **__: tokens):
         prepared(tmp_path / "out", write_jsonl(tmp_path / "x.jsonl", stories(20)), val=0.5)
-    read, found = data.load_corpus(tmp_path / "out"), []
+    read, found = tokenfiles.load_corpus(tmp_path / "out"), []
     for stream in (read.train, read.val):
         assert stream.dtype == np.uint32
         for ids in np.split(stream.read(0, len(stream)), np.flatnonzero(stream.read(0, len(stream)) == tokens.eos_id) + 1)[1:-1]:
@@ -457,7 +457,7 @@ def test_nanogpt(scratch, first, second):
     folder = fresh(scratch / "nano")
     raw16(folder / "train.bin", first)
     raw16(folder / "val.bin", second)
-    read = data.load_corpus(folder, "bytes")
+    read = tokenfiles.load_corpus(folder, "bytes")
     assert (read.meta["format"], read.meta["tokenizer"], read.tokenizer_file) == ("nanoGPT", "bytes", None)
     assert (read.meta["n_vocab"], read.meta["mask_id"], read.meta["eos_id"]) == (257, 257, 256)
     for stream, tokens in ((read.train, first), (read.val, second)):
@@ -476,7 +476,7 @@ def test_llm_c_shards(scratch, draw, write):
         cuts = draw.draw(st.lists(st.integers(1, max(1, len(tokens) - 1)), max_size=4, unique=True).map(sorted)) if len(tokens) > 1 else []
         for number, part in reversed(list(enumerate(split_at(tokens, cuts)))):
             write(folder / f"fineweb_{split}_{number:06d}.bin", part)
-    read = data.load_corpus(folder, "bytes")
+    read = tokenfiles.load_corpus(folder, "bytes")
     assert read.meta["format"] == "llm.c"
     for split, stream in (("train", read.train), ("val", read.val)):
         assert whole(stream) == with_lead(all_tokens[split]) and stream.dtype == (np.uint16 if write is shard else np.uint32)
@@ -490,7 +490,7 @@ def test_more_shards_than_files_may_be_open(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, limits[1]))
-        assert whole(data.load_corpus(tmp_path, "bytes").train)[1::2] == list(range(39))
+        assert whole(tokenfiles.load_corpus(tmp_path, "bytes").train)[1::2] == list(range(39))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
@@ -539,7 +539,7 @@ def test_megatron_documents(scratch, contents, code):
     for number, documents in enumerate(contents):
         megatron(folder / f"web_{number}_text_document", documents, code)
     megatron(folder / "web_valid_text_document", contents[0], code)
-    read, documents = data.load_corpus(folder, "bytes"), sum(contents, [])
+    read, documents = tokenfiles.load_corpus(folder, "bytes"), sum(contents, [])
     tokens = flat(documents)
     lead = tokens[0] != EOS
     assert whole(read.train) == with_lead(tokens) and read.train.dtype == np.dtype(KINDS[code]) and read.meta["format"] == "Megatron"
@@ -554,7 +554,7 @@ def test_megatron_by_prefix(tmp_path, given):
     megatron(tmp_path / "web_text_document", [[[1, 2, EOS]], [[3, 4, 5, EOS]], [[6, EOS]]])
     if given:
         megatron(tmp_path / "another", [[[9]]])
-    read = data.load_corpus(tmp_path / given, "bytes", val_share=0.3)
+    read = tokenfiles.load_corpus(tmp_path / given, "bytes", val_share=0.3)
     assert whole(read.train) == [EOS, 1, 2, EOS, 3, 4, 5, EOS] and whole(read.val)[-2:] == [6, EOS]
 
 
@@ -563,11 +563,11 @@ def test_a_prefix_of_two_pairs(tmp_path, prefix):
     """As `export` writes them: each is of the split that its ending says, whatever the prefix is called."""
     for split, token in (("train", 1), ("val", 2), ("other", 3)):
         megatron(tmp_path / f"{prefix}_{split}", [[[token, EOS]]])
-    read = data.load_corpus(tmp_path / prefix, "bytes")
+    read = tokenfiles.load_corpus(tmp_path / prefix, "bytes")
     assert whole(read.train) == [EOS, 1, EOS] and whole(read.val) == [EOS, 2, EOS]
     (tmp_path / f"{prefix}_val.bin").unlink()
     with pytest.raises(FileNotFoundError, match="no corpus in"):
-        data.load_corpus(tmp_path / prefix, "bytes")
+        tokenfiles.load_corpus(tmp_path / prefix, "bytes")
 
 
 @pytest.mark.parametrize("given", ["", "train.bin"])
@@ -578,7 +578,7 @@ def test_characters_with_an_alphabet_of_their_own(tmp_path, given, tokenizer):
         raw16(tmp_path / f"{name}.bin", ABC)
     (tmp_path / "meta.pkl").write_bytes(b"no pickle")
     with pytest.raises(ValueError, match="meta.pkl: .*alphabet of their own.*prepare the text itself with data.py") as caught:
-        data.load_corpus(tmp_path / given, tokenizer)
+        tokenfiles.load_corpus(tmp_path / given, tokenizer)
     one_line(caught)
 
 
@@ -586,7 +586,7 @@ def test_the_working_folder_holds_the_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     raw16(tmp_path / "train.bin", [1, 2, 3])
     raw16(tmp_path / "val.bin", [1, 2, 4])
-    assert whole(data.load_corpus(".", "bytes").val) == [EOS, 1, 2, 4]
+    assert whole(tokenfiles.load_corpus(".", "bytes").val) == [EOS, 1, 2, 4]
 
 
 @pytest.mark.parametrize("names, train_names, val_names", [
@@ -602,7 +602,7 @@ def test_splits_by_name(tmp_path, names, train_names, val_names):
     for number, name in enumerate(sorted(names.split())):
         raw16(tmp_path / f"{name}.bin", [EOS, number])
     order = sorted(names.split())
-    read = data.load_corpus(tmp_path, "bytes", val_share=0.5)  # it is not needed: there are files for validation
+    read = tokenfiles.load_corpus(tmp_path, "bytes", val_share=0.5)  # it is not needed: there are files for validation
     assert whole(read.train)[1::2] == [order.index(n) for n in train_names.split()]
     assert whole(read.val)[1::2] == [order.index(n) for n in val_names.split()]
 
@@ -610,7 +610,7 @@ def test_splits_by_name(tmp_path, names, train_names, val_names):
 @pytest.mark.parametrize("name", ["tokens", "train", "val", "test"])
 def test_a_single_file_is_for_training(tmp_path, name):
     raw16(tmp_path / f"{name}.bin", [1, EOS, 2, EOS, 3, EOS, 4, EOS])
-    read = data.load_corpus(tmp_path, "bytes", val_share=0.25)
+    read = tokenfiles.load_corpus(tmp_path, "bytes", val_share=0.25)
     assert whole(read.train) == [EOS, 1, EOS, 2, EOS, 3, EOS] and 4 in whole(read.val)
 
 
@@ -632,9 +632,9 @@ def test_the_cut_of_eos_separated_files(scratch, tokens, share):
     raw16(folder / "a.bin", tokens[:2])
     raw16(folder / "b.bin", tokens[2:])
     tokens = with_lead(tokens)
-    read = data.load_corpus(folder, "bytes", share)
+    read = tokenfiles.load_corpus(folder, "bytes", share)
     check_cut(read, tokens, [i + 1 for i, token in enumerate(tokens) if token == EOS], share)
-    other = data.load_corpus(folder, "bytes", share / 2)
+    other = tokenfiles.load_corpus(folder, "bytes", share / 2)
     assert read.meta["train"]["sha256"] == read.meta["val"]["sha256"] != other.meta["train"]["sha256"]
 
 
@@ -649,7 +649,7 @@ def test_the_cut_of_megatron_files(scratch, contents, share):
     tokens = with_lead(flat(documents))
     lead = len(tokens) - len(flat(documents))
     starts = [lead + sum(len(flat([d])) for d in documents[:i]) for i in range(len(documents))]
-    read = data.load_corpus(folder, "bytes", share)
+    read = tokenfiles.load_corpus(folder, "bytes", share)
     check_cut(read, tokens, starts, share)
     numbers = [0] * lead + owners(documents)
     found = read.train.document(np.arange(len(read.train))).tolist()
@@ -665,7 +665,7 @@ def test_the_halves_of_megatron_files_have_their_own_documents(tmp_path, tail):
     contents = [first, [[[50, 51, EOS]], [[52, EOS]]]][: 1 + (tail or 0)]
     for number, documents in enumerate(contents):
         megatron(tmp_path / f"web_{number}", documents)
-    read = data.load_corpus(tmp_path, "bytes", 0.3)
+    read = tokenfiles.load_corpus(tmp_path, "bytes", 0.3)
     expected = [ended(d) for d in sum(contents, [])]
     assert lengths_of(read.train) + lengths_of(read.val) == expected
     assert lengths_of(read.train) == expected[: len(lengths_of(read.train))] != expected
@@ -676,7 +676,7 @@ def test_validation_that_is_cut_off_begins_with_an_eos(tmp_path):
     raw16(tmp_path / "tokens.bin", [1, 2, 3, EOS, 4, 5, 6, EOS])
     megatron(tmp_path / "prefix", [[[1, 2, 3]], [[4, 5, 6]]])
     for name, end in (("tokens.bin", [EOS]), ("prefix", [])):
-        assert whole(data.load_corpus(tmp_path / name, "bytes", 0.5).val) == [EOS, 4, 5, 6, *end]
+        assert whole(tokenfiles.load_corpus(tmp_path / name, "bytes", 0.5).val) == [EOS, 4, 5, 6, *end]
 
 
 def test_a_document_longer_than_what_is_searched_at_once(tmp_path):
@@ -685,7 +685,7 @@ def test_a_document_longer_than_what_is_searched_at_once(tmp_path):
         tokens = np.ones(2_400_000, np.uint16)
         tokens[0] = tokens[end] = EOS
         tokens.tofile(tmp_path / "tokens.bin")
-        assert len(data.load_corpus(tmp_path, "bytes", 0.5).train) == end + 1
+        assert len(tokenfiles.load_corpus(tmp_path, "bytes", 0.5).train) == end + 1
 
 
 # ------------------------------------------------------------------------------------------ others' bad files
@@ -761,7 +761,7 @@ ABC = [1, 2, EOS, 3, 4, EOS]
 def test_foreign_files_refused(tmp_path, make, message):
     make(tmp_path)
     with pytest.raises(ValueError, match=message) as caught:
-        data.load_corpus(tmp_path, "bytes", 0.3)
+        tokenfiles.load_corpus(tmp_path, "bytes", 0.3)
     assert str(tmp_path) in one_line(caught)
 
 
@@ -770,7 +770,7 @@ def test_no_tokenizer_or_no_validation(tmp_path):
     for name, problem in (("", "token files do not say which tokenizer made them; add --tokenizer=gpt2"),
                           ("bytes", "no validation tokens; add a file .*--val_share")):
         with pytest.raises(ValueError, match=problem) as caught:
-            data.load_corpus(tmp_path, name)
+            tokenfiles.load_corpus(tmp_path, name)
         assert str(tmp_path) in one_line(caught)
 
 
@@ -778,7 +778,7 @@ def test_only_files_for_validation(tmp_path):
     for name in ("val_0", "val_1"):
         raw16(tmp_path / f"{name}.bin", ABC)
     with pytest.raises(FileNotFoundError, match="no corpus in"):
-        data.load_corpus(tmp_path, "bytes")
+        tokenfiles.load_corpus(tmp_path, "bytes")
 
 
 @pytest.mark.parametrize("write", [shard, shard3])
@@ -789,7 +789,7 @@ def test_a_shard_cut_anywhere(tmp_path, write):
     for end in range(4, len(raw)):  # of less than its first number nothing shows what it was
         path.write_bytes(raw[:end])
         with pytest.raises(ValueError) as caught:
-            data.load_corpus(tmp_path, "bytes", 0.3)
+            tokenfiles.load_corpus(tmp_path, "bytes", 0.3)
         assert f"{path}: {end} bytes" in one_line(caught), end
 
 
@@ -799,11 +799,11 @@ def test_a_pair_cut_anywhere(tmp_path, documents):
     for end, other in ((".idx", "web.idx"), (".bin", "web.bin")):
         path = tmp_path / f"web{end}"
         raw = path.read_bytes()
-        data.load_corpus(tmp_path, "bytes", 0.3)
+        tokenfiles.load_corpus(tmp_path, "bytes", 0.3)
         for size in range(len(raw)):
             path.write_bytes(raw[:size])
             with pytest.raises(ValueError) as caught:
-                data.load_corpus(tmp_path, "bytes", 0.3)
+                tokenfiles.load_corpus(tmp_path, "bytes", 0.3)
             assert other in one_line(caught), size
         path.write_bytes(raw)
 
@@ -813,17 +813,17 @@ def test_a_full_type_holds_its_vocabulary(tmp_path):
     tokens = SimpleNamespace(name="full", n_vocab=65536, eos_id=0, mask_id=65536, token_bytes=lambda: np.ones(65536, np.uint16))
     raw16(tmp_path / "tokens.bin", [1, 65535, 0, 3, 0])
     with mock.patch.object(data, "tokenizer", lambda *_, **__: tokens):
-        assert whole(data.load_corpus(tmp_path, "full", 0.3).train) == [0, 1, 65535, 0]
+        assert whole(tokenfiles.load_corpus(tmp_path, "full", 0.3).train) == [0, 1, 65535, 0]
         tokens.n_vocab, tokens.mask_id = 65537, 65537
         with pytest.raises(ValueError, match="tokens of uint16, which can't hold tokenizer 'full' of 65537 tokens"):
-            data.load_corpus(tmp_path, "full", 0.3)
+            tokenfiles.load_corpus(tmp_path, "full", 0.3)
 
 
 @pytest.mark.parametrize("code, wrong", [(8, 257), (4, 70000), (5, 2**40), (4, -1), (3, -300), (5, -(2**40))])
 def test_tokens_beyond_the_vocabulary(tmp_path, code, wrong):
     megatron(tmp_path / "web", [[[1, 2, wrong, EOS]], [[3, 4, EOS]]], code)
-    read = data.load_corpus(tmp_path, "bytes", 0.3)
-    blocks = data.Blocks(read.train, 2, n_vocab=257)
+    read = tokenfiles.load_corpus(tmp_path, "bytes", 0.3)
+    blocks = data.Sequences(read.train, 2, n_vocab=257)
     assert blocks.read(np.array([0])).tolist() == [[EOS, 1, 2]]
     with pytest.raises(ValueError, match=rf"the training split holds token (?:{wrong}|\d+), beyond its vocabulary of 257") as caught:
         blocks.read(np.array([0, 1]))
@@ -838,10 +838,10 @@ def test_changed_files_have_another_fingerprint(tmp_path, change):
     """So that a run is not resumed on other tokens."""
     for name in ("b_0", "b_1", "val"):
         shard(tmp_path / f"{name}.bin", [1, 2, 3])
-    before = data.load_corpus(tmp_path, "bytes").meta
-    assert data.load_corpus(tmp_path, "bytes").meta == before
+    before = tokenfiles.load_corpus(tmp_path, "bytes").meta
+    assert tokenfiles.load_corpus(tmp_path, "bytes").meta == before
     change(tmp_path)
-    after = data.load_corpus(tmp_path, "bytes").meta
+    after = tokenfiles.load_corpus(tmp_path, "bytes").meta
     assert after["train"]["sha256"] != before["train"]["sha256"] and after["val"] == before["val"]
 
 
@@ -866,14 +866,14 @@ def documents_of(tokens):
 def test_megatron_written(scratch, tokens, cuts, dtype, size):
     """Byte for byte what the layout says, and the same again when read."""
     folder = fresh(scratch / "out")
-    stream = data.Stream([np.array(part, dtype) for part in split_at(tokens, cuts)])
+    stream = tokenfiles.Stream([np.array(part, dtype) for part in split_at(tokens, cuts)])
     with small_chunks(size):
-        data.write_megatron(stream, EOS, folder / "sub" / "web")
+        tokenfiles.write_megatron(stream, EOS, folder / "sub" / "web")
     megatron(folder / "expected", [[d] for d in documents_of(tokens)], 8 if dtype is np.uint16 else 4)
     assert sorted(p.name for p in (folder / "sub").iterdir()) == ["web.bin", "web.idx"]
     for end in (".bin", ".idx"):
         assert (folder / "sub" / f"web{end}").read_bytes() == (folder / f"expected{end}").read_bytes()
-    _, again, _ = data.open_foreign([folder / "sub" / "web.bin"], data.Bytes())
+    _, again, _ = tokenfiles.open_foreign([folder / "sub" / "web.bin"], tokenizers.Bytes())
     assert whole(again) == with_lead([t for d in documents_of(tokens) for t in d])
     assert lengths_of(again) == lengths_of(stream)
 
@@ -886,9 +886,9 @@ def test_megatron_written_from_megatron(scratch, contents):
     for number, documents in enumerate(contents):
         megatron(folder / f"web_{number}", documents)
     files = sorted(folder.glob("*.bin"))
-    _, stream, _ = data.open_foreign(files, data.Bytes())
-    data.write_megatron(stream, EOS, folder / "sub" / "web")
-    _, again, _ = data.open_foreign([folder / "sub" / "web.bin"], data.Bytes())
+    _, stream, _ = tokenfiles.open_foreign(files, tokenizers.Bytes())
+    tokenfiles.write_megatron(stream, EOS, folder / "sub" / "web")
+    _, again, _ = tokenfiles.open_foreign([folder / "sub" / "web.bin"], tokenizers.Bytes())
     assert whole(again) == whole(stream) and lengths_of(again) == lengths_of(stream)
 
 
@@ -896,7 +896,7 @@ def test_megatron_written_from_megatron(scratch, contents):
 def test_write_megatron_overwrites_nothing(tmp_path, end):
     (tmp_path / f"web{end}").write_text("mine")
     with pytest.raises(FileExistsError, match=f"web{end} exists; remove it or choose another prefix") as caught:
-        data.write_megatron(data.Stream([np.array([EOS, 1, EOS], np.uint16)]), EOS, tmp_path / "web")
+        tokenfiles.write_megatron(tokenfiles.Stream([np.array([EOS, 1, EOS], np.uint16)]), EOS, tmp_path / "web")
     one_line(caught)
     assert [p.name for p in tmp_path.iterdir()] == [f"web{end}"] and (tmp_path / f"web{end}").read_text() == "mine"
 
@@ -904,7 +904,7 @@ def test_write_megatron_overwrites_nothing(tmp_path, end):
 def test_documents_that_an_index_cannot_measure(tmp_path):
     """Its lengths are int32; a single text may be longer."""
     with mock.patch.object(data, "document_sizes", lambda *_: [np.array([3, 2**31])]), pytest.raises(ValueError, match="web: a document of 2147483648 tokens"):
-        data.write_megatron(data.Stream([np.array([EOS, 1, EOS], np.uint16)]), EOS, tmp_path / "web")
+        tokenfiles.write_megatron(tokenfiles.Stream([np.array([EOS, 1, EOS], np.uint16)]), EOS, tmp_path / "web")
     assert not list(tmp_path.iterdir())
 
 
@@ -913,7 +913,7 @@ def test_documents_that_an_index_cannot_measure(tmp_path):
 def test_write_megatron_leaves_nothing_behind(tmp_path, stop, where):
     """Stopped while it writes the tokens, and while it writes the index."""
     with mock.patch.object(data, "flush", mock.Mock(side_effect=[None] * (where - 1) + [stop])), pytest.raises(stop):
-        data.write_megatron(data.Stream([np.array([EOS, 1, EOS], np.uint16)]), EOS, tmp_path / "web")
+        tokenfiles.write_megatron(tokenfiles.Stream([np.array([EOS, 1, EOS], np.uint16)]), EOS, tmp_path / "web")
     assert not list(tmp_path.iterdir())
 
 
@@ -927,23 +927,23 @@ def test_half_a_pair_is_no_corpus(tmp_path):
         done.append(rename(path, target))
 
     with mock.patch.object(Path, "rename", once), pytest.raises(KeyboardInterrupt):
-        data.write_megatron(data.Stream([np.array([EOS, 1, EOS], np.uint16)]), EOS, tmp_path / "web")
+        tokenfiles.write_megatron(tokenfiles.Stream([np.array([EOS, 1, EOS], np.uint16)]), EOS, tmp_path / "web")
     with pytest.raises(FileNotFoundError, match="no corpus in"):
-        data.load_corpus(tmp_path, "bytes", 0.3)
+        tokenfiles.load_corpus(tmp_path, "bytes", 0.3)
 
 
 def test_export_from_the_command_line(sharded, tmp_path):
     prefix = tmp_path / "mega" / "web"
     done = subprocess.run([sys.executable, "data.py", "export", sharded, prefix], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr, done.stderr
-    read = data.load_corpus(sharded)
+    read = tokenfiles.load_corpus(sharded)
     for split, stream in (("train", read.train), ("val", read.val)):
         megatron(tmp_path / split, [[d] for d in documents_of(whole(stream))])
         for end in (".bin", ".idx"):
             assert (tmp_path / f"{split}{end}").read_bytes() == Path(f"{prefix}_{split}{end}").read_bytes()
         assert f"{prefix}_{split}.bin and .idx: {len(stream):,} tokens" in done.stdout
     for path in (prefix.parent, prefix):
-        again = data.load_corpus(path, "bytes")
+        again = tokenfiles.load_corpus(path, "bytes")
         assert (whole(again.train), whole(again.val)) == (whole(read.train), whole(read.val))
     assert "Megatron token files" in run_inspect(prefix, "--tokenizer=bytes")
 
@@ -991,7 +991,7 @@ def streams(draw):
     """(Stream, its tokens) over files of 1 to 9 tokens."""
     sizes = draw(st.lists(st.integers(1, 9), min_size=1, max_size=7))
     tokens = np.arange(sum(sizes), dtype=draw(st.sampled_from([np.uint16, np.uint32, np.int32]))) * 7 + 1
-    return data.Stream(np.split(tokens, np.cumsum(sizes)[:-1])), tokens
+    return tokenfiles.Stream(np.split(tokens, np.cumsum(sizes)[:-1])), tokens
 
 
 @settings(max_examples=100, deadline=None)
@@ -1028,9 +1028,9 @@ def test_a_stream_cut_in_two(made, draw):
 
 
 def test_empty_files_are_left_out():
-    stream = data.Stream([np.array([], np.uint16), np.array([1, 2], np.uint16), np.array([], np.uint16), np.array([3], np.uint16)])
+    stream = tokenfiles.Stream([np.array([], np.uint16), np.array([1, 2], np.uint16), np.array([], np.uint16), np.array([3], np.uint16)])
     assert len(stream.arrays) == 2 and stream.windows(np.array([1, 0]), 2).tolist() == [[2, 3], [1, 2]]
-    assert len(data.Stream([])) == 0 and whole(data.Stream([])) == [] and list(data.Stream([]).chunks()) == []
+    assert len(tokenfiles.Stream([])) == 0 and whole(tokenfiles.Stream([])) == [] and list(tokenfiles.Stream([]).chunks()) == []
 
 
 @settings(max_examples=80, deadline=None)
@@ -1039,7 +1039,7 @@ def test_empty_files_are_left_out():
 @example([EOS, EOS, 1], [], 1)
 def test_lengths_of_eos_separated_documents(tokens, cuts, size):
     with small_chunks(size):
-        assert lengths_of(data.Stream([np.array(part, np.uint16) for part in split_at(tokens, cuts)])) == eos_lengths(tokens)
+        assert lengths_of(tokenfiles.Stream([np.array(part, np.uint16) for part in split_at(tokens, cuts)])) == eos_lengths(tokens)
 
 
 # ------------------------------------------------------------------------------------------------- permute
@@ -1117,7 +1117,7 @@ def in_files(tokens, seed=0, most=6):
     """The tokens as a Stream over files of random sizes."""
     random = np.random.default_rng(seed)
     cuts = np.sort(random.choice(np.arange(1, len(tokens)), min(len(tokens) - 1, int(random.integers(0, most))), replace=False))
-    return data.Stream(np.split(tokens, cuts))
+    return tokenfiles.Stream(np.split(tokens, cuts))
 
 
 @quick
@@ -1126,7 +1126,7 @@ def test_each_epoch_visits_each_block_once(made, draw):
     tokens, length, seed = made
     available = (len(tokens) - 1) // length
     unique = draw.draw(st.just(0) | st.integers(length, available * length))
-    blocks = data.Blocks(tokens, length, seed, unique)
+    blocks = data.Sequences(tokens, length, seed, unique)
     assert blocks.n == (unique // length or available)
     epochs = blocks.ids(np.arange(4 * blocks.n)).reshape(4, blocks.n)
     assert all(sorted(set(epoch)) == sorted(epochs[0]) for epoch in epochs.tolist())
@@ -1138,20 +1138,20 @@ def test_each_epoch_visits_each_block_once(made, draw):
 def test_blocks_are_stateless(made, draw):
     """Any batch split, any order, any files and a fresh object give the same rows."""
     tokens, length, seed = made
-    blocks = data.Blocks(tokens, length, seed)
+    blocks = data.Sequences(tokens, length, seed)
     sample = np.arange(3 * blocks.n)
     every = blocks.rows(sample)
     cuts = sorted(draw.draw(st.lists(st.integers(0, len(sample)), max_size=4)))
     assert np.array_equal(np.concatenate([blocks.rows(part) for part in np.split(sample, cuts)]), every)
     some = np.array(draw.draw(st.lists(st.integers(0, len(sample) - 1), min_size=1)))
-    assert np.array_equal(data.Blocks(in_files(tokens, seed), length, seed).rows(some), every[some])
+    assert np.array_equal(data.Sequences(in_files(tokens, seed), length, seed).rows(some), every[some])
 
 
 @quick
 @given(corpora())
 def test_rows_are_slices_with_the_token_before(made):
     tokens, length, seed = made
-    blocks = data.Blocks(in_files(tokens, seed), length, seed)
+    blocks = data.Sequences(in_files(tokens, seed), length, seed)
     sample = np.arange(2 * blocks.n)
     rows = blocks.rows(sample)
     assert rows.dtype == np.int32 and rows.shape == (len(sample), length + 1)
@@ -1164,7 +1164,7 @@ def test_rows_are_slices_with_the_token_before(made):
 
 def test_order_differs_by_epoch_and_seed():
     tokens = np.arange(1001, dtype=np.uint16)
-    orders = [data.Blocks(tokens, 5, seed).ids(np.arange(600)).reshape(3, 200).tolist() for seed in (0, 1)]
+    orders = [data.Sequences(tokens, 5, seed).ids(np.arange(600)).reshape(3, 200).tolist() for seed in (0, 1)]
     assert len({tuple(epoch) for order in orders for epoch in order}) == 6
     for epoch in orders[0]:  # not merely shifted: neighbours in the file are rarely neighbours in the stream
         assert np.mean(np.abs(np.diff(epoch)) == 1) < 0.1
@@ -1174,31 +1174,31 @@ def test_order_differs_by_epoch_and_seed():
 @given(st.integers(0, 2**40), st.integers(1, 50), st.integers(1, 50))
 def test_unique_tokens_nest(seed, a, b):
     tokens = np.arange(50 * 4 + 1, dtype=np.uint16)
-    few, many = (data.Blocks(tokens, 4, seed, 4 * n) for n in sorted((a, b)))
+    few, many = (data.Sequences(tokens, 4, seed, 4 * n) for n in sorted((a, b)))
     chosen = [set(blocks.ids(np.arange(blocks.n)).tolist()) for blocks in (few, many)]
     assert chosen[0] <= chosen[1] and [len(c) for c in chosen] == sorted((a, b))
 
 
 def test_unique_subset_is_random():
     tokens = np.arange(50 * 4 + 1, dtype=np.uint16)
-    subsets = [frozenset(data.Blocks(tokens, 4, seed, 40).ids(np.arange(10)).tolist()) for seed in range(200)]
+    subsets = [frozenset(data.Sequences(tokens, 4, seed, 40).ids(np.arange(10)).tolist()) for seed in range(200)]
     assert len(set(subsets)) == 200 and set.union(*map(set, subsets)) == set(range(50))  # (4/5)**200 misses one
 
 
 def test_blocks_refuse():
     tokens = np.zeros(9, np.uint16)
-    assert data.Blocks(tokens, 8).n == 1
+    assert data.Sequences(tokens, 8).n == 1
     with pytest.raises(ValueError, match="the training split has 8 tokens, fewer than one block of 9"):
-        data.Blocks(tokens, 9)
+        data.Sequences(tokens, 9)
     with pytest.raises(ValueError, match="fewer than one block"):
-        data.Blocks(tokens[:0], 1)
-    with pytest.raises(ValueError, match="the validation split has 8 tokens, fewer than one block of 9; lower --block_len, or prepare more text or a larger share for validation"):
-        data.Blocks(tokens, 9, what="validation")
+        data.Sequences(tokens[:0], 1)
+    with pytest.raises(ValueError, match="the validation split has 8 tokens, fewer than one block of 9; lower --seq_len, or prepare more text or a larger share for validation"):
+        data.Sequences(tokens, 9, what="validation")
     with pytest.raises(ValueError, match=r"unique_tokens=2,000 must lie between one block \(1,024\) and the training split \(1,024 tokens"):
-        data.Blocks(np.zeros(2000, np.uint16), 1024, 0, 2000)
+        data.Sequences(np.zeros(2000, np.uint16), 1024, 0, 2000)
     for unique in (3, 9):
         with pytest.raises(ValueError, match=f"unique_tokens={unique} must lie between one block"):
-            data.Blocks(tokens, 4, 0, unique)
+            data.Sequences(tokens, 4, 0, unique)
 
 
 # --------------------------------------------------------------------------------- epochs, ranks and resuming
@@ -1211,12 +1211,12 @@ FAR = 10_000  # tokens of different sources differ by this
 def source(number, n_blocks, unique=0, seed=3):
     """Blocks whose tokens are all different, from those of other sources too."""
     tokens = np.arange(n_blocks * LENGTH + 1 + number % LENGTH, dtype=np.int32) + number * FAR
-    return data.Blocks(in_files(tokens, n_blocks + seed), LENGTH, seed + number, unique * LENGTH)
+    return data.Sequences(in_files(tokens, n_blocks + seed), LENGTH, seed + number, unique * LENGTH)
 
 
 def training_samples(blocks, steps, first_step=0, first_sample=0, world=1, batch_size=8, micro=0, objective="ar"):
     """The first token of each row that training sees, in the order of the samples, from all ranks' batches."""
-    cfg = train.Config(batch_size=batch_size, micro_batch=micro, block_len=LENGTH, objective=objective)
+    cfg = train.Config(batch_size=batch_size, micro_batch=micro, seq_len=LENGTH, objective=objective)
     process = diffusion.Process(objective, 2**20, 2**20, LENGTH)
     seen = np.full((steps - first_step, batch_size), -1)
     parts = batch_size // (micro or batch_size // world)
@@ -1283,7 +1283,7 @@ def test_resuming_anywhere_continues_the_sequence(weights):
 def test_all_objectives_see_the_same_blocks():
     """What a diffusion model is to restore are the tokens that an autoregressive one predicts."""
     blocks = source(0, 31)
-    cfg = train.Config(batch_size=8, block_len=LENGTH)
+    cfg = train.Config(batch_size=8, seq_len=LENGTH)
     ar, masked = (next(train.training_batches(diffusion.Process(objective, 2**20, 2**20, LENGTH), blocks, -1, 40, 5, 6, cfg, 0, 1, False))
                   for objective in ("ar", "masked"))
     read = masked.tokens.flatten().tolist()
@@ -1382,7 +1382,7 @@ def test_mixture_refuses_a_weight_of_no_sample():
     ("a::100,b", [("a", None, 100), ("b", None, 0)]),
 ])
 def test_parse_corpora(text, found):
-    assert data.parse_corpora(text) == found
+    assert tokenfiles.parse_corpora(text) == found
 
 
 @pytest.mark.parametrize("text, problem", [
@@ -1394,7 +1394,7 @@ def test_parse_corpora(text, found):
 ])
 def test_parse_corpora_refuses(text, problem):
     with pytest.raises(ValueError, match=problem) as caught:
-        data.parse_corpora(text)
+        tokenfiles.parse_corpora(text)
     one_line(caught)
 
 
@@ -1423,7 +1423,7 @@ def check_documents(blocks, tokens, owner, length):
 @given(TOKENS.filter(lambda tokens: len(tokens) > 1), st.data())
 def test_documents_that_eos_ends(tokens, draw):
     length = draw.draw(st.integers(1, len(tokens) - 1))
-    check_documents(data.Blocks(in_files(np.array(tokens, np.uint16), len(tokens)), length), tokens, None, length)
+    check_documents(data.Sequences(in_files(np.array(tokens, np.uint16), len(tokens)), length), tokens, None, length)
 
 
 @settings(max_examples=80, deadline=None)
@@ -1438,18 +1438,18 @@ def test_documents_that_files_list(scratch, contents, draw, share):
         tokens, owner = [EOS, *tokens], [0, *owner]
     if len(tokens) > 1:
         length = draw.draw(st.integers(1, len(tokens) - 1))
-        stream = data.load_corpus(folder, "bytes").train
-        check_documents(data.Blocks(stream, length), tokens, owner, length)
+        stream = tokenfiles.load_corpus(folder, "bytes").train
+        check_documents(data.Sequences(stream, length), tokens, owner, length)
         at = int(len(tokens) * (1 - share))
         if len(tokens) - at > length:  # what was cut off counts from another place
-            check_documents(data.Blocks(stream.cut(at)[1], length), tokens[at:], owner[at:], length)
+            check_documents(data.Sequences(stream.cut(at)[1], length), tokens[at:], owner[at:], length)
 
 
 def test_documents_of_a_mixture_are_those_of_its_sources(tmp_path):
     """One lists its documents, the other has eos tokens."""
     megatron(tmp_path / "web", [[[1, 2, 3]], [[4, 5]], [[6, 7, 8, 9, EOS]], [[10, 11]]], 4)
-    _, listed, _ = data.open_foreign([tmp_path / "web.bin"], data.Bytes())
-    sources = [data.Blocks(listed, 4), data.Blocks(np.array([EOS, 1, EOS, 2, 3, EOS, EOS, 4, 5], np.uint16), 4)]
+    _, listed, _ = tokenfiles.open_foreign([tmp_path / "web.bin"], tokenizers.Bytes())
+    sources = [data.Sequences(listed, 4), data.Sequences(np.array([EOS, 1, EOS, 2, 3, EOS, EOS, 4, 5], np.uint16), 4)]
     blocks = data.Mixture(sources)
     index = np.array([4, 0, 3, 2, 1, 0])
     for causal in (False, True):
@@ -1487,11 +1487,11 @@ def test_a_packed_document_is_read_as_if_alone(objective, short):
     for p in model.parameters():
         p.data = p.data * 5  # so that attention is not nearly uniform
     process = diffusion.Process(objective, 257, 257, 16, short_rows=short)
-    blocks, rows = data.Blocks(np.array(sum(PACKED, []), np.uint16), 16), diffusion.step_rows(process, 0, 2)
+    blocks, rows = data.Sequences(np.array(sum(PACKED, []), np.uint16), 16), diffusion.noise_levels(process, 0, 2)
 
     def batch(**flags):
-        cfg = train.Config(objective=objective, block_len=16, **flags)
-        return train.engine.to_tensors(train.read_batch(cfg, process, blocks, EOS, np.array([0, 1]), rows, np.arange(2)), False)
+        cfg = train.Config(objective=objective, seq_len=16, **flags)
+        return train.engine.to_tensors(data.read_batch(cfg, process, blocks, EOS, np.array([0, 1]), rows, np.arange(2)), False)
 
     plain, packed, reset = batch(), batch(document_attention=True), batch(document_attention=True, reset_positions=True)
     time = None if packed.time is None else packed.time.double()
@@ -1529,7 +1529,7 @@ def test_training_on_a_nanogpt_folder(run_main, gpt2, tmp_path):  # noqa: F811
     (tmp_path / "owt").mkdir()
     for name, part in (("train", stories(60)), ("val", stories(30, 60))):
         raw16(tmp_path / "owt" / f"{name}.bin", [token for text in part for token in [*gpt2.encode(text).tolist(), gpt2.eos_id]])
-    run = run_main(f"--corpus={tmp_path / 'owt'}", "--tokenizer=gpt2", "--steps=3", "--block_len=16", "--eval_rows=8")
+    run = run_main(f"--corpus={tmp_path / 'owt'}", "--tokenizer=gpt2", "--steps=3", "--seq_len=16", "--eval_rows=8")
     assert 5 < last_loss(run) < 14
     record = json.loads((run / "step_00000003" / "checkpoint.json").read_text())
     assert record["corpus"]["tokenizer"] == "gpt2" and record["model"]["n_vocab"] == 50257
@@ -1568,7 +1568,7 @@ def test_training_with_a_tokenizer_file(run_main, bpe, tmp_path, monkeypatch, ca
     shutil.copy(bpe, mine)
     prepared(tmp_path / "corpus", write_jsonl(tmp_path / "x.jsonl", stories(80)), tokenizer=str(mine), val=0.3)
     run = run_main(f"--corpus={tmp_path / 'corpus'}", "--steps=3", "--eval_rows=8")
-    raw16(tmp_path / "tokens.bin", data.load_corpus(tmp_path / "corpus").train.read(0, 3000).tolist())
+    raw16(tmp_path / "tokens.bin", tokenfiles.load_corpus(tmp_path / "corpus").train.read(0, 3000).tolist())
     flags = (f"--corpus={tmp_path / 'tokens.bin'}", f"--tokenizer={mine}", "--val_share=0.3")
     other = run_main(*flags, "--steps=3", "--eval_rows=8", run="other")
     shutil.rmtree(tmp_path / "corpus")
@@ -1608,8 +1608,8 @@ def test_training_refuses(run_main, small, sharded, bpe, tmp_path, capsys):  # n
     assert "add --tokenizer=gpt2" in problem(f"--corpus={tmp_path / 'tokens.bin'}")
     assert "--val_share=0.01" in problem(f"--corpus={tmp_path / 'tokens.bin'}", "--tokenizer=bytes")
     assert f"unique_tokens=999,999 must lie between one block (32) and the training ({small}) split" in problem(f"--corpus={small}:1:999999,{sharded}:1")
-    assert re.search(r"the training split has [\d,]+ tokens, fewer than one block of 4,096; lower --block_len, or prepare more text$", problem(f"--corpus={small}", "--block_len=4096"))
-    assert re.search(rf"the training \({small}\) split has [\d,]+ tokens", problem(f"--corpus={sharded},{small}", "--block_len=1024"))
+    assert re.search(r"the training split has [\d,]+ tokens, fewer than one block of 4,096; lower --seq_len, or prepare more text$", problem(f"--corpus={small}", "--seq_len=4096"))
+    assert re.search(rf"the training \({small}\) split has [\d,]+ tokens", problem(f"--corpus={sharded},{small}", "--seq_len=1024"))
     assert "no corpus in 'absent'" in problem(f"--corpus={small},absent")
 
 
@@ -1656,7 +1656,7 @@ def run_inspect(*argv):
 
 def test_inspect_prepared(small, sharded):
     for folder in (small, sharded):
-        out, read = run_inspect(folder), data.load_corpus(folder)
+        out, read = run_inspect(folder), tokenfiles.load_corpus(folder)
         meta = read.meta
         streams_ = dict(train=read.train, val=read.val)
         assert inspected(out) == expected_of(streams_, [len(meta[split]["files"]) for split in streams_])
@@ -1665,7 +1665,7 @@ def test_inspect_prepared(small, sharded):
         assert f"{meta['train']['bytes']:,} bytes" in out and out.endswith("\nall SHA-256 sums agree\n")
         for split, start, text in re.findall(r"(train|val): .*(?:\n  ≤.*)*\n  sample from token ([\d,]+): '(.*)'$", out, re.M):
             start = int(start.replace(",", ""))
-            assert data.Bytes().decode(whole(streams_[split])[start : start + 64]) == text.replace("\\n", "\n")
+            assert tokenizers.Bytes().decode(whole(streams_[split])[start : start + 64]) == text.replace("\\n", "\n")
 
 
 @pytest.mark.parametrize("layout", ["Megatron", "nanoGPT", "cut"])
@@ -1683,7 +1683,7 @@ def test_inspect_foreign(tmp_path, layout):
         megatron(tmp_path / "web", [[d] for d in documents])
         flags.append("--val_share=0.25")
     out = run_inspect(tmp_path, *flags)
-    read = data.load_corpus(tmp_path, "bytes", 0.25 if layout == "cut" else 0)
+    read = tokenfiles.load_corpus(tmp_path, "bytes", 0.25 if layout == "cut" else 0)
     found, n_files = inspected(out), 2 if layout == "Megatron" else 1
     assert f"{tmp_path}: {read.meta['format']} token files\ntokenizer bytes: 257 tokens" in out
     assert found["train"][2] + found["val"][2] == 40 and [f[4] for f in found.values()] == [f[2] for f in found.values()]
@@ -1697,13 +1697,13 @@ def test_inspect_with_a_tokenizer_file(bpe, tmp_path):
     """It is in the corpus's folder."""
     prepared(tmp_path / "bpe", write_jsonl(tmp_path / "x.jsonl", stories(80)), tokenizer=str(bpe), val=0.3)
     lines = []
-    data.inspect(tmp_path / "bpe", seed=0, show=lines.append)
+    inspect.inspect(tmp_path / "bpe", seed=0, show=lines.append)
     tokens = file_tokenizer(bpe)
     assert lines[1] == f"tokenizer {tokens.name}: {tokens.n_vocab:,} tokens, mask {tokens.mask_id}, eos {tokens.eos_id}, uint16"
     assert "Document" in "".join(lines)
     (tmp_path / "bpe" / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match="no tokenizer.json of digest"):
-        data.inspect(tmp_path / "bpe")
+        inspect.inspect(tmp_path / "bpe")
 
 
 def test_inspect_into_a_pipe_that_is_closed(small):
@@ -1720,7 +1720,7 @@ def test_inspect_in_small_pieces(sharded, size):
     texts = []
     for pieces in (contextlib.nullcontext(), small_chunks(size)):
         with pieces, io.StringIO() as out:
-            data.inspect(sharded, seed=5, show=functools.partial(print, file=out))
+            inspect.inspect(sharded, seed=5, show=functools.partial(print, file=out))
             texts.append(out.getvalue())
     assert texts[0] == texts[1]
 
@@ -1732,7 +1732,7 @@ def test_inspect_finds_a_flipped_byte(small, tmp_path, command, monkeypatch, whi
     shutil.copytree(small, folder)
     assert command("inspect", folder)[0] == 0
     edit_bytes(which, flip(6))(folder)
-    for checked in (data.CHECKED, 1):
+    for checked in (tokenfiles.CHECKED, 1):
         monkeypatch.setattr(data, "CHECKED", checked)
         code, out, err = command("inspect", folder)
         assert code == 2 and err == f"data.py: {folder / which}: its SHA-256 is not the one in meta.json; prepare the corpus again\n"

@@ -70,7 +70,7 @@ def estimate(p, denoiser, posterior=False, groups=40, n_rows=1500, progress=0.5)
     values, rng = [], np.random.default_rng(1)
     for group in range(groups):
         x = STATES[rng.choice(len(P), n_rows, p=P)]
-        rows = d.step_rows(p, group * n_rows, n_rows, progress)
+        rows = d.noise_levels(p, group * n_rows, n_rows, progress)
         batch = d.make_batch(p, np.concatenate((x[:, :1], x), 1), rows, rows.deal(0, 1))
         batch = batch._replace(weights=batch.weights.astype(np.float64))
         batch = d.Batch(*(None if a is None else torch.from_numpy(np.ascontiguousarray(a)) for a in batch))
@@ -177,7 +177,7 @@ def test_uniform_bound_equals_its_definition_in_fp64():
 def test_uniform_bound_is_finite_at_the_ends_of_time():
     """poly8 at t → 0 has r ~ 1e-40, and every schedule has α = 0 at t = 1: loss and gradient stay finite in fp32."""
     p = d.Process("uniform", 9, 9, 16, schedule="poly8")
-    rows = d.Rows(np.arange(4), np.array([1e-5, 1e-3, 0.5, 1.0]), np.full(4, 16), np.full(4, 1), 0.0)
+    rows = d.NoiseLevels(np.arange(4), np.array([1e-5, 1e-3, 0.5, 1.0]), np.full(4, 16), np.full(4, 1), 0.0)
     batch = d.make_batch(p, np.zeros((4, 17), int), rows, rows.deal(0, 1))
     logits = torch.randn(64, 9, requires_grad=True)
     nats = kernels.uniform_bound(logits.softmax(-1), *(torch.from_numpy(a) for a in (batch.noisy, batch.targets, batch.beta)))
@@ -204,7 +204,7 @@ def test_count_weights_undo_the_probability_of_k(schedule):
     for length in (1, 2, 7):
         p = d.Process("masked", V, M, length, schedule=schedule)
         n = 200_000
-        rows = d.step_rows(p, 0, n)
+        rows = d.noise_levels(p, 0, n)
         noisy, weight = d.masked_weights(p, rows, np.arange(n), d.random_bits(0, 0, rows.sample, length), np.ones((n, length), bool))
         assert (noisy.sum(1) == rows.count).all()
         C = np.cos(np.arange(length)) + 2
@@ -241,7 +241,7 @@ def test_unknown_schedule_is_refused():
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_one_token_masked_elbo_is_cross_entropy(schedule):
     p = d.Process("masked", V, M, 1, schedule=schedule)
-    rows = d.step_rows(p, 0, 64)
+    rows = d.noise_levels(p, 0, 64)
     batch = d.make_batch(p, np.arange(128).reshape(64, 2) % V, rows, rows.deal(0, 1))
     assert (batch.tokens == M).all()
     np.testing.assert_allclose(batch.weights.sum(), 1, rtol=1e-6)
@@ -256,9 +256,9 @@ def test_one_token_masked_elbo_is_cross_entropy(schedule):
                                   dict(objective="ar", short_rows=0.5)))
 def test_noise_and_weights_do_not_depend_on_the_split(more):
     """Every row's noise, and its weights up to nothing at all, for 1×16, 2×8 and 16×1 micro-batches."""
-    p = d.Process(**{"objective": "masked", "n_vocab": 50, "mask_id": 50, "block_len": 33, **more})
+    p = d.Process(**{"objective": "masked", "n_vocab": 50, "mask_id": 50, "seq_len": 33, **more})
     x = np.random.default_rng(0).integers(0, 50, (16, 34))
-    rows = d.step_rows(p, 4800, 16, 0.3)
+    rows = d.noise_levels(p, 4800, 16, 0.3)
 
     def per_row(parts):
         tokens, weights = np.zeros((16, 33), int), np.zeros((16, 33))
@@ -311,7 +311,7 @@ def test_every_position_is_masked_equally_often():
        st.integers(1, 12), st.integers(2, 80), st.sampled_from((0.0, 0.5)), st.integers(0, 2**40), st.floats(0, 1))
 def test_masked_positions_always_fit_the_capacity(schedule, estimator, time, B, length, short, first, progress):
     p = d.Process("masked", 9, 9, length, schedule=schedule, estimator=estimator, time=time, short_rows=short)
-    rows = d.step_rows(p, first, 3 * B, progress)
+    rows = d.noise_levels(p, first, 3 * B, progress)
     x = np.zeros((B, length + 1), int)
     for part in range(3):
         which = rows.deal(part, 3)
@@ -328,7 +328,7 @@ def test_capacity_is_what_the_spec_promises():
 
 def test_short_rows_have_random_lengths_and_are_weighed_by_their_tokens():
     p = d.Process("masked", 9, 9, 50, short_rows=0.3)
-    rows = d.step_rows(p, 0, 20_000)
+    rows = d.noise_levels(p, 0, 20_000)
     short = rows.length < 50
     assert abs(short.mean() - 0.3 * 48 / 49) < 4 * math.sqrt(0.21 / 20_000)
     assert rows.length.min() == 2 and abs(rows.length[short].mean() - 25.5) < 1
@@ -339,7 +339,7 @@ def test_short_rows_have_random_lengths_and_are_weighed_by_their_tokens():
 
 def test_maskgit_is_the_mean_over_all_masked_tokens_of_the_step():
     p = d.Process("masked", 9, 9, 32, loss="maskgit")
-    rows = d.step_rows(p, 0, 8)
+    rows = d.noise_levels(p, 0, 8)
     batches = [d.make_batch(p, np.zeros((2, 33), int), rows, rows.deal(i, 4)) for i in range(4)]
     weights = np.concatenate([b.weights[b.weights > 0] for b in batches])
     np.testing.assert_allclose(weights, 1 / rows.count.sum(), rtol=1e-6)
@@ -347,7 +347,7 @@ def test_maskgit_is_the_mean_over_all_masked_tokens_of_the_step():
 
 def test_paper_loss_is_half_noisy_half_clean():
     p = d.Process("uniform", 9, 9, 32, loss="paper")
-    rows = d.step_rows(p, 0, 512)
+    rows = d.noise_levels(p, 0, 512)
     x = np.random.default_rng(0).integers(0, 9, (512, 33))
     batch = d.make_batch(p, x, rows, rows.deal(0, 1))
     np.testing.assert_allclose(batch.weights.sum(0), [0.5, 0.5], rtol=1e-3)  # either part of a constant 1 nat
@@ -362,7 +362,7 @@ def test_paper_loss_is_half_noisy_half_clean():
 
 def test_lattice_marginals_are_uniform():
     p = process()
-    t = np.stack([d.step_rows(p, 8 * i, 8).t for i in range(4000)])
+    t = np.stack([d.noise_levels(p, 8 * i, 8).t for i in range(4000)])
     for j in range(8):  # every row of the step is uniform in its eighth, and the step covers all of them
         u = np.sort(t[:, j] * 8 - j)
         assert np.abs(u - np.arange(1, 4001) / 4000).max() < 1.95 / math.sqrt(4000)
@@ -375,13 +375,13 @@ def test_lattice_cuts_the_variance_of_the_loss_as_predicted():
     std = {}
     for time in ("iid", "uniform"):
         p = d.Process("masked", V, M, 1024, time=time)
-        std[time] = np.std([a * d.step_rows(p, i * N, N).count.mean() / 1024 for i in range(2000)])
+        std[time] = np.std([a * d.noise_levels(p, i * N, N).count.mean() / 1024 for i in range(2000)])
     assert std["iid"] == pytest.approx(a / math.sqrt(12 * N), rel=0.08)  # .208
     assert std["uniform"] == pytest.approx(a / (N * math.sqrt(12)), rel=0.08)  # .026
 
 
 def test_micro_batches_and_ranks_get_lattices_of_their_own():
-    rows = d.step_rows(process(), 0, 32)
+    rows = d.noise_levels(process(), 0, 32)
     for part in range(4):
         np.testing.assert_allclose(np.diff(rows.t[rows.deal(part, 4)]), 1 / 8)
 
@@ -409,7 +409,7 @@ def test_gathered_head_equals_the_full_head():
     hidden = torch.randn(4, 16, 8, dtype=torch.float64, requires_grad=True)
     head = torch.randn(64, 8, dtype=torch.float64, requires_grad=True)
     p = d.Process("masked", 50, 50, 16)
-    rows = d.step_rows(p, 0, 4)
+    rows = d.noise_levels(p, 0, 4)
     x = np.random.default_rng(0).integers(0, 50, (4, 17))
     batch = d.make_batch(p, x, rows, rows.deal(0, 1))
     model = SimpleNamespace(config=SimpleNamespace(n_vocab=50), head=head)
@@ -438,7 +438,7 @@ def test_gathered_network_equals_the_full_one():
     torch.manual_seed(0)
     network = Transformer(ModelConfig(2, 2, 2, 8, 16, 64, 50, 50, 16, causal=False, init_std=0.3)).init_weights()
     p = d.Process("masked", 50, 50, 16)
-    rows = d.step_rows(p, 0, 16)
+    rows = d.noise_levels(p, 0, 16)
     x = np.random.default_rng(0).integers(0, 50, (16, 17))
     batch = d.make_batch(p, x, rows, rows.deal(0, 1))
     assert len(batch.index) < 16 * 16  # some positions are left out, some of those kept only fill up

@@ -12,10 +12,10 @@ import pytest
 from conftest import ROOT, prepared
 from test_train import run_main  # noqa: F401  (fixtures)
 
-import compare
+import data
 import eval as evaluation
-import likelihood
-from metrics import read_metrics, read_rows
+from evaluation import compare, likelihood
+from training.log import read_metrics, read_rows
 
 
 @pytest.fixture
@@ -221,7 +221,7 @@ def test_axes_of_the_curves(run_main):  # noqa: F811
 
 
 def test_other_text_is_compared_in_bits_per_byte_only(run_main, compared, tmp_path):  # noqa: F811
-    one, two = run_main("--steps=3", run="one"), run_main("--steps=3", "--block_len=16", run="two")
+    one, two = run_main("--steps=3", run="one"), run_main("--steps=3", "--seq_len=16", run="two")
     out = compared(one, two)
     assert "other text" in out and "bits/byte, without an error" in out
     old = tmp_path / "old"
@@ -278,7 +278,7 @@ def test_a_diverged_run_has_its_line(run_main, compared, tmp_path):  # noqa: F81
 def test_bad_input_ends_in_one_line(run_main, measure, capsys, flags, message):  # noqa: F811
     run = run_main("--steps=3")
     if "--judge=SHORT" in flags:
-        short = run_main("--steps=3", "--objective=ar", "--block_len=16", run="short")
+        short = run_main("--steps=3", "--objective=ar", "--seq_len=16", run="short")
         flags = [flag.replace("SHORT", str(short)) for flag in flags]
     flags = [flag.replace("RUN", str(run)) for flag in flags]
     with pytest.raises(SystemExit) as exit_:
@@ -372,4 +372,4 @@ def test_texts_that_are_no_texts(run_main, measure, capsys, tmp_path):  # noqa: 
 
 
 def test_noise_is_never_that_of_training():
-    assert likelihood.VALIDATION_SEED > 2**62  # the largest seed that settings allow
+    assert data.VALIDATION_SEED > 2**62  # the largest seed that settings allow

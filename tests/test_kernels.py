@@ -208,21 +208,21 @@ def test_onednn_is_left_alone_where_it_would_not_help(monkeypatch):
 # ------------------------------------------------------------------------------- inside the training step
 
 
-def training_step(objective, n_vocab=500, block_len=32, rows=16, loss="elbo", seed=0):
+def training_step(objective, n_vocab=500, seq_len=32, rows=16, loss="elbo", seed=0):
     """(Objective, batch) of a tiny network."""
     import numpy as np
 
     import diffusion as d
-    import engine
     from model import ModelConfig, Transformer
+    from training import transfer, update
 
     torch.manual_seed(seed)
-    config = ModelConfig(2, 2, 1, 8, 16, 64, n_vocab, n_vocab, block_len, causal=objective == "ar", timed=objective == "uniform", init_std=0.3)
-    process = d.Process(objective, n_vocab, n_vocab, block_len, loss=loss)
-    step = d.step_rows(process, 0, rows)
-    x = np.random.default_rng(seed).integers(0, n_vocab, (rows, block_len + 1))
-    batch = engine.to_device(engine.to_tensors(d.make_batch(process, x, step, step.deal(0, 1)), False), torch.device(DEVICE))
-    return engine.Objective(Transformer(config).init_weights().to(DEVICE), posterior=loss == "paper"), batch
+    config = ModelConfig(2, 2, 1, 8, 16, 64, n_vocab, n_vocab, seq_len, causal=objective == "ar", timed=objective == "uniform", init_std=0.3)
+    process = d.Process(objective, n_vocab, n_vocab, seq_len, loss=loss)
+    step = d.noise_levels(process, 0, rows)
+    x = np.random.default_rng(seed).integers(0, n_vocab, (rows, seq_len + 1))
+    batch = transfer.to_device(transfer.to_tensors(d.make_batch(process, x, step, step.deal(0, 1)), False), torch.device(DEVICE))
+    return update.Objective(Transformer(config).init_weights().to(DEVICE), posterior=loss == "paper"), batch
 
 
 STEPS = [("ar", "elbo"), ("masked", "elbo"), ("uniform", "elbo"), ("uniform", "paper")]

@@ -16,19 +16,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-import engine
 import kernels
-from checkpoint import Saver, checkpoints, file_digest, load_model, load_newest, read_checkpoint, record_digest
-from model import (
-    LADDER,
-    ModelConfig,
-    Transformer,
-    ladder,
-    ladder_params,
-    rotate,
-    swiglu_width,
-)
-from parallel import ALONE
+from configurator.ladder import LADDER, ladder, ladder_params, swiglu_width
+from model import ModelConfig, Transformer, rotate
+from training import update
+from training.checkpoint import Saver, checkpoints, file_digest, load_model, load_newest, read_checkpoint, record_digest
+from training.distributed import SINGLE
 
 PAPER = Path(__file__).resolve().parent.parent / "../shared/paper"
 needs_paper = pytest.mark.skipif(not PAPER.is_dir(), reason="the paper's tables are not on this machine")
@@ -48,7 +41,7 @@ def one_thread():
 
 def config(**more):
     shape = dict(n_layer=2, n_head=4, n_kv_head=4, head_dim=8, d_model=32, d_ff=64, n_vocab=100, mask_id=100,
-                 block_len=16, causal=False)
+                 seq_len=16, causal=False)
     return ModelConfig(**(shape | more))
 
 
@@ -77,7 +70,7 @@ def qwen3(model):
     reference = Qwen3ForCausalLM(Qwen3Config(
         vocab_size=c.padded_vocab, hidden_size=c.d_model, intermediate_size=c.d_ff, num_hidden_layers=c.n_layer,
         num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.head_dim,
-        max_position_embeddings=c.block_len, rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied,
+        max_position_embeddings=c.seq_len, rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied,
         rope_parameters=dict(rope_type="default", rope_theta=c.rope_base), attn_implementation="eager"))
     names = (("blocks.", "model.layers."), ("attn_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm"),
              (".attn.", ".self_attn."), ("embed.", "model.embed_tokens."))
@@ -219,14 +212,14 @@ def turned(x, positions, base):
 @pytest.mark.parametrize("head_dim,base", ((6, 10_000.0), (32, 10_000.0), (32, 100.0)))
 def test_rotation_is_complex_multiplication_at_every_position(head_dim, base):
     # long enough that angles computed in fp32 would be off by more than the tolerance
-    model = Transformer(config(head_dim=head_dim, rope_base=base, block_len=4096))
+    model = Transformer(config(head_dim=head_dim, rope_base=base, seq_len=4096))
     x = torch.randn(4096, head_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     truth = turned(x, torch.arange(4096, dtype=torch.float64), base)
     assert (rotate(x, model.cos, model.sin) - truth).abs().max() < 2e-6
 
 
 def test_scores_depend_on_relative_positions_only():
-    model = Transformer(config(head_dim=32, block_len=2048))
+    model = Transformer(config(head_dim=32, seq_len=2048))
     q, k = torch.randn(2, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     def score(i, j):
@@ -369,7 +362,7 @@ def test_n_params():
 
 def measure_flops(model, rows, share):
     """FLOPs per token of a training step whose head sees `share` of the tokens: (all, of the attention's products)."""
-    length = model.config.block_len
+    length = model.config.seq_len
     counter = FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH), counter:  # two plain products, which the counter knows; the others recompute
         index = None if share == 1 else torch.arange(int(share * rows * length))
@@ -466,14 +459,14 @@ def test_a_timed_network_runs_in_any_dtype(dtype):
 def save(run, model, steps=(1, 2), keep=5):
     """Checkpoints as training writes them, one real optimizer step between each two."""
     run.mkdir(exist_ok=True)
-    optimizer = engine.make_optimizer(model, 0.1, (0.9, 0.95), 0.1)
+    optimizer = update.make_optimizer(model, 0.1, (0.9, 0.95), 0.1)
     for number in steps:
         time = torch.full((2,), 0.5) if model.config.timed else None
         model(tokens(2, 16), time).square().sum().backward()
         if model.lm_head is not None:
             model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
         optimizer.step()
-        saver = Saver(run, model, optimizer, ALONE, keep)
+        saver = Saver(run, model, optimizer, SINGLE, keep)
         saver.save(number, dict(model=asdict(model.config)))
         saver.wait()
         assert not saver.failure

@@ -15,8 +15,9 @@ from test_train import run_main  # noqa: F401  (fixtures)
 
 import configurator
 import data
-import film
 import sample
+from corpus import tokenfiles, tokenizers
+from sampling import film
 
 
 @pytest.fixture
@@ -56,8 +57,8 @@ def test_holes_are_filled_anywhere_and_nothing_else_changes(run_main, write, ord
     if order == "low_confidence":
         assert f"{min(steps, 5)} forward passes" in out.err
     assert "░" not in out.out and out.out.startswith("ab") and out.out.endswith("ef\n")
-    ids = sample.holes(text, data.Bytes())
-    assert ids.count(data.Bytes.mask_id) == 5 and len(ids) == 11
+    ids = sample.holes(text, tokenizers.Bytes())
+    assert ids.count(tokenizers.Bytes.mask_id) == 5 and len(ids) == 11
 
 
 def test_many_prompts(run_main, write, tmp_path):  # noqa: F811
@@ -142,7 +143,7 @@ def test_recordings(run_main, write, tmp_path):  # noqa: F811
 def test_a_character_of_several_tokens_is_drawn_whole():
     text = "aé→😀b"
     ids = list(text.encode())
-    reel = film.Reel([257] * len(ids), data.Bytes())
+    reel = film.Reel([257] * len(ids), tokenizers.Bytes())
     half = ids[:2] + [257] * (len(ids) - 2)
     for row in (half, ids):
         reel.record(torch.tensor([[0, 0, *row]]))  # right-aligned
@@ -227,6 +228,6 @@ def test_no_run_no_traceback():
 def test_a_trained_model_writes_what_it_read(run_main, write, corpus):  # noqa: F811
     """One block by heart: the AR model at temperature 0 continues it exactly."""
     run = run_main("--objective=ar", "--unique_tokens=32", "--epochs=3000", "--lr=5e-3", "--weight_decay=0")
-    block = data.Blocks(data.load_corpus(corpus).train, 32, 1337, 32).rows(np.zeros(1, np.int64))[0, :-1]  # from the first token on, as it was trained
-    text = data.Bytes().decode(block.tolist())
+    block = data.Sequences(tokenfiles.load_corpus(corpus).train, 32, 1337, 32).rows(np.zeros(1, np.int64))[0, :-1]  # from the first token on, as it was trained
+    text = tokenizers.Bytes().decode(block.tolist())
     assert write(run, f"--prompt={text[:20]}", "--length=12", "--temperature=0").out == text + "\n"

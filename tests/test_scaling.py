@@ -13,11 +13,11 @@ import pytest
 from conftest import prepared
 
 import configurator
-import laws
-import model
-import plan as planning
 import scaling
 import train
+from configurator import ladder
+from laws import laws
+from laws import plan as planning
 
 ROOT = Path(__file__).parent.parent
 QUOKKA = ROOT / "results/quokka"
@@ -236,7 +236,7 @@ def test_the_written_file_trains_the_plan(run, tmp_path, given):
     cfg = configurator.load(train.Config, [str(path)])
     assert cfg.objective == ("ar" if "--objective=ar" in given else "masked") and cfg.shape() and cfg.tokens > 0
     assert (cfg.unique_tokens > 0) == any("unique" in g for g in given)
-    assert cfg.batch_size % (8 * cfg.micro_batch) == 0 and cfg.warmup + cfg.decay <= cfg.tokens / cfg.batch_size / cfg.block_len
+    assert cfg.batch_size % (8 * cfg.micro_batch) == 0 and cfg.warmup + cfg.decay <= cfg.tokens / cfg.batch_size / cfg.seq_len
     code, _, err = run("plan", *given, f"--write={path}")
     assert code == 2 and err == f"{Path(sys.argv[0]).name}: {path} exists; choose another name\n"
 
@@ -270,7 +270,7 @@ def test_sizes_may_have_units():
 
 def test_human_and_nearest():
     assert [scaling.human(x) for x in (950, 1500, 2.5e6, 999.9e6, 1e9, 6.4e13, 2e15)] == ["950", "1.5K", "2.5M", "1B", "1B", "64T", "2e+15"]
-    assert planning.nearest(1.0e9) == "971M" and planning.nearest(1e12) == f"{max(round(model.ladder_params(*row) / 1e6) for _, *row in model.LADDER)}M"
+    assert planning.nearest(1.0e9) == "971M" and planning.nearest(1e12) == f"{max(round(ladder.ladder_params(*row) / 1e6) for _, *row in ladder.LADDER)}M"
 
 
 # --------------------------------------------------------------------------------------------------------- fit
@@ -448,7 +448,7 @@ def test_logs_of_the_reference_backend(run, tmp_path):
                 writer.add_scalar("lm loss", 3 + 1 / step, step)
                 if step % 1000 == 0 and name == "a":
                     writer.add_scalar("lm loss validation", 4 + 1 / step, step)
-    import events
+    from laws import events
 
     rows = list(csv.DictReader(open(events.write_csv(tmp_path / "logs", tmp_path / "points.csv"))))
     blocks = 4 * 128 * 128 + 3 * 128 * 320
@@ -477,7 +477,7 @@ def test_a_sweep_from_its_runs_to_its_law(tmp_path):
     """`scaling.py sweep` trains a small IsoFLOP grid, fits it and draws it; a second time there is nothing to train."""
     (tmp_path / "words.txt").write_text("".join(f"{i} squared is {i * i}, and its double is {2 * i}.\n" for i in range(9000)))
     prepared(tmp_path / "words", tmp_path / "words.txt")
-    (tmp_path / "base.py").write_text(f"corpus = {str(tmp_path / 'words')!r}\nn_layer, n_head, d_model, block_len, batch_size, warmup = 1, 2, 32, 32, 8, 2\n"
+    (tmp_path / "base.py").write_text(f"corpus = {str(tmp_path / 'words')!r}\nn_layer, n_head, d_model, seq_len, batch_size, warmup = 1, 2, 32, 32, 8, 2\n"
                                       "lr, compile, device, eval_rows, eval_every, save_every = 4e-3, 'no', 'cpu', 64, 0, 0\n")  # fmt: skip
     argv = [sys.executable, "scaling.py", "sweep", f"--base={tmp_path / 'base.py'}", "--models=1x16,1x32,1x48", "--flops=1e9,3e9", f"--out={tmp_path / 'out'}"]
     for _ in range(2):

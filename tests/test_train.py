@@ -17,18 +17,17 @@ import torch
 from conftest import ROOT, call_main, prepared
 from safetensors.torch import load_file
 
-import checkpoint
 import data
 import diffusion
-import engine
-import likelihood
-import parallel
 import train
-from checkpoint import checkpoints, load_model, load_newest
-from metrics import read_metrics
+from corpus import tokenfiles
+from evaluation import likelihood
 from model import ModelConfig
+from training import checkpoint, distributed, transfer, update
+from training.checkpoint import checkpoints, load_model, load_newest
+from training.log import read_metrics
 
-TINY = ["--n_layer=2", "--n_head=2", "--d_model=32", "--block_len=32", "--batch_size=8", "--compile=no", "--warmup=5",
+TINY = ["--n_layer=2", "--n_head=2", "--d_model=32", "--seq_len=32", "--batch_size=8", "--compile=no", "--warmup=5",
         "--eval_rows=16", "--log_every=5", "--eval_every=0", "--save_every=0", "--dtype=float32", "--device=cpu"]
 
 
@@ -144,7 +143,7 @@ def test_stop_signal_saves_and_says_so_by_its_exit_code(corpus, tmp_path, run_ma
     wait_for_step(tmp_path / "stopped", 35)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
-    assert process.returncode == parallel.STOPPED == 75 and "stopped by a signal" in output and "Traceback" not in output
+    assert process.returncode == distributed.STOPPED == 75 and "stopped by a signal" in output and "Traceback" not in output
     assert events(tmp_path / "stopped") == ["stopped"]
     step = int(checkpoints(tmp_path / "stopped")[0].name[5:])
     assert 35 <= step < 600
@@ -159,7 +158,7 @@ def test_a_signal_while_starting_up_is_heard(corpus, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=60)[0]
-    assert process.returncode == parallel.STOPPED and "stopped by a signal" in output and "Traceback" not in output
+    assert process.returncode == distributed.STOPPED and "stopped by a signal" in output and "Traceback" not in output
     assert checkpoints(tmp_path / "run")
 
 
@@ -198,7 +197,7 @@ def test_ranks_that_all_hold_all_copy_only_what_they_write(tmp_path, monkeypatch
     copies = []
     monkeypatch.setattr(checkpoint.Saver, "work", lambda self, step, staged, record: copies.append(staged))
     for rank in range(3):
-        saver = checkpoint.Saver(tmp_path, network, optimizer, parallel.Ranks(rank, 3), 2)
+        saver = checkpoint.Saver(tmp_path, network, optimizer, distributed.Ranks(rank, 3), 2)
         saver.save(1, {})
         saver.wait()
     names = [name for name, _ in network.named_parameters()]
@@ -220,7 +219,7 @@ def test_a_slow_write_is_no_standstill(tmp_path):
     """Whoever waits for a checkpoint hears that it grows, and nothing once it does not."""
     network = train.Transformer(ModelConfig(1, 2, 2, 8, 16, 64, 50, 50, 8, causal=False)).init_weights()
     heard = []
-    saver = checkpoint.Saver(tmp_path, network, None, parallel.ALONE, 2, alive=lambda: heard.append(time.monotonic()))
+    saver = checkpoint.Saver(tmp_path, network, None, distributed.SINGLE, 2, alive=lambda: heard.append(time.monotonic()))
 
     def write():
         (tmp_path / ".step_00000001").mkdir()
@@ -292,36 +291,36 @@ def test_prefetching_ends_when_its_reader_leaves():
             raise ValueError("broken")
 
     for fail in (False, True):
-        stream = engine.prefetched(numbers(fail), depth=4)
+        stream = transfer.prefetch(numbers(fail), depth=4)
         assert next(stream) == 0
         time.sleep(0.3)
         stream.close()  # must not hang
-    assert list(engine.prefetched(numbers())) == [0, 1, 2, 3, 4]
+    assert list(transfer.prefetch(numbers())) == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="broken"):
-        list(engine.prefetched(numbers(True)))
+        list(transfer.prefetch(numbers(True)))
 
 
 def test_validation_does_not_depend_on_the_batch(run_main):
     first = losses(run_main("--steps=1", "--eval_rows=13", "--lr=1e-9", run="a"))[-1]
     other = losses(run_main("--steps=1", "--eval_rows=13", "--lr=1e-9", "--batch_size=6", run="b"))[-1]
     assert other["val_loss"] == pytest.approx(first["val_loss"], rel=1e-5)
-    assert (likelihood.spread(13, 100) < 100).all() and len(set(likelihood.spread(13, 100))) == 13 and sorted(likelihood.spread(13, 100))[-1] > 90
-    assert abs(np.corrcoef(np.arange(1024), likelihood.spread(1024, 4400))[0, 1]) < 0.1  # noise level and document are unrelated
+    assert (data.validation_ids(13, 100) < 100).all() and len(set(data.validation_ids(13, 100))) == 13 and sorted(data.validation_ids(13, 100))[-1] > 90
+    assert abs(np.corrcoef(np.arange(1024), data.validation_ids(1024, 4400))[0, 1]) < 0.1  # noise level and document are unrelated
 
 
 def test_validation_is_the_same_on_any_number_of_ranks(run_main, corpus, monkeypatch):
     """13 rows dealt to ranks, some of which fill up with rows that don't count, or get none at all."""
     folder, record = load_newest(run_main("--steps=3"), print)
-    objective = engine.Objective(load_model(folder, record), False)
-    blocks = data.Blocks(data.load_corpus(corpus).val, 32)
-    process = diffusion.Process("masked", 257, 257, 32, likelihood.VALIDATION_SEED)
+    objective = update.Objective(load_model(folder, record), False)
+    blocks = data.Sequences(tokenfiles.load_corpus(corpus).val, 32)
+    process = diffusion.Process("masked", 257, 257, 32, data.VALIDATION_SEED)
     monkeypatch.setattr(likelihood.dist, "all_reduce", lambda total, group=None: None)
 
     def read(process, blocks, *rest):
-        return train.read_batch(train.Config(), process, blocks, 256, *rest)
+        return data.read_batch(train.Config(), process, blocks, 256, *rest)
 
     def validate(micro, world):
-        return sum(sum(likelihood.evaluate(objective, process, blocks, 13, micro, parallel.Ranks(rank, world), torch.device("cpu"), contextlib.nullcontext, read).parts)
+        return sum(sum(likelihood.evaluate(objective, process, blocks, 13, micro, distributed.Ranks(rank, world), torch.device("cpu"), contextlib.nullcontext, read).parts)
                    for rank in range(world))
 
     whole = validate(13, 1)
@@ -331,7 +330,7 @@ def test_validation_is_the_same_on_any_number_of_ranks(run_main, corpus, monkeyp
 
 def test_batches_are_the_blocks_of_their_samples(corpus):
     """Block ids are computed 64 steps ahead: no batch may notice, nor a run that resumes around a border."""
-    blocks = data.Blocks(data.load_corpus(corpus).train, 32, 1, 32 * 50)
+    blocks = data.Sequences(tokenfiles.load_corpus(corpus).train, 32, 1, 32 * 50)
     process = diffusion.Process("ar", 257, 257, 32, 1)
     cfg = train.Config(batch_size=6, micro_batch=1)
     whole = [[b.targets.numpy() for b in train.training_batches(process, blocks, 256, 0, 0, 140, cfg, rank, 2, False)] for rank in range(2)]
@@ -400,7 +399,7 @@ def test_dry_run_prints_and_writes_nothing(run_main, capsys):
 
 @pytest.mark.parametrize("has", [True, False])
 def test_dry_run_on_a_cpu_has_the_type_of_training(run_main, capsys, monkeypatch, has):
-    monkeypatch.setattr(engine, "has_bf16", lambda device: has)
+    monkeypatch.setattr(kernels, "has_bf16", lambda device: has)
     run_main("--dry_run", "--steps=10", "--dtype=auto")
     assert ("bfloat16" in capsys.readouterr().out) == has
 
@@ -456,7 +455,7 @@ def refused(run_main, capsys, *flags, run="run"):
     (["--steps=1", "--n_kv_head=3"], "must be a multiple of n_kv_head=3"),
     (["--steps=1", "--model=124M"], "contradicts model=124M"),
     (["--steps=1", "--micro_batch=3"], "batch_size=8 must be a multiple of 1 ranks × micro_batch=3"),
-    (["--steps=1", "--block_len=100000"], "fewer than one block of 100,000; lower --block_len, or prepare more text"),
+    (["--steps=1", "--seq_len=100000"], "fewer than one block of 100,000; lower --seq_len, or prepare more text"),
     (["--steps=1", "--unique_tokens=10"], "unique_tokens=10 must lie between one block (32) and the training split"),
     (["--steps=1", "--objective=ar", "--schedule=poly2"], "schedule=poly2 has no meaning for objective=ar; add --schedule=linear"),
     (["--steps=1", "--corpus=nowhere"], "no corpus in 'nowhere'"),
@@ -465,7 +464,7 @@ def refused(run_main, capsys, *flags, run="run"):
     (["nowhere.py", "--steps=1"], "no such override file"),
     (["--steps=1", "--fp8=True"], "fp8 goes with dtype=bfloat16 or auto"),
     (["--steps=1", "--fp8=True", "--dtype=auto", "--d_model=40"], "multiples of 16, not d_model=40"),
-    (["--steps=1", "--fp8=True", "--dtype=auto", "--block_len=33", "--batch_size=1"], "a multiple of 16 tokens"),
+    (["--steps=1", "--fp8=True", "--dtype=auto", "--seq_len=33", "--batch_size=1"], "a multiple of 16 tokens"),
     (["--steps=1", "--cuda_graphs=True"], "cuda_graphs needs compile=whole and one process on a GPU"),
     (["--steps=1", "--compile=True"], "choose from whole, blocks, no"),
     (["--tokens=1e300"], "must be at most 1000000000000000.0"),
@@ -594,7 +593,7 @@ def test_settings_are_saved_and_complete(run_main):
 
 def test_only_matrices_decay():
     network = train.Transformer(ModelConfig(1, 2, 2, 8, 16, 64, 50, 50, 8, causal=False))
-    optimizer = engine.make_optimizer(network, 1e-3, (0.9, 0.95), 0.1)
+    optimizer = update.make_optimizer(network, 1e-3, (0.9, 0.95), 0.1)
     decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert {name: decay[id(p)] for name, p in network.named_parameters()} == {
         name: 0.0 if "norm" in name else 0.1 for name, p in network.named_parameters()}

@@ -9,7 +9,7 @@
 run_dir = "runs/quokka/gpu/masked"
 corpus = "corpora/c4"
 model = "51M"
-block_len = 2048
+seq_len = 2048
 short_rows = 0.01
 tokens = 96 * 23040 * 2048  # 34 560 steps; a 96th is a whole number of blocks
 batch_size = 64

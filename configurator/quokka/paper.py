@@ -6,7 +6,7 @@
 run_dir = "runs/quokka/paper/masked"
 corpus = "corpora/c4"
 model = "1086M"
-block_len = 2048
+seq_len = 2048
 short_rows = 0.01
 tokens = 96e9
 batch_size = 256

@@ -8,7 +8,7 @@
 from configurator.quickstart import (  # noqa: F401
     batch_size,
     beta1,
-    block_len,
+    seq_len,
     corpus,
     d_model,
     eval_rows,

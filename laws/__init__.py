@@ -1,0 +1,1 @@
+"""Scaling laws: formulas, fits, plans, and the sweeps and studies that give their data."""

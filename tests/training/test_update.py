@@ -1,0 +1,214 @@
+"""The optimizer step: the device is never waited for, nothing compiles twice, every setting computes the same."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+import diffusion
+import kernels
+from model import ModelConfig, Transformer
+from training import transfer, update
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+OBJECTIVES = [("ar", "elbo"), ("masked", "elbo"), ("masked", "maskgit"), ("uniform", "elbo"), ("uniform", "paper")]
+on_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+
+
+def setting(objective, loss="elbo", n_layer=2, seq_len=16, rows=8, d_model=32, n_vocab=90, short_rows=0.0):
+    config = ModelConfig(n_layer, 2, 2, 16, d_model, 64, n_vocab, n_vocab, seq_len, causal=objective == "ar", timed=objective == "uniform", init_std=0.1)
+    return config, diffusion.Process(objective, n_vocab, n_vocab, seq_len, loss=loss, short_rows=short_rows)
+
+
+def batches(process, n, rows=8):
+    for i in range(n):
+        levels = diffusion.noise_levels(process, i * rows, rows)
+        start = np.random.default_rng(i).integers(0, process.n_vocab, (rows, 1))
+        x = (start + np.arange(process.seq_len + 1)) % process.n_vocab  # there is something to learn: counting
+        yield diffusion.make_batch(process, x, levels, levels.deal(0, 1))
+
+
+def train(config, process, steps=4, accumulation=1, how="no", device=DEVICE, clip=1.0, cuda_graphs=False, lr=1e-2, **use):
+    """(steps, P + 1) losses and norms, and the network."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    network = Transformer(config).init_weights().to(device).use(**use)
+    objective = update.compile_and_wrap(update.Objective(network, process.loss == "paper"), how, cuda_graphs=cuda_graphs)
+    optimizer = update.make_optimizer(network, lr, (0.9, 0.95), 0.1)
+    records = torch.zeros(steps, 3 if process.loss == "paper" else 2, device=device)
+    stream = (transfer.to_device(transfer.to_tensors(b, False), device) for b in batches(process, steps * accumulation))
+    for record in records:
+        update.optimizer_step(objective, optimizer, stream, accumulation, record, clip, contextlib.nullcontext, cuda_graphs=cuda_graphs)
+    return records.cpu(), network
+
+
+# ------------------------------------------------------------------------------------------- no waiting, no recompiling
+
+
+def step_without_values(objective, loss, pretend, monkeypatch, spoil=lambda record: None, short_rows=0.0):
+    """A step on tensors that have shapes but no values: whatever reads one on the host, or makes a shape of one, raises."""
+    config, process = setting(objective, loss, short_rows=short_rows)
+    monkeypatch.setattr(kernels, "pretending", pretend)
+    batch = transfer.to_tensors(next(batches(process, 1)), False)
+    with FakeTensorMode() as fake:
+        network = Transformer(config).use("selective")
+        optimizer = update.make_optimizer(network, 1e-3, (0.9, 0.95), 0.1)
+        record = torch.zeros(3 if loss == "paper" else 2)
+        batch = diffusion.Batch(*(None if t is None else fake.from_tensor(t) for t in batch))
+        for _ in range(2):
+            update.optimizer_step(update.Objective(network, loss == "paper"), optimizer, iter([batch, batch]), 2, record, 1.0, contextlib.nullcontext)
+            spoil(record)
+    assert optimizer.state[network.embed.weight]["exp_avg"].shape == network.embed.weight.shape
+
+
+@pytest.mark.parametrize("objective, loss", OBJECTIVES)
+@pytest.mark.parametrize("pretend", [False, True])
+def test_a_step_reads_no_value_on_the_host(objective, loss, pretend, monkeypatch):
+    step_without_values(objective, loss, pretend, monkeypatch, short_rows=0.5 if objective == "masked" else 0.0)
+
+
+def test_reading_one_would_be_seen(monkeypatch):
+    for spoil in (lambda record: record[0].item(), lambda record: record.tolist(), lambda record: float(record.sum())):
+        with pytest.raises(DataDependentOutputException):
+            step_without_values("ar", "elbo", False, monkeypatch, spoil)
+
+
+@on_gpu
+@pytest.mark.parametrize("objective, loss", OBJECTIVES)
+def test_a_step_does_not_synchronize(objective, loss):
+    config, process = setting(objective, loss)
+    network = Transformer(config).init_weights().to(DEVICE)
+    objective, optimizer = update.Objective(network, loss == "paper"), update.make_optimizer(network, 1e-3, (0.9, 0.95), 0.1)
+    record = torch.zeros(3 if loss == "paper" else 2, device=DEVICE)
+    stream = transfer.upload(transfer.prefetch(transfer.to_tensors(b, True) for b in batches(process, 6)), DEVICE)
+    for i in range(6):
+        torch.cuda.set_sync_debug_mode("error" if i > 1 else "default")
+        try:
+            update.optimizer_step(objective, optimizer, stream, 1, record, 1.0, contextlib.nullcontext)
+            arriving = transfer.AsyncCopy(record)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert arriving.here(wait=True) and torch.isfinite(arriving.values).all()
+
+
+@pytest.mark.parametrize("how, graphs", [("whole", 1), ("blocks", 4)])
+def test_nothing_compiles_after_the_first_step(how, graphs):
+    """Whole: one graph. Blocks: one for all but the last, one for the last, the norm and the loss."""
+    config, process = setting("masked", n_layer=4)
+    torch._dynamo.utils.counters.clear()
+    stances = iter([contextlib.nullcontext()])
+
+    @contextlib.contextmanager
+    def autocast():  # entered once per forward pass: from the second on a recompilation is an error
+        with next(stances, None) or torch.compiler.set_stance("fail_on_recompile"):
+            yield
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    network = Transformer(config).init_weights()
+    objective, optimizer = update.compile_and_wrap(update.Objective(network, False), how), update.make_optimizer(network, 1e-2, (0.9, 0.95), 0.1)
+    records = torch.zeros(5, 2)
+    stream = (transfer.to_tensors(b, False) for b in batches(process, 10))
+    for record in records:
+        update.optimizer_step(objective, optimizer, stream, 2, record, 1.0, autocast)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    assert not torch._dynamo.utils.counters["graph_break"]
+    eager, _ = train(config, process, 5, 2, device=torch.device("cpu"))
+    assert torch.allclose(records, eager, rtol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------- settings that save
+
+
+@pytest.mark.parametrize("objective, loss", OBJECTIVES)
+@pytest.mark.parametrize("recompute", ["elementwise", "selective", "full"])
+def test_recomputation_changes_nothing(objective, loss, recompute):
+    config, process = setting(objective, loss)
+    (plain, a), (saving, b) = train(config, process), train(config, process, recompute=recompute)
+    assert torch.equal(plain, saving) if DEVICE.type == "cpu" else torch.allclose(plain, saving, rtol=1e-4)
+    if DEVICE.type == "cpu":
+        assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+
+
+@pytest.mark.parametrize("recompute", ["elementwise", pytest.param("selective", marks=pytest.mark.slow), pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", ["blocks", pytest.param("whole", marks=pytest.mark.slow)])
+def test_compiled_recomputation_changes_nothing(how, recompute):
+    config, process = setting("masked")
+    (plain, _), (saving, _) = train(config, process), train(config, process, how=how, recompute=recompute)
+    assert torch.allclose(plain, saving, rtol=1e-4)
+
+
+def test_kept_gradients_give_the_same_and_stay_where_they_are():
+    config, process = setting("masked")
+    (plain, _), (kept, network) = train(config, process, accumulation=2), train(config, process, accumulation=2, cuda_graphs=True)
+    assert torch.allclose(plain, kept, rtol=1e-6)
+    assert all(p.grad is not None and (p.grad == 0).all() for p in network.parameters())
+
+
+@on_gpu
+def test_cuda_graphs_give_the_same():
+    config, process = setting("masked")
+    (plain, _), (replayed, _) = train(config, process, 8, 2), train(config, process, 8, 2, how="whole", cuda_graphs=True)
+    assert torch.allclose(plain, replayed, rtol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------ fp8
+
+
+def relative(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+@pytest.mark.parametrize("rows, k, n", [(16, 16, 16), (48, 64, 80), (64, 208, 32)])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_fp8_products_are_close(rows, k, n, scale):
+    """Rounding to 3 (2) bits of mantissa errs by 2⁻⁴/√3 (2⁻³/√3) of a value: 3.6 % and 7.2 %, whatever the scale."""
+    g = torch.Generator().manual_seed(0)
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    x, w, dy = (torch.randn(*shape, generator=g).mul(scale).to(DEVICE, dtype) for shape in ((rows, k), (n, k), (rows, n)))
+    x, w = x.requires_grad_(), w.float().requires_grad_()
+    y = kernels.fp8_linear(x.view(2, rows // 2, k), w)
+    dx, dw = torch.autograd.grad(y, (x, w), dy.view_as(y))
+    assert y.shape == (2, rows // 2, n) and y.dtype == x.dtype and dw.dtype == w.dtype
+    assert relative(y.flatten(0, 1), x.double() @ w.double().T) < 0.05
+    assert relative(dx, dy.double() @ w.double()) < 0.08 and relative(dw, dy.double().T @ x.double()) < 0.08
+    assert torch.isfinite(kernels.fp8_linear(torch.zeros_like(x), w)).all()
+
+
+def test_fp8_uses_eight_bits_in_every_block_and_trains_alike():
+    config, process = setting("ar")
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        working = torch._scaled_mm
+        patch.setattr(torch, "_scaled_mm", lambda a, b, **more: calls.append((a.dtype, b.dtype)) or working(a, b, **more))
+        eight, _ = train(config, process, 60, fp8=True)
+    assert len(calls) == 60 * 2 * 4 * 3  # steps × blocks × (qkv, o, gate+up, down) × (forward, two backward)
+    assert {torch.float8_e4m3fn, torch.float8_e5m2} == {t for pair in calls for t in pair}
+    full, _ = train(config, process, 60)
+    assert full[-1, 0] < 0.3 * full[0, 0]  # it has learned
+    assert ((eight[:, 0] - full[:, 0]).abs() < 0.03 * full[0, 0]).all(), (eight[:, 0] - full[:, 0]).abs().max()
+    assert not torch.equal(eight, full)
+
+
+# ---------------------------------------------------------------------------------------------- figures to the host
+
+
+def test_figures_arrive_as_they_were_when_sent():
+    values = torch.arange(6.0, device=DEVICE).reshape(2, 3)
+    start = transfer.timestamp(DEVICE)
+    arriving = transfer.AsyncCopy(values)
+    values.zero_()
+    assert arriving.here(wait=True) and arriving.here()
+    assert arriving.values.tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert 0 <= transfer.seconds_between(start, arriving.moment) < 10
+
+
+@on_gpu
+def test_uploads_are_what_was_sent():
+    _, process = setting("masked")
+    sent = [transfer.to_tensors(b, True) for b in batches(process, 7)]
+    for got, want in zip(transfer.upload((b for b in sent), DEVICE), sent, strict=True):
+        for a, b in zip(got, want):
+            assert a is b is None or torch.equal(a.cpu(), b)
