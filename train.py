@@ -37,11 +37,11 @@ from training.log import Journal, draw_losses, open_tracker, summary_line
 @dataclass
 class Config:
     # where
-    run_dir: str = setting("runs/default", "folder of the run: settings, metrics, checkpoints, loss curve")
+    run_dir: str = setting("runs/default", "folder of the run: settings, metrics, checkpoints, loss curve", changes_result=False)
     corpus: str = setting("corpora/docs", "folder that data.py prepared, or token files of nanoGPT, llm.c or Megatron; several: path:weight:unique_tokens, with commas between")
     tokenizer: str = setting("", "of token files that do not say: a tiktoken encoding such as gpt2, or a tokenizer.json")
     val_share: float = setting(0.0, "share of such token files kept for validation, where none of them is", low=0, high=0.5)
-    resume: Literal["no", "auto", "yes"] = setting("no", "continue from the newest checkpoint: auto if there is one, yes must have one")
+    resume: Literal["no", "auto", "yes"] = setting("no", "continue from the newest checkpoint: auto if there is one, yes must have one", changes_result=False)
     seed: int = setting(1337, "of the weights, the data order and the noise", low=0, high=2**62)
     init_from: str = setting("", "begin with the weights of this run or checkpoint, and its shape: another run's, or what convert.py made of a Megatron's or Hugging Face's")
     # what is learned
@@ -78,7 +78,7 @@ class Config:
     epochs: float = setting(0.0, "passes over the (unique) training tokens", low=0, high=1e9)
     unique_tokens: int = setting(0, "train on a fixed random subset of this many tokens (0: all)", low=0)
     batch_size: int = setting(64, "rows per optimizer step, over all ranks", low=1)
-    micro_batch: int = setting(0, "rows per rank and forward pass (0: no gradient accumulation)", low=0)
+    micro_batch: int = setting(0, "rows per rank and forward pass (0: no gradient accumulation)", low=0, changes_result=False)
     # the optimizer
     lr: float = setting(1e-3, "peak learning rate", above=0)
     min_lr: float = setting(-1.0, "final learning rate (-1: a tenth of lr)", low=-1)
@@ -90,8 +90,8 @@ class Config:
     weight_decay: float = setting(0.1, "of matrices and embeddings; norms never decay", low=0)
     clip: float = setting(1.0, "largest gradient norm (0: unlimited)", low=0)
     # along the way
-    log_every: int = setting(10, "steps between lines of progress", low=1)
-    eval_every: int = setting(250, "steps between validations (0: only first and last)", low=0)
+    log_every: int = setting(10, "steps between lines of progress", low=1, changes_result=False)
+    eval_every: int = setting(250, "steps between validations (0: only first and last)", low=0, changes_result=False)
     eval_rows: int = setting(256, "validation blocks (0: all)", low=0)
     eval_tasks: str = setting("", "tasks of lm-evaluation-harness, with commas, as in eval.py; needs the extra eval")
     eval_tasks_every: int = setting(0, "steps between their evaluations (0: only after the last)", low=0)
@@ -99,28 +99,28 @@ class Config:
     eval_tasks_masks: int = setting(32, "noisy copies of each answer (eval.py takes 128)", low=1)
     task_path: str = setting("", "folder with tasks of your own, as .yaml")
     task_data: str = setting("", "folder with data sets called as on the hub (hellaswag, mmlu): nothing is downloaded for these")
-    save_every: int = setting(1000, "steps between checkpoints (0: only the last)", low=0)
-    save_at: str = setting("", "further steps to save at, with commas; these checkpoints stay whatever keep says")
-    keep: int = setting(2, "newest checkpoints to keep", low=1)
-    keep_every: int = setting(0, "keep those of every multiple of this many steps, too (0: none)", low=0)
-    compare: str = setting("", "another run, to be shown beside this one at the end")
-    wandb: str = setting("", "Weights & Biases project (empty: off)")
+    save_every: int = setting(1000, "steps between checkpoints (0: only the last)", low=0, changes_result=False)
+    save_at: str = setting("", "further steps to save at, with commas; these checkpoints stay whatever keep says", changes_result=False)
+    keep: int = setting(2, "newest checkpoints to keep", low=1, changes_result=False)
+    keep_every: int = setting(0, "keep those of every multiple of this many steps, too (0: none)", low=0, changes_result=False)
+    compare: str = setting("", "another run, to be shown beside this one at the end", changes_result=False)
+    wandb: str = setting("", "Weights & Biases project (empty: off)", changes_result=False)
     # the machine
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one", changes_result=False)
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "of the matrix products; weights stay float32 (auto: bfloat16 where the hardware has it)")
-    compile: Literal["whole", "blocks", "no"] = setting("whole", "torch.compile the model with its loss, or block by block: compiles sooner")
-    recompute: Literal["no", "elementwise", "selective", "full"] = setting("no", "what is computed again to save memory: all but matrix products and attention; the SwiGLU's gate and up, too; whole blocks")
+    compile: Literal["whole", "blocks", "no"] = setting("whole", "torch.compile the model with its loss, or block by block: compiles sooner", changes_result=False)
+    recompute: Literal["no", "elementwise", "selective", "full"] = setting("no", "what is computed again to save memory: all but matrix products and attention; the SwiGLU's gate and up, too; whole blocks", changes_result=False)
     fp8: bool = setting(False, "8-bit products in the blocks (Hopper and later; pays from d_model near 1500 on)")
-    cuda_graphs: bool = setting(False, "replay the step as a CUDA graph (small models, one GPU, compile=whole)")
+    cuda_graphs: bool = setting(False, "replay the step as a CUDA graph (small models, one GPU, compile=whole)", changes_result=False)
     # several ranks, and what can happen to them
-    shard: Literal["no", "full", "optim", "hybrid"] = setting("no", "what ranks divide: nothing (DDP); all state (FSDP); optimizer state and master weights; all, among shard_size ranks")
-    shard_size: int = setting(0, "of hybrid: ranks that share one copy of the state (0: those of a node)", low=0)
-    timeout: float = setting(600.0, "seconds without progress after which a rank is given up and the job ends; above the time to compile", above=0, high=1e6)
+    shard: Literal["no", "full", "optim", "hybrid"] = setting("no", "what ranks divide: nothing (DDP); all state (FSDP); optimizer state and master weights; all, among shard_size ranks", changes_result=False)
+    shard_size: int = setting(0, "of hybrid: ranks that share one copy of the state (0: those of a node)", low=0, changes_result=False)
+    timeout: float = setting(600.0, "seconds without progress after which a rank is given up and the job ends; above the time to compile", above=0, high=1e6, changes_result=False)
     skip_norm: float = setting(0.0, "skip updates whose gradient norm is above this, as those whose norm is not finite (0: only these)", low=0)
     max_skips: int = setting(5, "skipped updates in a row after which the run goes back to its last good checkpoint, and past those data; looked at with each line of progress", low=1)
-    dry_run: bool = setting(False, "print what the run will need: memory, time, communication, disk; and stop. --device=cuda needs no GPU then")
-    gpus: int = setting(0, "of a dry run: ranks to plan for (0: as many as started)", low=0)
-    gpus_per_node: int = setting(8, "of a dry run: how many of them share a node", low=1)
+    dry_run: bool = setting(False, "print what the run will need: memory, time, communication, disk; and stop. --device=cuda needs no GPU then", changes_result=False)
+    gpus: int = setting(0, "of a dry run: ranks to plan for (0: as many as started)", low=0, changes_result=False)
+    gpus_per_node: int = setting(8, "of a dry run: how many of them share a node", low=1, changes_result=False)
 
     def problems(self):
         """Settings that do not go together, one line each."""

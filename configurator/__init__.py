@@ -19,9 +19,19 @@ import typing
 from pathlib import Path
 
 
-def setting(default, doc, *, low=None, high=None, above=None):
-    """A dataclass field with a one-line `doc`; `low`/`high` are inclusive bounds, `above` is a strict one."""
-    return dataclasses.field(default=default, metadata=dict(doc=doc, low=low, high=high, above=above))
+def setting(default, doc, *, low=None, high=None, above=None, changes_result=True):
+    """A dataclass field with a one-line `doc`; `low`/`high` are inclusive bounds, `above` is a strict one.
+
+    changes_result: False for a setting that cannot move a loss by more than the order of float sums does
+    (where a run is written, how often, on what hardware): two parts of one run may differ in it.
+    """
+    metadata = dict(doc=doc, low=low, high=high, above=above, changes_result=changes_result)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def neutral_settings(settings):
+    """The names of a dataclass's settings that do not change the result of a run."""
+    return {field.name for field in dataclasses.fields(settings) if not field.metadata["changes_result"]}
 
 
 def fail(*problems, everywhere=False):

@@ -96,9 +96,7 @@ def plan(words, cfg, flags):
     return Run(folder, arguments, asdict(configurator.load(train.Config, arguments)))
 
 
-# Where, how fast, how often something is written: these may differ between two parts of one run.
-BESIDE_THE_POINT = {"run_dir", "resume", "micro_batch", "log_every", "eval_every", "save_every", "save_at", "keep", "keep_every", "compare", "wandb",
-                    "device", "dtype", "compile", "recompute", "fp8", "cuda_graphs", "shard", "shard_size", "timeout", "dry_run", "gpus", "gpus_per_node"}
+NEUTRAL = configurator.neutral_settings(train.Config)  # two parts of one run may differ in these
 
 
 def is_finished(run):
@@ -108,7 +106,7 @@ def is_finished(run):
     except FileNotFoundError:
         return False
     differ = [f"{k} {record['settings'][k]!r}, not {v!r}" for k, v in run.settings.items()
-              if k in record["settings"] and k not in BESIDE_THE_POINT and record["settings"][k] != v]
+              if k in record["settings"] and k not in NEUTRAL and record["settings"][k] != v]
     if differ:
         configurator.fail(f"{run.folder} was trained with other settings ({', '.join(differ)}); remove it or choose another --runs")
     return record["step"] >= record["steps"]
@@ -208,7 +206,7 @@ def what_differs(row, runs):
     """What distinguishes the runs of a row, {words: 'lr=0.002'}."""
     settings = {words: runs[words].settings for words in row.runs.values()}
     first, *others = settings.values()
-    keys = [k for k in first if k not in BESIDE_THE_POINT and any(s[k] != first[k] for s in others)]
+    keys = [k for k in first if k not in NEUTRAL and any(s[k] != first[k] for s in others)]
     return {words: ", ".join(f"{k}={s[k]:g}" if isinstance(s[k], float) else f"{k}={s[k]}" for k in keys) for words, s in settings.items()}
 
 

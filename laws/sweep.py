@@ -45,8 +45,7 @@ from training.checkpoint import checkpoints
 from training.log import read_metrics, trim_metrics
 
 TRAIN = Path(train.__file__).resolve()
-# Settings in which a run that was begun may differ from what the grid asks now: they change no figure.
-INDIFFERENT = {"run_dir", "resume", "save_at", "save_every", "log_every", "eval_every", "keep", "keep_every", "compare", "wandb", "compile", "timeout"}
+NEUTRAL = configurator.neutral_settings(train.Config)  # a run that was begun may differ in these from what the grid asks now
 POINT = ("name objective n_layer d_model params tokens flops unique_tokens epochs seed val_loss val_bpb train_loss batch lr").split()
 CURVE = ("unique_tokens params objective epochs val_loss").split()
 
@@ -163,7 +162,7 @@ def layout(cfg):
         wrong += [f"{run.name}: {problem}" for problem in run.settings.problems()]
         for folder in checkpoints(run.folder)[:1]:
             made = json.loads((folder / "checkpoint.json").read_text())["settings"]
-            if differ := [f"{k} {made[k]!r} → {v!r}" for k, v in asdict(run.settings).items() if made.get(k, v) != v and k not in INDIFFERENT
+            if differ := [f"{k} {made[k]!r} → {v!r}" for k, v in asdict(run.settings).items() if made.get(k, v) != v and k not in NEUTRAL
                           and not (cfg.share and k in ("steps", "decay") and run.done <= run.fork)]:
                 wrong.append(f"{run.folder} was made with other settings ({', '.join(differ)}); remove it or choose another --out")
     if wrong:

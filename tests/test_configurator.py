@@ -32,7 +32,7 @@ class Settings:
     any_number: float = setting(0.0, "without bounds")
     name: str = setting("a name", "what it is called")
     order: Literal["linear", "cosine"] = setting("linear", "which of the two")
-    show: bool = setting(False, "whether it is seen")
+    show: bool = setting(False, "whether it is seen", changes_result=False)
     compile: bool = setting(True, "whether it is fast")
 
     def problems(self):
@@ -366,6 +366,10 @@ def test_other_names(capsys):
     with pytest.raises(SystemExit):
         configurator.load(Settings, ["--help"], aliases=aliases)
     assert "also --rate)" in capsys.readouterr().out
+
+
+def test_settings_that_change_no_result():
+    assert configurator.neutral_settings(Settings) == {"show"}
 
 
 def test_help_into_a_pipe_that_is_closed():

@@ -71,7 +71,7 @@ CHANGES |= {f"{words} ar".strip(): dict(objective="ar", **CHANGES[words])
 @pytest.mark.parametrize("words", WORDS)
 def test_every_run_changes_what_the_specification_says(words):
     base, got = settings("", "paper"), settings(words, "paper")
-    assert {k: v for k, v in got.items() if v != base[k] and k not in study.BESIDE_THE_POINT} \
+    assert {k: v for k, v in got.items() if v != base[k] and k not in study.NEUTRAL} \
         == {k: v for k, v in CHANGES[words].items() if v != base[k]}
     for scale in ("tiny", "gpu"):
         small_base, small = settings("", scale), settings(words, scale)
@@ -82,7 +82,7 @@ def test_every_run_changes_what_the_specification_says(words):
                 assert small[key] * 96 == small_base["tokens"] and small[key] % small["seq_len"] == 0
             elif key != "decay":
                 assert small[key] == value
-        differ = {k for k, v in small.items() if v != small_base[k]} - study.BESIDE_THE_POINT
+        differ = {k for k, v in small.items() if v != small_base[k]} - study.NEUTRAL
         assert differ <= CHANGES[words].keys()
     evaluations = [s["tokens"] / s["batch_size"] / s["seq_len"] / s["eval_every"] for s in (base, got)]
     assert evaluations[1] / evaluations[0] == pytest.approx(got["tokens"] / base["tokens"])  # equally dense in tokens
