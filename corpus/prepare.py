@@ -606,7 +606,14 @@ def export(folder, prefix, cfg):
 
 
 def prepare_with_bar(names, folder, cfg):
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     begin(folder)
     tokenizers.load_tokenizer(cfg.tokenizer or "bytes", eos=cfg.eos)  # if there is none, say so before anything is downloaded

@@ -165,7 +165,14 @@ def download(cfg, repo, progress=lambda done, total: None):
 
 def main(argv):
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     repo = next((arg for arg in argv if not arg.startswith("-") and not arg.endswith(".py")), "")
     cfg = configurator.load(Config, [arg for arg in argv if arg != repo], about=__doc__)

@@ -20,7 +20,15 @@ import kernels
 from configurator.ladder import LADDER, ladder, ladder_params, swiglu_width
 from model import ModelConfig, Transformer, rotate
 from training import update
-from training.checkpoint import Saver, checkpoints, file_digest, load_model, load_newest, read_checkpoint, record_digest
+from training.checkpoint import (
+    Saver,
+    checkpoints,
+    file_digest,
+    load_model,
+    load_newest,
+    read_checkpoint,
+    record_digest,
+)
 from training.distributed import SINGLE
 
 PAPER = Path(__file__).resolve().parent.parent / "../shared/paper"

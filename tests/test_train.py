@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import data
 import diffusion
+import kernels
 import train
 from corpus import tokenfiles
 from evaluation import likelihood

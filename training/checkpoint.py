@@ -189,7 +189,10 @@ class Saver:
 
     def __init__(self, run, network, optimizer, ranks, keep, keep_every=0, kept_steps=(), alive=lambda: None):
         """`alive` is called while something is waited for that makes progress."""
-        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions  # it takes a second to import
+        from torch.distributed.checkpoint.staging import (  # it takes a second to import
+            DefaultStager,
+            StagingOptions,
+        )
 
         self.run, self.network, self.optimizer, self.ranks = Path(run), network, optimizer, ranks
         self.keep, self.keep_every, self.kept_steps, self.alive, self.files_done = keep, keep_every, kept_steps, alive, 0

@@ -8,7 +8,6 @@
 from configurator.quickstart import (  # noqa: F401
     batch_size,
     beta1,
-    seq_len,
     corpus,
     d_model,
     eval_rows,
@@ -20,6 +19,7 @@ from configurator.quickstart import (  # noqa: F401
     n_layer,
     rope_base,
     scaled_init,
+    seq_len,
     tied,
 )
 
