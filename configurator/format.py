@@ -1,0 +1,30 @@
+"""Numbers, bytes and times as people read them."""
+
+import math
+
+SECONDS = (("s", 1, 90), ("min", 60, 90), ("h", 3600, 48), ("days", 86_400, 730), ("years", 31_557_600, 1e4))
+
+
+def human_count(x):
+    """1.23B and the like; powers of ten from a thousand trillions on."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if 0.9995 * size <= x < 1e15:
+            return f"{x / size:.3g}{unit}"
+    return f"{x:.3g}"
+
+
+def human_bytes(n_bytes):
+    """MiB or GiB, with two decimals."""
+    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.2f} MiB"
+
+
+def human_seconds(seconds):
+    """12.3 s, 4.5 min, 6.7 h, 8.9 days, 10.1 years; ? where it is not known."""
+    if math.isnan(seconds):
+        return "?"
+    if seconds < 1:
+        return "< 1 s"
+    for unit, size, limit in SECONDS:
+        if seconds < size * limit:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds / SECONDS[-1][1]:.1e} years"
