@@ -3,7 +3,9 @@
     python data.py docs                                  # prepares a corpus: corpus/prepare.py
     python data.py inspect corpora/docs                  # what is in it, and is it whole?
 
-A corpus is two long rows of tokens, for training and for validation (corpus/tokenfiles.py).
+A corpus is two long streams of tokens, for training and for validation (corpus/tokenfiles.py). Here they
+become rows of seq_len tokens, each a pure function of the seed and its number, with the positions of it that
+count.
 """
 
 import functools
@@ -13,12 +15,16 @@ import numpy as np
 import diffusion
 from corpus.tokenfiles import Stream
 
+VALIDATION_SEED = 2**63  # beyond every training seed: all runs are validated with the same noise
+
+# --------------------------------------------------------------------------------------------------- order
+
 
 def permute(index, n, seed, epoch):
     """A keyed bijection of [0, n), applied to `index`: nothing of size n is stored.
 
-    Twelve Feistel rounds over the next power of four (six leave a bias below n = 16), and cycle walking back into the range.
-    index, epoch: int64 arrays of one shape. Returns int64.
+    Twelve Feistel rounds over the next power of four (six leave a bias below n = 16), and cycle walking back
+    into the range. index, epoch: int64 arrays of one shape. Returns int64.
     """
     half = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -43,161 +49,215 @@ def finalize(x):
         return x ^ x >> np.uint64(33)
 
 
-class Sequences:
-    """A stream as blocks of `length` tokens, each with the token before it, in a new order every epoch.
+def validation_ids(n_rows, available, order=0):
+    """n_rows evenly spaced sequences of `available`, shuffled, differently for each `order`: int64 (n_rows,).
 
-    Block b covers tokens 1 + b·length … (b + 1)·length; the token before it is what an AR model reads first, so AR and diffusion predict
-    the same tokens. With unique_tokens, only a fixed random subset of blocks is used, and a smaller subset is contained in a larger one.
+    A row's place sets its noise level; its document must not.
+    """
+    place = permute(np.arange(n_rows), n_rows, VALIDATION_SEED, np.full(n_rows, order, np.int64))
+    return place * available // n_rows
+
+
+# --------------------------------------------------------------------------------------------------- sequences
+
+
+class Sequences:
+    """A stream as sequences of `length` tokens, each with the token before it, in a new order every epoch.
+
+    Sequence s covers tokens 1 + s·length … (s + 1)·length; the token before it is what an AR model reads
+    first, so AR and diffusion predict the same tokens. With unique_tokens, only a fixed random subset of
+    sequences is used, and a smaller subset is contained in a larger one. `split` is its name in errors.
+
+    available: sequences of the stream; n: those in use. Raises ValueError where there is not one.
     """
 
-    def __init__(self, stream, length, seed=0, unique_tokens=0, n_vocab=2**31, what="training"):
-        stream = stream if isinstance(stream, Stream) else Stream([stream])
-        available = (len(stream) - 1) // length
-        if available < 1:
-            raise ValueError(f"the {what} split has {max(0, len(stream) - 1):,} tokens, fewer than one block of {length:,}; lower --seq_len, or prepare more text"
-                             + " or a larger share for validation" * what.startswith("validation"))
-        if unique_tokens and not length <= unique_tokens <= available * length:
-            raise ValueError(f"unique_tokens={unique_tokens:,} must lie between one block ({length:,}) "
-                             f"and the {what} split ({available * length:,} tokens in whole blocks)")
-        self.stream, self.length, self.what, self.n_vocab, self.seed = stream, length, what, n_vocab, seed
-        self.available, self.n = available, (unique_tokens or available * length) // length
+    def __init__(self, stream, length, seed=0, unique_tokens=0, n_vocab=2**31, split="training"):
+        self.stream = stream if isinstance(stream, Stream) else Stream([stream])
+        self.length, self.seed, self.n_vocab, self.split = length, seed, n_vocab, split
+        self.available = (len(self.stream) - 1) // length
+        if self.available < 1:
+            remedy = "lower --seq_len, or prepare more text"
+            if split.startswith("validation"):
+                remedy += " or a larger share for validation"
+            raise ValueError(f"the {split} split has {max(0, len(self.stream) - 1):,} tokens, "
+                             f"fewer than one sequence of {length:,}; {remedy}")
+        tokens = self.available * length
+        if unique_tokens and not length <= unique_tokens <= tokens:
+            raise ValueError(f"unique_tokens={unique_tokens:,} must lie between one sequence ({length:,}) "
+                             f"and the {split} split ({tokens:,} tokens in whole sequences)")
+        self.n = (unique_tokens or tokens) // length
 
     def ids(self, sample):
-        """The block of each sample: a pure function of the seed and the sample's index (int64 array)."""
+        """The number of each sample's sequence: a pure function of the seed and the sample (int64 array)."""
         epoch, place = np.divmod(sample, self.n)
-        return self.chosen(permute(place, self.n, self.seed, epoch))
+        return self.subset(permute(place, self.n, self.seed, epoch))
 
-    def chosen(self, number):
-        """The blocks numbered 0 … n − 1 of the subset: the first n of one fixed order of them all."""
-        return permute(number, self.available, self.seed, np.full_like(number, -1)) if self.n < self.available else number
+    def subset(self, number):
+        """The sequences numbered 0 … n − 1 of the subset: the first n of one fixed order of them all."""
+        if self.n == self.available:
+            return number
+        return permute(number, self.available, self.seed, np.full_like(number, -1))
 
     def rows(self, sample):
-        """Tokens of the samples, (len(sample), length + 1) int32: the token before the block, then the block."""
+        """Tokens of the samples (B,), with the token before each sequence: (B, length + 1) int32."""
         return self.read(self.ids(sample))
 
-    def read(self, index):
-        """The blocks numbered `index` as they stand in the files, int32. Raises ValueError for ids that are no text."""
-        rows = self.stream.windows(index * self.length, self.length + 1)
+    def read(self, ids):
+        """The sequences numbered `ids` (B,) as they stand in the files, with the token before each.
+
+        Returns (B, length + 1) int32. Raises ValueError for tokens outside the vocabulary.
+        """
+        rows = self.stream.windows(ids * self.length, self.length + 1)
         largest = int(rows.max(initial=0))
-        if rows.dtype.kind == "i" and (least := int(rows.min(initial=0))) < 0:
-            largest = least
-        if not 0 <= largest < self.n_vocab:
-            raise ValueError(f"the {self.what} split holds token {largest}, beyond its vocabulary of {self.n_vocab}; "
-                             "another tokenizer's, or damaged: prepare it again")
+        least = int(rows.min(initial=0)) if rows.dtype.kind == "i" else 0
+        if least < 0 or largest >= self.n_vocab:
+            token = least if least < 0 else largest
+            raise ValueError(f"the {self.split} split holds token {token}, beyond its vocabulary of "
+                             f"{self.n_vocab}; another tokenizer's, or damaged: prepare it again")
         return rows.astype(np.int32)
 
-    def documents(self, index, rows, eos_id, causal):
-        """Ids (B, length) int32, equal within a document and growing along a row, for what a network reads of `rows` = read(index).
+    def documents(self, ids, rows, eos_id, causal):
+        """Numbers (B, length) int32, equal within a document and growing along a row, of rows = read(ids).
 
-        Causal: the tokens before those predicted, and an eos opens the document that follows; else the block's own, and
-        an eos closes its document.
+        They are of the tokens that the network reads. Causal: the tokens before those predicted, and an eos
+        opens the document that follows; else the sequence's own, and an eos closes its document.
         """
-        read = rows[:, :-1] if causal else rows[:, 1:]
-        ends = read == eos_id
+        tokens = rows[:, :-1] if causal else rows[:, 1:]
+        ends = tokens == eos_id
         if self.stream.borders:
-            position = index[:, None] * self.length + np.arange(self.length) + (0 if causal else 1)
+            position = ids[:, None] * self.length + np.arange(self.length) + (0 if causal else 1)
             number = self.stream.document(position + (ends if causal else 0))
             return (number - number[:, :1]).astype(np.int32)
         return np.cumsum(ends, axis=1, dtype=np.int32) - (0 if causal else ends)
 
 
 class Mixture:
-    """Blocks of several sources as one. Without weights, every epoch visits every block of each source once; with weights, a
-    source gives its share of the samples and has epochs of its own."""
+    """Sequences of several sources as one, with the same methods.
+
+    Without weights, every epoch visits every sequence of each source once; with weights, a source gives its
+    share of the samples and has epochs of its own.
+    """
 
     PERIOD = 1 << 14  # samples in which each source gives a fixed number, in random order
 
     def __init__(self, sources, weights=None, seed=0):
-        self.sources, self.seed = sources, seed
-        self.length, self.n, self.available = sources[0].length, sum(s.n for s in sources), sum(s.available for s in sources)
-        self.first = np.cumsum([0] + [s.available for s in sources])  # the number of each source's first block
-        self.first_chosen = np.cumsum([0] + [s.n for s in sources])
-        self.share = None
-        if weights:
-            exact = np.array(weights) / sum(weights) * self.PERIOD
-            self.share = np.floor(exact).astype(np.int64)
-            self.share[np.argsort(self.share - exact, kind="stable")[: self.PERIOD - self.share.sum()]] += 1  # largest remainders
-            if not self.share.all():
-                raise ValueError(f"a weight below 1/{self.PERIOD} of their sum is too small")
+        self.sources, self.seed, self.length = sources, seed, sources[0].length
+        self.n, self.available = sum(s.n for s in sources), sum(s.available for s in sources)
+        self.first = np.cumsum([0] + [s.available for s in sources])  # the number of each source's first sequence
+        self.first_in_use = np.cumsum([0] + [s.n for s in sources])
+        self.share = self.shares(weights) if weights else None
         self.order = functools.lru_cache(4)(self.order)
 
+    def shares(self, weights):
+        """Samples that each source gives in a period, by largest remainders.
+
+        Raises ValueError if a source would give none.
+        """
+        exact = np.array(weights) / sum(weights) * self.PERIOD
+        share = np.floor(exact).astype(np.int64)
+        largest_remainders = np.argsort(share - exact, kind="stable")[: self.PERIOD - share.sum()]
+        share[largest_remainders] += 1
+        if not share.all():
+            raise ValueError(f"a weight below 1/{self.PERIOD} of their sum is too small")
+        return share
+
     def order(self, period):
-        """The source of each of a period's samples, and how many of its samples in this period came before."""
+        """The source of each of a period's samples, and how many of its own came before in this period."""
         place = np.arange(self.PERIOD)
-        source = np.repeat(np.arange(len(self.share)), self.share)[permute(place, self.PERIOD, self.seed, np.full_like(place, period))]
+        shuffled = permute(place, self.PERIOD, self.seed, np.full_like(place, period))
+        source = np.repeat(np.arange(len(self.share)), self.share)[shuffled]
         before = np.empty_like(place)
         for k, share in enumerate(self.share):
             before[source == k] = np.arange(share)
         return source, before
 
     def ids(self, sample):
-        """The block of each sample, numbered over all the sources: a pure function of the seed and the sample's index."""
-        block = np.empty_like(sample)
+        """As `Sequences.ids`, numbered over all sources."""
         if self.share is None:
             epoch, place = np.divmod(sample, self.n)
             place = permute(place, self.n, self.seed, epoch)
-            source = np.searchsorted(self.first_chosen, place, side="right") - 1
-            number = place - self.first_chosen[source]
+            source = np.searchsorted(self.first_in_use, place, side="right") - 1
+            number = place - self.first_in_use[source]
         else:
             period, place = np.divmod(sample, self.PERIOD)
             source, number = np.empty_like(sample), np.empty_like(sample)
             for p in np.unique(period):
                 here = period == p
-                source[here], number[here] = (part[place[here]] for part in self.order(int(p)))
+                period_source, before = self.order(int(p))
+                source[here], number[here] = period_source[place[here]], before[place[here]]
             number += period * self.share[source]
+        ids = np.empty_like(sample)
         for k in np.unique(source):
-            here, s = source == k, self.sources[k]
-            block[here] = self.first[k] + (s.chosen(number[here]) if self.share is None else s.ids(number[here]))
-        return block
+            here, sequences = source == k, self.sources[k]
+            own = sequences.subset(number[here]) if self.share is None else sequences.ids(number[here])
+            ids[here] = self.first[k] + own
+        return ids
 
-    def by_source(self, index):
-        """(rows of a batch, their source, their numbers in it) for each source that occurs among the blocks `index`."""
-        source = np.searchsorted(self.first, index, side="right") - 1
+    def by_source(self, ids):
+        """Yield (which of a batch's rows, their source, their numbers in it) for each source in `ids`."""
+        source = np.searchsorted(self.first, ids, side="right") - 1
         for k in np.unique(source):
             here = source == k
-            yield here, self.sources[k], index[here] - self.first[k]
+            yield here, self.sources[k], ids[here] - self.first[k]
 
     def rows(self, sample):
+        """As `Sequences.rows`."""
         return self.read(self.ids(sample))
 
-    def read(self, index):
-        """As `Blocks.read`."""
-        rows = np.empty((len(index), self.length + 1), np.int32)
-        for here, source, number in self.by_source(index):
+    def read(self, ids):
+        """As `Sequences.read`."""
+        rows = np.empty((len(ids), self.length + 1), np.int32)
+        for here, source, number in self.by_source(ids):
             rows[here] = source.read(number)
         return rows
 
-    def documents(self, index, rows, eos_id, causal):
-        """As `Blocks.documents`."""
-        ids = np.empty((len(index), self.length), np.int32)
-        for here, source, number in self.by_source(index):
-            ids[here] = source.documents(number, rows[here], eos_id, causal)
-        return ids
+    def documents(self, ids, rows, eos_id, causal):
+        """As `Sequences.documents`."""
+        numbers = np.empty((len(ids), self.length), np.int32)
+        for here, source, number in self.by_source(ids):
+            numbers[here] = source.documents(number, rows[here], eos_id, causal)
+        return numbers
 
 
 def positions_within(documents):
-    """Each token's place in its document, as far as the row shows it. Ids (B, L) as of `Blocks.documents` → (B, L) int32."""
+    """Each token's place in its document, as far as the row shows it.
+
+    (B, L) of `documents` → (B, L) int32.
+    """
     place = np.broadcast_to(np.arange(documents.shape[1], dtype=np.int32), documents.shape)
     starts = np.diff(documents, axis=1, prepend=documents[:, :1]) != 0
     return place - np.maximum.accumulate(np.where(starts, place, 0), axis=1)
 
 
-VALIDATION_SEED = 2**63  # beyond every training seed: all runs are validated with the same noise
+# --------------------------------------------------------------------------------------- rows for the network
 
 
-def validation_ids(n_rows, available, run=0):
-    """n_rows evenly spaced blocks of `available`, shuffled, in another order each `run`: a row's place sets its noise level, its document must not."""
-    return permute(np.arange(n_rows), n_rows, VALIDATION_SEED, np.full(n_rows, run, np.int64)) * available // n_rows
+def short_row_lengths(seed, sample, seq_len, share):
+    """How many positions of each row count: all, or of a `share` of the rows the first 2 … seq_len. (N,) int64.
+
+    Known from the sample's number alone, before its tokens are read: the mean over the global batch needs it.
+    """
+    u = diffusion.unit(diffusion.random_bits(seed, diffusion.LENGTH, sample, 2))
+    length = np.clip(1 + np.ceil(u[:, 1] * (seq_len - 1)), 2, seq_len)
+    return np.where(u[:, 0] <= share, length, seq_len).astype(np.int64)
 
 
-def read_batch(cfg, process, blocks, eos_id, ids, rows, which, valid=None, spacing=None):
-    """The blocks `ids` as a batch of the step's rows `which`: diffusion.make_batch with what cfg says of documents."""
-    x = blocks.read(ids)
-    if not cfg.document_attention:
-        return diffusion.make_batch(process, x, rows, which, valid, spacing)
-    documents = blocks.documents(ids, x, eos_id, process.objective == "ar")
-    batch = diffusion.make_batch(process, x, rows, which, valid, spacing, documents)
-    return batch._replace(positions=positions_within(documents)) if cfg.reset_positions else batch
+def read_batch(cfg, eos_id, process, sequences, ids, levels, rows, eligible=None, valid=None, spacing=None):
+    """The sequences `ids` (B,) as a diffusion.Batch of the step's `rows`, with documents as cfg has them.
+
+    eligible (B, L) bool: the positions that count; the rest is padding, a document of its own (−1) that no
+    other attends to (a causal network never sees it). valid and spacing as in diffusion.make_batch.
+    """
+    tokens = sequences.read(ids)
+    causal = process.objective == "ar"
+    documents = positions = None
+    if cfg.document_attention:
+        documents = sequences.documents(ids, tokens, eos_id, causal)
+        positions = positions_within(documents) if cfg.reset_positions else None
+    if eligible is not None and not causal:
+        documents = np.where(eligible, 0 if documents is None else documents, -1).astype(np.int32)
+    batch = diffusion.make_batch(process, tokens, levels, rows, eligible, valid, spacing, documents)
+    return batch._replace(positions=positions)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
 """Diffusion for discrete tokens: schedules, noise, the weights of every bound, losses and reverse steps.
 
-The forward process runs on the host, in numpy: the same masks on every device, and the number of rows
-that the LM head needs is known before the step. What reaches the network is a `Batch`: noisy tokens,
-the positions that count, their targets and their weights. Every weight already holds the objective's
-factor and the mean over the *global* batch, so a step's loss is a plain sum over all of its batches.
+The forward process runs on the host, in numpy: the same masks on every device, and the number of positions
+that the LM head needs is known before the step. The network receives a `Batch`: noisy tokens, the positions
+that are scored, their targets and their weights. Every weight already holds the objective's factor and the
+mean over the *global* batch, so a step's loss is a plain sum over all of its batches.
 
-Symbols (SPEC.md): t time, r(t) noise ratio, α = 1 − r, L block length, k corrupted positions, V text tokens,
-x clean tokens, z noisy tokens.
+Symbols (docs/math.md): t time, r(t) noise ratio, α = 1 − r, L tokens of a row, k corrupted positions,
+V text tokens, x clean tokens, z noisy tokens.
 """
 
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -23,21 +24,38 @@ from kernels import linear_cross_entropy, linear_uniform_bound
 # ----------------------------------------------------------------------------------------------- schedules
 
 
-class Schedule(NamedTuple):
-    """r(t), its derivative r′(t) and its inverse; all three work on floats and arrays."""
+@dataclass(frozen=True)
+class Schedule:
+    """The noise ratio r(t), its derivative r′(t) and its inverse; all three work on floats and arrays.
+
+    Raises ValueError unless r(0) = 0 and r(1) = 1: one that stops at 1 − ε would drop a part of the bound.
+    """
 
     r: Callable
     dr: Callable
     inverse: Callable
 
+    def __post_init__(self):
+        for t in (0.0, 1.0):
+            if not math.isclose(self.r(t), t, abs_tol=1e-12):
+                raise ValueError(f"a schedule has r(0) = 0 and r(1) = 1, not r({t:g}) = {self.r(t):g}")
+            if not math.isclose(self.inverse(t), t, abs_tol=1e-12):
+                raise ValueError(f"the inverse of r maps {t:g} to {t:g}, not to {self.inverse(t):g}")
 
+
+@functools.lru_cache
 def schedule(name):
-    """`linear` r = t, `cosine` r = sin(πt/2) (α = 1 − cos(π/2·(1−t)), MD4's), `poly<n>` r = tⁿ."""
+    """The schedule called `linear`, `cosine` or `poly<n>` (docs/math.md §2); raises ValueError.
+
+    linear r = t; cosine r = sin(πt/2), that is α = 1 − cos(π/2·(1−t)), MD4's; poly<n> r = tⁿ.
+    """
     if name == "linear":
         return Schedule(lambda t: t, lambda t: t * 0 + 1.0, lambda u: u)
     if name == "cosine":
         half = math.pi / 2
-        return Schedule(lambda t: np.sin(half * t), lambda t: half * np.cos(half * t), lambda u: np.arcsin(u) / half)
+        return Schedule(
+            lambda t: np.sin(half * t), lambda t: half * np.cos(half * t), lambda u: np.arcsin(u) / half
+        )
     if name.startswith("poly") and name[4:].isdigit() and int(name[4:]) > 0:
         n = int(name[4:])
         return Schedule(lambda t: t**n, lambda t: n * t ** (n - 1), lambda u: u ** (1 / n))
@@ -46,7 +64,8 @@ def schedule(name):
 
 # ----------------------------------------------------------------------------------- counter-based randomness
 
-MASK, REPLACE, LEVEL, OFFSET, LENGTH, ORDER, TOKEN, CHANGE, START, SIGHT = range(10)  # independent streams
+# Independent streams of random bits.
+MASK, REPLACE, LEVEL, OFFSET, LENGTH, ORDER, TOKEN, CHANGE, START, SIGHT = range(10)
 
 
 def mix(x):
@@ -77,13 +96,16 @@ def unit(bits):
 
 
 def annealed_mask(seed, step, length, share):
-    """What each position (row) attends to while attention turns from causal to bidirectional: all that is not after it, and a
-    random `share` of what is, drawn anew for each step (DiffuLLaMA's annealing). → (length, length) bool."""
-    out = np.tri(length, dtype=bool)
-    for first in range(0, length, 256):  # so many rows at a time, for the memory's sake
+    """The mask of a step in which attention turns from causal to bidirectional: (length, length) bool.
+
+    Row i sees all that is not after it, and a random `share` of what is, drawn anew for each step
+    (DiffuLLaMA's annealing).
+    """
+    visible = np.tri(length, dtype=bool)
+    for first in range(0, length, 256):  # 256 rows at a time bound the memory of the random bits
         rows = np.arange(first, min(first + 256, length))
-        out[rows] |= unit(random_bits(seed, SIGHT, step * length + rows, length)) <= share
-    return out
+        visible[rows] |= unit(random_bits(seed, SIGHT, step * length + rows, length)) <= share
+    return visible
 
 
 # ------------------------------------------------------------------------------------------- noise of a step
@@ -103,27 +125,27 @@ class Process(NamedTuple):
     time: str = "uniform"  # uniform (stratified), iid or moving_gaussian; cube for measuring the uniform bound
     time_sigma: float = 0.2
     time_correction: bool = False  # divide by the density of moving_gaussian's t
-    short_rows: float = 0.0  # share of rows that get a random length in [2, L]
 
 
 class NoiseLevels(NamedTuple):
-    """Noise levels of all N rows of one optimizer step; `deal` gives each micro-batch its share."""
+    """Noise levels of all N rows of one optimizer step; micro-batches take theirs by `microbatch_rows`."""
 
     sample: np.ndarray  # (N,) global sample index
     t: np.ndarray  # (N,) time in (0, 1]
-    length: np.ndarray  # (N,) tokens that count
-    count: np.ndarray  # (N,) k = ⌈r(t)·length⌉
+    eligible: np.ndarray  # (N,) positions of the row that count
+    count: np.ndarray  # (N,) k = ⌈r(t)·eligible⌉ of them are corrupted
     mean: float  # μ of moving_gaussian at this step
 
-    def deal(self, part, parts):
+    def microbatch_rows(self, part, parts):
         """Every parts-th row: a micro-batch is itself a lattice, and no rank gets only clean rows."""
         return np.arange(part, len(self.t), parts)
 
 
-def noise_levels(p, first_sample, n_rows, progress=0.0):
-    """Noise levels for one step of n_rows rows whose first is number `first_sample`; progress ∈ [0, 1].
+def noise_levels(p, first_sample, n_rows, progress=0.0, eligible=None):
+    """Noise levels for one step of n_rows rows whose first is sample `first_sample`; progress ∈ [0, 1].
 
-    One lattice over all rows of the step: u_j = (j + offset)/N, j = 0…N−1 (SPEC §3).
+    One lattice over all rows of the step: u_j = (j + offset)/N, j = 0…N−1 (docs/math.md §3). eligible (N,):
+    how many positions of each row count (None: all).
     """
     sample = first_sample + np.arange(n_rows, dtype=np.int64)
     if p.time == "iid":
@@ -131,24 +153,22 @@ def noise_levels(p, first_sample, n_rows, progress=0.0):
     else:
         u = (np.arange(n_rows) + unit(random_bits(p.seed, OFFSET, sample[:1], 1)[0, 0])) / n_rows
     t = time_quantile(p, u, progress)
-    length = np.full(n_rows, p.seq_len)
-    if p.short_rows:
-        draw = unit(random_bits(p.seed, LENGTH, sample, 2))
-        some = np.clip(1 + np.ceil(draw[:, 1] * (p.seq_len - 1)), 2, p.seq_len)
-        length = np.where(draw[:, 0] <= p.short_rows, some, length).astype(np.int64)
-    return NoiseLevels(sample, t, length, noisy_count(p, t, length), progress)
+    if eligible is None:
+        eligible = np.full(n_rows, p.seq_len)
+    return NoiseLevels(sample, t, eligible, noisy_count(p, t, eligible), progress)
 
 
-def noisy_count(p, t, length):
-    """k = ⌈r(t)·length⌉, at least 1."""
-    return np.clip(np.ceil(schedule(p.schedule).r(t) * length), 1, length).astype(np.int64)
+def noisy_count(p, t, eligible):
+    """k = ⌈r(t)·eligible⌉, at least 1."""
+    return np.clip(np.ceil(schedule(p.schedule).r(t) * eligible), 1, eligible).astype(np.int64)
 
 
 def time_quantile(p, u, mean):
-    """t from uniform u: u itself; the quantile of N(mean, σ²) truncated to (0, 1]; or, `cube`, where r(t) = u³.
+    """t from uniform u: u itself; a quantile of N(mean, σ²) truncated to (0, 1]; or, `cube`, r⁻¹(u³).
 
-    Where few tokens are noisy, r → 0, the uniform bound's integrand is about log(1/r)/r with probability r: its variance under uniform t is
-    infinite. Drawing r with density r^(−2/3)/3 makes it finite, the third moment, too: without them error bars mean nothing.
+    Where few tokens are noisy, r → 0, the uniform bound's integrand is about log(1/r)/r with probability r:
+    its variance under uniform t is infinite. Drawing r with density r^(−2/3)/3 makes it finite, and the third
+    moment too: without them error bars mean nothing.
     """
     if p.time == "cube":
         return schedule(p.schedule).inverse(u**3)
@@ -182,12 +202,13 @@ def time_density(p, t, mean):
 
 
 def gaussian_cdf(z):
+    """The standard normal distribution function, in fp64."""
     return torch.special.ndtr(torch.as_tensor(z, dtype=torch.float64)).numpy()
 
 
 @functools.lru_cache
 def capacity(p, n_rows, spacing=None):
-    """Positions that any micro-batch of n_rows rows can mask: known before compiling (SPEC §3).
+    """Positions that any micro-batch of n_rows rows can mask: known before compiling (docs/math.md §3).
 
     A micro-batch's levels lie `spacing` apart (1/n_rows where it divides the step evenly), so its i-th is at
     most (i + 1)·spacing; r and the quantile of t increase in u, so the maximum is reached there. Counts
@@ -201,6 +222,9 @@ def capacity(p, n_rows, spacing=None):
     return min(-(-most // 64) * 64, n_rows * p.seq_len)
 
 
+# --------------------------------------------------------------------------------------------------- batches
+
+
 class Batch(NamedTuple):
     """One forward pass, as arrays or tensors. C = B·L, or the capacity where `index` picks positions."""
 
@@ -209,100 +233,109 @@ class Batch(NamedTuple):
     weights: np.ndarray  # (C, P) fp32: P parts of the loss, each Σ weight·(nats at the position)
     index: np.ndarray | None = None  # (C,) positions in the flattened batch
     time: np.ndarray | None = None  # (B,) for networks with a time embedding
-    documents: np.ndarray | None = None  # (B, L) attention stays within equal ids: a short row's end is a document of its own
+    documents: np.ndarray | None = None  # (B, L) ids; attention stays within equal ones. Padding: −1
     noisy: np.ndarray | None = None  # (C,) z, for the uniform bound only
     beta: np.ndarray | None = None  # (C,) Vα/(1−α), likewise
     positions: np.ndarray | None = None  # (B, L) for the rotary encoding, where they start again in each document
     visible: np.ndarray | None = None  # (L, L) what positions (rows) attend to, while that is annealed
 
 
-def make_batch(p, x, rows, which, valid=None, spacing=None, documents=None):
-    """Corrupt the blocks x (B, L + 1; the token before each block comes first) of the step's rows `which`.
+def make_batch(p, x, levels, rows, eligible=None, valid=None, spacing=None, documents=None):
+    """Corrupt the step's `rows` (B,), which read x (B, L + 1): each sequence after the token before it.
 
-    `valid` (B,) switches off rows that only fill up a batch; `spacing` as in `capacity`; `documents` (B, L) ids ≥ 0 within
-    which attention is to stay. Returns a Batch of numpy arrays.
+    eligible (B, L) bool: the positions that count, which may be noised and are scored; of row b there are
+    levels.eligible[rows[b]] (None: all). valid (B,) switches off rows that only fill up a batch; spacing as
+    in `capacity`; documents (B, L) as in Batch. Returns a Batch of numpy arrays.
     """
     B, L = x.shape[0], p.seq_len
-    sample, t, length = rows.sample[which], rows.t[which], rows.length[which]
-    inside = np.arange(L) < length[:, None]  # (B, L)
-    if p.short_rows and p.objective != "ar":  # causal: no row sees past its own end
-        documents = np.where(inside, 0 if documents is None else documents, -1).astype(np.int32)
-    live = inside if valid is None else inside & valid[:, None]
-    total = rows.length.sum()  # tokens of the global batch
+    if eligible is None:
+        eligible = np.ones((B, L), bool)
+    scored = eligible if valid is None else eligible & valid[:, None]
+    total = levels.eligible.sum()  # tokens of the global batch that count
     if p.objective == "ar":
-        return Batch(x[:, :-1], x[:, 1:].reshape(-1).astype(np.int64), weigh(live / total), documents=documents)
+        weights = stack_weights(scored / total)
+        return Batch(x[:, :-1], x[:, 1:].reshape(-1).astype(np.int64), weights, documents=documents)
     x = x[:, 1:].astype(np.int64)
-    bits = random_bits(p.seed, MASK, sample, L)
+    bits = random_bits(p.seed, MASK, levels.sample[rows], L)
     if p.objective == "masked":
-        noisy, weight = masked_weights(p, rows, which, bits, inside)
-        weight = weight / (rows.count.sum() if p.loss == "maskgit" else total)
-        return pack(p, x, noisy, live * weight[:, None], documents, capacity(p, B, spacing))
-    drawn = random_bits(p.seed, REPLACE, sample, L) >> np.uint64(32)
-    drawn = (drawn * np.uint64(p.n_vocab) >> np.uint64(32)).astype(np.int64)  # uniform over the text tokens
-    time = t.astype(np.float32)
-    if p.loss == "paper":
-        noisy, weight = masked_weights(p, rows, which, bits, inside)
-        clean_total = max(1, (rows.length - rows.count).sum())
-        parts = live * noisy * weight[:, None] / total, live * ~noisy / clean_total
-        return Batch(np.where(noisy, drawn, x), x.reshape(-1), weigh(*(part / 2 for part in parts)), time=time, documents=documents)
+        noisy, weight = masked_weights(p, levels, rows, bits, eligible)
+        weight = weight / (levels.count.sum() if p.loss == "maskgit" else total)
+        return pack(p, x, noisy, scored * weight[:, None], documents, capacity(p, B, spacing))
+    return uniform_batch(p, x, levels, rows, bits, eligible, scored, documents)
+
+
+def uniform_batch(p, x, levels, rows, bits, eligible, scored, documents):
+    """A Batch of uniform diffusion: noisy positions hold uniform draws of text tokens (docs/math.md §6)."""
+    L, t, total = p.seq_len, levels.t[rows], levels.eligible.sum()
+    drawn = random_bits(p.seed, REPLACE, levels.sample[rows], L) >> np.uint64(32)
+    drawn = (drawn * np.uint64(p.n_vocab) >> np.uint64(32)).astype(np.int64)
+    targets, time = x.reshape(-1), t.astype(np.float32)
+    if p.loss == "paper":  # ½(noisy + clean)
+        noisy, weight = masked_weights(p, levels, rows, bits, eligible)
+        clean_total = max(1, (levels.eligible - levels.count).sum())
+        parts = scored * noisy * weight[:, None] / total, scored * ~noisy / clean_total
+        weights = stack_weights(*(part / 2 for part in parts))
+        return Batch(np.where(noisy, drawn, x), targets, weights, time=time, documents=documents)
     s = schedule(p.schedule)
     ratio = s.r(t)
     alpha = np.maximum(1 - ratio, 1e-6)  # the integrand is O(α) there; the floors keep its factors finite
-    noisy = (unit(bits) <= ratio[:, None]) & inside
+    noisy = (unit(bits) <= ratio[:, None]) & eligible
     z = np.where(noisy, drawn, x)
-    weight = s.dr(t) / (p.n_vocab * alpha) / (total * time_density(p, t, rows.mean))
+    weight = s.dr(t) / (p.n_vocab * alpha) / (total * time_density(p, t, levels.mean))
+    weights = stack_weights(scored * weight[:, None])
     beta = np.repeat(p.n_vocab * alpha / np.maximum(ratio, 1e-9), L).astype(np.float32)
-    return Batch(z, x.reshape(-1), weigh(live * weight[:, None]), time=time, documents=documents, noisy=z.reshape(-1), beta=beta)
+    return Batch(z, targets, weights, time=time, documents=documents, noisy=z.reshape(-1), beta=beta)
 
 
-def masked_weights(p, rows, which, bits, inside):
-    """Which positions are corrupted (B, L), and each row's weight per corrupted position (B,).
+def masked_weights(p, levels, rows, bits, eligible):
+    """Draw the corrupted positions (B, L) and give each row's weight per corrupted position (B,).
 
-    Σ over a row of weight·CE estimates length × NELBO/token (for `maskgit` all weights are 1):
+    Σ over a row of weight·CE estimates n × NELBO/token, n its eligible positions (for `maskgit` all weights are 1):
     time form   i.i.d. positions, w(t) = r′/r;
-    ratio form  the same positions, r′·length/k for the realized k, one position forced where k = 0
-                (so it estimates (L·NELBO + C₁)/(L + 1), C₁ the cross-entropy of a single mask);
-    count form  exactly k, 1/k × length × (1/length)/P(k), P(k) = F(r⁻¹(k/length)) − F(r⁻¹((k−1)/length)).
+    ratio form  the same positions, r′·n/k for the realized k, one position forced where k = 0
+                (so it estimates (n·NELBO + C₁)/(n + 1), C₁ the cross-entropy of a single mask);
+    count form  exactly k, 1/k × n × (1/n)/P(k), P(k) = F(r⁻¹(k/n)) − F(r⁻¹((k−1)/n)).
     """
-    t, length, count = rows.t[which], rows.length[which], rows.count[which]
+    t, n, count = levels.t[rows], levels.eligible[rows], levels.count[rows]
     s = schedule(p.schedule)
     if p.estimator == "count" or p.loss != "elbo":
-        noisy = exactly(bits, count, inside)
+        noisy = exactly(bits, count, eligible)
         if p.loss == "maskgit":
             return noisy, np.ones(len(t))
-        upper, lower = (time_cdf(p, s.inverse(k / length), rows.mean) for k in (count, count - 1))
+        upper, lower = (time_cdf(p, s.inverse(k / n), levels.mean) for k in (count, count - 1))
         return noisy, 1 / (count * (upper - lower))
-    noisy = (unit(bits) <= s.r(t)[:, None]) & inside
-    density = time_density(p, t, rows.mean)
+    noisy = (unit(bits) <= s.r(t)[:, None]) & eligible
+    density = time_density(p, t, levels.mean)
     if p.estimator == "time":
         return noisy, s.dr(t) / (s.r(t) * density)
-    noisy |= exactly(bits, np.ones_like(count), inside)  # the smallest draw: masked anyway unless none is
-    return noisy, s.dr(t) * length / (noisy.sum(1) * density)
+    noisy |= exactly(bits, np.ones_like(count), eligible)  # the smallest draw: masked anyway unless none is
+    return noisy, s.dr(t) * n / (noisy.sum(1) * density)
 
 
-def exactly(bits, count, inside):
-    """A uniformly random set of count[b] of the positions `inside`. bits (B, L) → bool (B, L)."""
+def exactly(bits, count, eligible):
+    """A uniformly random set of count[b] of the eligible positions. bits, eligible (B, L) → bool (B, L)."""
     L = bits.shape[1]
     low = np.uint64((1 << max(1, (L - 1).bit_length())) - 1)
     keys = (bits & ~low) | np.arange(L, dtype=np.uint64)  # the position breaks ties, so the count is exact
-    keys = np.where(inside, keys, ~np.uint64(0))
+    keys = np.where(eligible, keys, ~np.uint64(0))
     threshold = np.take_along_axis(np.sort(keys, axis=1), count[:, None] - 1, axis=1)
-    return (keys <= threshold) & inside
+    return (keys <= threshold) & eligible
 
 
 def pack(p, x, noisy, weight, documents, room):
     """A masked Batch: only the masked positions, padded with weight 0 to a size known at compile time."""
     index = np.flatnonzero(noisy)
     if len(index) > room:
-        raise RuntimeError(f"{len(index)} masked positions exceed the capacity of {room}; this is a bug in capacity()")
+        raise RuntimeError(f"{len(index)} masked positions exceed the capacity of {room}: a bug in capacity()")
     padded = np.zeros(room, np.int64)
     padded[: len(index)] = index
     weights = np.zeros(room)
     weights[: len(index)] = weight.reshape(-1)[index]
-    return Batch(np.where(noisy, p.mask_id, x), x.reshape(-1)[padded], weigh(weights), index=padded, documents=documents)
+    tokens, targets = np.where(noisy, p.mask_id, x), x.reshape(-1)[padded]
+    return Batch(tokens, targets, stack_weights(weights), index=padded, documents=documents)
 
 
-def weigh(*parts):
+def stack_weights(*parts):
     """Weights of the loss's parts as (C, P) fp32."""
     return np.stack([part.reshape(-1) for part in parts], axis=1).astype(np.float32)
 
@@ -311,19 +344,32 @@ def weigh(*parts):
 
 
 def loss_and_nats(hidden, head, batch, weights, n_vocab, posterior=False):
-    """The loss in nats per token, () fp32, and without gradients the nats at each position, (C,), for weights (C,).
+    """The loss in nats per token, () fp32, for weights (C,); and the nats at each position, (C,), for figures.
 
-    hidden: the network's, (C, D); head (V_padded, D). `posterior`: for the uniform bound of a network that was trained with the `paper` loss.
+    hidden: the network's, (C, D); head (V_padded, D). posterior: for the uniform bound of a network that was
+    trained with the `paper` loss.
     """
     if batch.beta is None:
         return linear_cross_entropy(hidden, head, batch.targets, weights, n_vocab)
-    return linear_uniform_bound(hidden, head, batch.noisy, batch.targets, batch.beta, weights, n_vocab, posterior)
+    z, x = batch.noisy, batch.targets
+    return linear_uniform_bound(hidden, head, z, x, batch.beta, weights, n_vocab, posterior)
 
 
-def loss_and_parts(hidden, head, batch, n_vocab, posterior=False):
-    """The loss and without gradients the P parts whose sum it is, (P,). hidden: the network's, (B, L, D) or (C, D)."""
+def figure_names(p):
+    """The names of what `loss_figures` returns for a process."""
+    return ["loss", "noisy", "clean"] if p.loss == "paper" else ["loss"]
+
+
+def loss_figures(hidden, head, batch, n_vocab, posterior=False):
+    """The named figures of a forward pass, () fp32 each: "loss", which has gradients, and what it is made of.
+
+    hidden: the network's, (B, L, D) or (C, D). The paper's uniform loss, ½(noisy + clean), shows both parts.
+    """
     loss, nats = loss_and_nats(hidden.flatten(0, -2), head, batch, batch.weights.sum(1), n_vocab, posterior)
-    return loss, (nats[:, None] * batch.weights).sum(0)
+    if batch.weights.shape[1] == 1:
+        return {"loss": loss}
+    noisy, clean = (2 * nats[:, None] * batch.weights).sum(0).unbind()
+    return {"loss": loss, "noisy": noisy, "clean": clean}
 
 
 # -------------------------------------------------------------------------------------------- reverse steps

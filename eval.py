@@ -35,8 +35,9 @@ from configurator import setting, split
 from evaluation import frontier, likelihood, texts
 from sampling import decode
 from sampling.generator import Generator
-from training import checks, distributed, update
+from training import checks, distributed
 from training.log import read_metrics, write_rows
+from training.objective import Objective
 
 ORDERS = ("left_to_right", "confidence", "random")
 
@@ -130,7 +131,7 @@ def open_text(cfg, writer):
 
 def reader(settings, eos_id):
     """What `likelihood.evaluate` reads batches with."""
-    return lambda process, blocks, *rest: data.read_batch(settings, process, blocks, eos_id, *rest)
+    return partial(data.read_batch, settings, eos_id)
 
 
 def bound(cfg, writer, settings, corpora, blocks, objective, ranks):
@@ -145,8 +146,8 @@ def bound(cfg, writer, settings, corpora, blocks, objective, ranks):
             return likelihood.evaluate(objective, process, blocks, rows, cfg.micro_batch, ranks, writer.device, writer.autocast, reader(settings, writer.tokens.eos_id), passes, show)
 
     if cfg.compile:
-        objective = update.Objective(writer.model, writer.posterior).eval()  # the others' passes are of many shapes
-        objective.look = torch.compile(objective.look, dynamic=False)
+        objective = Objective(writer.model, writer.posterior).eval()  # the others' passes are of many shapes
+        objective.nats_at_positions = torch.compile(objective.nats_at_positions, dynamic=False)
     measured = measure(process)
     nats, (error, noise) = sum(measured.parts), likelihood.standard_error(measured, exact)
     bytes_per_token = float(np.mean([corpora[0].token_bytes[blocks.read(ids)[:, 1:]].mean() for ids in measured.blocks]))
@@ -401,7 +402,7 @@ def evaluate(cfg, ranks, harness):
         if ranks.rank == 0:
             out.mkdir(parents=True, exist_ok=True)
         writer.load()
-        objective = update.Objective(writer.model, writer.posterior).eval()
+        objective = Objective(writer.model, writer.posterior).eval()
         say(f"{writer.folder}: {writer.objective}, {writer.model.n_params():,} parameters, step {step}, {cfg.dtype} on {ranks.world} × {writer.device.type}", flush=True)
         with torch.no_grad():
             if cfg.bound:

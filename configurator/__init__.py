@@ -18,6 +18,8 @@ import types
 import typing
 from pathlib import Path
 
+from configurator.renamed import GONE, SETTINGS
+
 
 def setting(default, doc, *, low=None, high=None, above=None, changes_result=True):
     """A dataclass field with a one-line `doc`; `low`/`high` are inclusive bounds, `above` is a strict one.
@@ -29,81 +31,160 @@ def setting(default, doc, *, low=None, high=None, above=None, changes_result=Tru
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def neutral(default, doc, **bounds):
+    """A setting that does not change the result of a run."""
+    return setting(default, doc, **bounds, changes_result=False)
+
+
 def neutral_settings(settings):
     """The names of a dataclass's settings that do not change the result of a run."""
     return {field.name for field in dataclasses.fields(settings) if not field.metadata["changes_result"]}
 
 
 def fail(*problems, everywhere=False):
-    """Print one line per problem and exit with code 2. Under torchrun every rank finds the same problems, so one
-    per machine speaks; `everywhere` is for what a single rank may have met."""
+    """Print one line per problem and exit with code 2.
+
+    Under torchrun every rank finds the same problems, so one per machine speaks; `everywhere` is for what a
+    single rank may have met.
+    """
     rank = os.environ.get("RANK", "0")
     if everywhere or os.environ.get("LOCAL_RANK", rank) == "0":
+        speaker = Path(sys.argv[0]).name
+        if everywhere and rank != "0":
+            speaker += f": rank {rank}"
         for problem in problems:
-            print(f"{Path(sys.argv[0]).name}: " + (f"rank {rank}: " if everywhere and rank != "0" else "") + str(problem), file=sys.stderr)
+            print(f"{speaker}: {problem}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def load(settings, argv=None, about="", aliases=None):
     """Build `settings` (a dataclass type) from override files and flags; exit on --help or bad input.
 
-    aliases: {other name: setting}, names that users know from elsewhere.
+    aliases: {another name: setting}, names that users know from elsewhere; those of configurator/renamed.py
+    hold for every command.
 
-    If the dataclass has a method `problems()`, the lines it returns (incompatible settings) are
-    reported together with unknown names, wrong types and values out of range. Not if an override file
-    could not be read: what it would have set may well go together.
+    Unknown names, wrong types and values out of range are reported together with what does not go together:
+    the dataclass's table NEEDS (see `unmet_needs`) and the lines that its method `problems()` returns. Not if
+    an override file could not be read: its settings might well go together.
     """
     argv = sys.argv[1:] if argv is None else argv
+    aliases = aliases or {}
     if {"-h", "--help"} & set(argv):
-        if os.environ.get("RANK", "0") == "0":
-            try:
-                print(usage(settings, about, aliases or {}), flush=True)
-            except BrokenPipeError:  # as of `| head`: nothing is left for Python to say at its end
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0)
-    fields, types_ = {f.name: f for f in dataclasses.fields(settings)}, typing.get_type_hints(settings)
-    values, problems, unread, called = {}, [], False, {}
-
-    def assign(name, value, where):
-        said, name = name, (aliases or {}).get(name, name)
-        if where.startswith("--") and called.setdefault(name, said) != said:
-            return problems.append(f"{where}: '{said}' and '{called[name]}' are one setting; give one of them")
-        if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else "see --help for all settings"
-            return problems.append(f"{where}: unknown setting '{name}'; {hint}")
-        try:
-            values[name] = within(fields[name], convert(value, types_[name]))
-        except (ValueError, OverflowError) as problem:
-            problems.append(f"{where}: {problem}" if where.startswith("--") else f"{where}: {name}={value!r}: {problem}")
-
+        show_help(settings, about, aliases)
+    reading = Reading(settings, {**SETTINGS, **aliases})
     for arg in argv:
         if arg.startswith("--"):
-            name, equals, value = arg[2:].partition("=")
-            name = name.replace("-", "_")
-            meant = (aliases or {}).get(name, name)
-            if not equals and meant in fields and types_[meant] is not bool:
-                problems.append(f"{arg}: write --{name}=VALUE")
-            else:
-                assign(name, value if equals else "True", arg)  # a bare --flag switches a bool on
-        elif not os.path.isfile(arg):  # Path.is_file raises on names that are too long
-            problems.append(f"{arg}: no such override file (flags are written --key=value)")
-            unread = True
+            reading.flag(arg)
         else:
-            try:
-                overrides = read_file(arg)
-            except Exception as problem:  # the user's own Python: whatever it raises is what is wrong with it
-                problems.append(f"{arg}: {type(problem).__name__}: {problem}")
-                unread = True
-                continue
-            for name, value in overrides.items():
-                assign(name, value, arg)
-    result = settings(**values)
-    if hasattr(result, "problems") and not unread:
-        problems += result.problems()
+            reading.file(arg)
+    result = settings(**reading.values)
+    problems = list(reading.problems)
+    if not reading.unread_file:
+        problems += unmet_needs(result, getattr(settings, "NEEDS", {}))
+        problems += result.problems() if hasattr(result, "problems") else []
     if problems:
         fail(*problems)
     return result
+
+
+class Reading:
+    """The values that override files and flags give to a dataclass's settings, and the problems in them."""
+
+    def __init__(self, settings, aliases):
+        self.fields = {f.name: f for f in dataclasses.fields(settings)}
+        self.types = typing.get_type_hints(settings)
+        self.aliases = {other: name for other, name in aliases.items() if other not in self.fields}
+        self.values, self.problems, self.unread_file = {}, [], False
+        self.flag_names = {}  # under which of its names a setting was given as a flag
+
+    def flag(self, arg):
+        """Apply --name=value, or --name, which switches a bool on."""
+        name, equals, value = arg[2:].partition("=")
+        name = name.replace("-", "_")
+        setting_name = self.aliases.get(name, name)
+        if not equals and setting_name in self.fields and self.types[setting_name] is not bool:
+            self.problems.append(f"{arg}: write --{name}=VALUE")
+            return
+        if self.flag_names.setdefault(setting_name, name) != name:
+            other = self.flag_names[setting_name]
+            self.problems.append(f"{arg}: '{name}' and '{other}' are one setting; give one of them")
+            return
+        self.assign(name, value if equals else "True", arg, arg)
+
+    def file(self, path):
+        """Apply an override file's assignments."""
+        if not os.path.isfile(path):  # Path.is_file raises on names that are too long
+            self.problems.append(f"{path}: no such override file (flags are written --key=value)")
+            self.unread_file = True
+            return
+        try:
+            overrides = read_file(path)
+        except Exception as problem:  # the user's own Python: whatever it raises is what is wrong with it
+            self.problems.append(f"{path}: {type(problem).__name__}: {problem}")
+            self.unread_file = True
+            return
+        for name, value in overrides.items():
+            self.assign(name, value, path, f"{path}: {name}={value!r}")
+
+    def assign(self, name, value, source, assignment):
+        """Set one value; source and assignment are for errors: where it stands, and how it reads there."""
+        setting_name = self.aliases.get(name, name)
+        if setting_name not in self.fields:
+            self.problems.append(f"{source}: {unknown_setting(name, self.fields)}")
+            return
+        try:
+            converted = convert(value, self.types[setting_name])
+            self.values[setting_name] = within(self.fields[setting_name], converted)
+        except (ValueError, OverflowError) as problem:
+            self.problems.append(f"{assignment}: {problem}")
+
+
+def unknown_setting(name, known):
+    """What to say of a setting that does not exist."""
+    if name in GONE:
+        return f"there is no setting '{name}' any more; {GONE[name]}"
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else "see --help for all settings"
+    return f"unknown setting '{name}'; {hint}"
+
+
+def unmet_needs(settings, needs):
+    """One line for each of `needs` that the settings break: {"loss=paper": "objective=uniform", …}.
+
+    A key is a setting that differs from its default, or one value of it. Its needs stand with ", " between,
+    the values that will do with "|" between; a name alone must differ from its default, and "a or b" needs
+    either.
+    """
+    defaults = {f.name: f.default for f in dataclasses.fields(settings)}
+
+    def holds(condition):
+        name, equals, values = condition.partition("=")
+        value = getattr(settings, name)
+        return str(value) in values.split("|") if equals else value != defaults[name]
+
+    problems = []
+    for key, wanted in needs.items():
+        if not holds(key):
+            continue
+        name = key.partition("=")[0]
+        value = getattr(settings, name)
+        for need in wanted.split(", "):
+            if any(map(holds, need.split(" or "))):
+                continue
+            named = name if value is True else f"{name}={value}"
+            phrase = need.replace("|", " or ")
+            problems.append(f"{named} needs {phrase} (or {name}={defaults[name]!r})")
+    return problems
+
+
+def show_help(settings, about, aliases):
+    """Print the help on rank 0, and exit."""
+    if os.environ.get("RANK", "0") == "0":
+        try:
+            print(usage(settings, about, aliases), flush=True)
+        except BrokenPipeError:  # as of `| head`: nothing is left for Python to say at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(0)
 
 
 def read_file(path):
@@ -123,13 +204,14 @@ def read_file(path):
 
 
 def convert(value, kind):
-    """`value` (text from a flag, or an object from a file) as a `kind`: bool, int, float, str or a Literal."""
+    """`value`, text from a flag or an object from a file, as a bool, int, float, str or Literal `kind`."""
     if typing.get_origin(kind) is typing.Literal:
         allowed = typing.get_args(kind)
         if value in allowed:
             return value
         near = difflib.get_close_matches(str(value), allowed, n=1)
-        raise ValueError(f"choose from {', '.join(allowed)}" + (f"; did you mean '{near[0]}'?" if near else ""))
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise ValueError(f"choose from {', '.join(allowed)}{hint}")
     if kind is bool:
         if isinstance(value, bool):
             return value
@@ -142,15 +224,9 @@ def convert(value, kind):
         raise ValueError("expected text")
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError("expected a number")
-    try:
-        number = value
-        if isinstance(value, str):  # 250K, 1.5B, 15T: as people write parameters and tokens
-            unit = dict(K=1e3, M=1e6, B=1e9, T=1e12).get(value[-1:], 1)
-            value = value[:-1] if unit > 1 else value
-            number = float(value.replace("_", "")) * unit
-            value = value if unit == 1 else number
-    except ValueError:
-        raise ValueError("expected a number") from None
+    number = value
+    if isinstance(value, str):
+        number = parse_number(value)
     if kind is float:
         if not math.isfinite(number):
             raise ValueError("expected a finite number")
@@ -160,7 +236,17 @@ def convert(value, kind):
     try:
         return int(value)  # exact for digits; floats hold whole numbers only up to 2**53
     except ValueError:
-        return int(number)  # 1e6 written as text
+        return int(number)  # written as 1e6 or 250K
+
+
+def parse_number(text):
+    """A float from text, also as people write parameters and tokens: 250K, 1.5B, 15T. Raises ValueError."""
+    unit = dict(K=1e3, M=1e6, B=1e9, T=1e12).get(text[-1:], 1)
+    digits = text[:-1] if unit > 1 else text
+    try:
+        return float(digits.replace("_", "")) * unit
+    except ValueError:
+        raise ValueError("expected a number") from None
 
 
 def split(text):

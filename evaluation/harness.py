@@ -38,7 +38,8 @@ from tqdm import tqdm
 from evaluation import likelihood
 from evaluation.likelihood import Question, Scorer
 from sampling import decode
-from training import distributed, update
+from training import distributed
+from training.objective import Objective
 
 
 @register_model("nanoquokka")
@@ -54,7 +55,7 @@ class NanoQuokka(TemplateLM):
 
             writer = Generator.of(run_dir, device or "auto", dtype).load()
         self.writer, self.tokenizer = writer, None
-        self.scorer = Scorer(objective or update.Objective(writer.model, writer.posterior).eval(), writer.process, writer.device, writer.autocast, ranks, int(masks),
+        self.scorer = Scorer(objective or Objective(writer.model, writer.posterior).eval(), writer.process, writer.device, writer.autocast, ranks, int(masks),
                              int(tokens) or (131_072 if writer.device.type == "cuda" else 16_384), int(seed), lambda: self.alive())
         self.how = decode.DecodeConfig(order=order, steps=int(steps), block=int(block), seed=int(seed), end=True) if writer.objective == "masked" else \
             decode.DecodeConfig(steps=int(steps), seed=int(seed), end=True, cache="prefix" if writer.objective == "ar" else "no")

@@ -3,7 +3,7 @@
 Everything is measured row by row, with noise that is a pure function of (seed, row): the same figure for any batch size, number of
 ranks or device, and the same noise for every model, so that differences between models are far better known than the figures themselves.
 
-Symbols as in diffusion.py; "objective" is update.Objective, of which only `look` is used.
+Symbols as in diffusion.py; "objective" is update.Objective, of which only `nats_at_positions` is used.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ def validation_process(process, schedule):
     masked tokens; a uniform one knows t through its own `schedule`, and t is drawn where the bound varies most.
     """
     uniform = process.objective == "uniform"
-    return process._replace(seed=data.VALIDATION_SEED, loss="elbo", estimator="count", time="cube" if uniform else "uniform", short_rows=0.0,
+    return process._replace(seed=data.VALIDATION_SEED, loss="elbo", estimator="count", time="cube" if uniform else "uniform",
                             schedule=schedule if uniform else "linear")
 
 
@@ -84,12 +84,12 @@ def evaluate(objective, process, blocks, n_rows, micro, ranks, device, autocast,
             ids.append(data.validation_ids(n_rows, blocks.available, run))
             values = None
             for part in range(ranks.rank, parts, ranks.world):
-                which = rows.deal(part, parts)
+                which = rows.microbatch_rows(part, parts)
                 valid = np.arange(micro) < len(which)
                 filled = np.concatenate((which, np.full(micro - len(which), n_rows - 1)))
-                batch = read(process, blocks, ids[-1][filled], rows, filled, valid, parts / n_rows)
+                batch = read(process, blocks, ids[-1][filled], rows, filled, valid=valid, spacing=parts / n_rows)
                 with autocast():
-                    nats = objective.look(transfer.to_device(transfer.to_tensors(batch, False), device)).double().cpu().numpy()
+                    nats = objective.nats_at_positions(transfer.to_device(transfer.to_tensors(batch, False), device)).double().cpu().numpy()
                 row = (np.arange(micro * process.seq_len) if batch.index is None else batch.index) // process.seq_len
                 if values is None:
                     values = np.zeros((n_rows, batch.weights.shape[1]))
@@ -232,7 +232,7 @@ def asked(objective, z, x, columns, first, autocast, documents, positions, sure=
     """−log p of the tokens x at `columns` (B, n) of what z shows, (B, n); with `sure` also the probability of the likeliest token there."""
     batch = diffusion.Batch(z, x.gather(1, columns).flatten(), None, (first + columns).flatten(), documents=documents, positions=positions)
     with autocast():
-        said = objective.look(batch, likeliest=sure)
+        said = objective.nats_at_positions(batch, likeliest=sure)
     return tuple(part.view(columns.shape) for part in (said[0], said[2])) if sure else said.view(columns.shape)
 
 
@@ -440,7 +440,7 @@ def look(scorer, batch, likeliest):
 
 def passed(scorer, batch, likeliest):
     with scorer.autocast(), kernels.of_many_shapes(scorer.device):
-        return scorer.objective.look(transfer.to_device(transfer.to_tensors(batch, False), scorer.device), likeliest=likeliest)
+        return scorer.objective.nats_at_positions(transfer.to_device(transfer.to_tensors(batch, False), scorer.device), likeliest=likeliest)
 
 
 def not_written(scorer, pieces):

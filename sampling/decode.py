@@ -339,7 +339,7 @@ def fill(reader, where, how, schedule, watch):
             ended = ((z == reader.eos_id) & ~reader.no_end.view_as(z)).cumsum(1) > 0
             z = torch.where(ended & (z == mask_id), reader.eos_id, z)
             waiting.append(AsyncCopy((z == mask_id).sum()))
-            if any(left.here() and not left.values for left in waiting):
+            if any(left.ready() and not left.values for left in waiting):
                 break
     return z
 
@@ -435,7 +435,7 @@ def fill_surest(reader, z, where, how, block, step, watch):
     for i in range(int(n.max()) if by_threshold else counts.shape[1]):
         if not by_threshold:
             K = int(left[:, i].max())
-        while waiting and waiting[0].here():
+        while waiting and waiting[0].ready():
             K = int(waiting.pop(0).values)
         if K == 0:
             break
@@ -601,7 +601,7 @@ def write(model, where, how, eos_id, watch):
             waiting.append(AsyncCopy(ended.all()))
         z[:, j + 1] = torch.where(hole[:, j], token, z[:, j + 1])
         watch(z[:, 1:])
-        if waiting and waiting[0].here() and waiting.pop(0).values:
+        if waiting and waiting[0].ready() and waiting.pop(0).values:
             z = torch.where(z == c.mask_id, eos_id, z)
             break
     return z[:, 1:], passes

@@ -18,9 +18,9 @@ import sample
 import train
 from corpus import tokenfiles
 from model import ModelConfig, Transformer
-from training import update
 from training.checkpoint import checkpoints, init_weights_from, read_checkpoint
 from training.log import read_metrics
+from training.objective import Objective
 
 SHAPE = ("n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "d_ff", "model", "tied")
 OTHERS = [flag for flag in TINY if flag.lstrip("-").partition("=")[0] not in SHAPE]
@@ -101,7 +101,7 @@ def test_training_sees_the_annealed_pairs_and_then_all(corpus):
             assert (batch.visible.numpy() == diffusion.annealed_mask(cfg.seed, step, 32, (step + 1) / 4)).all()
         else:
             assert batch.visible is None
-    objective = update.Objective(build(n_vocab=257, mask_id=257, seq_len=32), False)
+    objective = Objective(build(n_vocab=257, mask_id=257, seq_len=32), False)
     losses = [objective(batches[0]._replace(visible=visible))[0].item() for visible in (batches[0].visible, torch.ones(32, 32, dtype=torch.bool), None)]
     assert losses[1] == pytest.approx(losses[2], rel=1e-6) and abs(losses[0] - losses[1]) > 1e-4  # and the network goes by them
     other = list(train.training_batches(process, blocks, 256, 0, 0, 6, cfg, 1, 2, False))  # the second of two ranks

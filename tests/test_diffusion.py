@@ -71,7 +71,7 @@ def estimate(p, denoiser, posterior=False, groups=40, n_rows=1500, progress=0.5)
     for group in range(groups):
         x = STATES[rng.choice(len(P), n_rows, p=P)]
         rows = d.noise_levels(p, group * n_rows, n_rows, progress)
-        batch = d.make_batch(p, np.concatenate((x[:, :1], x), 1), rows, rows.deal(0, 1))
+        batch = d.make_batch(p, np.concatenate((x[:, :1], x), 1), rows, rows.microbatch_rows(0, 1))
         batch = batch._replace(weights=batch.weights.astype(np.float64))
         batch = d.Batch(*(None if a is None else torch.from_numpy(np.ascontiguousarray(a)) for a in batch))
         # relative to this group's own log-likelihood: takes the noise of drawing x out
@@ -178,7 +178,7 @@ def test_uniform_bound_is_finite_at_the_ends_of_time():
     """poly8 at t → 0 has r ~ 1e-40, and every schedule has α = 0 at t = 1: loss and gradient stay finite in fp32."""
     p = d.Process("uniform", 9, 9, 16, schedule="poly8")
     rows = d.NoiseLevels(np.arange(4), np.array([1e-5, 1e-3, 0.5, 1.0]), np.full(4, 16), np.full(4, 1), 0.0)
-    batch = d.make_batch(p, np.zeros((4, 17), int), rows, rows.deal(0, 1))
+    batch = d.make_batch(p, np.zeros((4, 17), int), rows, rows.microbatch_rows(0, 1))
     logits = torch.randn(64, 9, requires_grad=True)
     nats = kernels.uniform_bound(logits.softmax(-1), *(torch.from_numpy(a) for a in (batch.noisy, batch.targets, batch.beta)))
     (nats * torch.from_numpy(batch.weights[:, 0])).sum().backward()
@@ -242,7 +242,7 @@ def test_unknown_schedule_is_refused():
 def test_one_token_masked_elbo_is_cross_entropy(schedule):
     p = d.Process("masked", V, M, 1, schedule=schedule)
     rows = d.noise_levels(p, 0, 64)
-    batch = d.make_batch(p, np.arange(128).reshape(64, 2) % V, rows, rows.deal(0, 1))
+    batch = d.make_batch(p, np.arange(128).reshape(64, 2) % V, rows, rows.microbatch_rows(0, 1))
     assert (batch.tokens == M).all()
     np.testing.assert_allclose(batch.weights.sum(), 1, rtol=1e-6)
     np.testing.assert_allclose(batch.weights[batch.weights > 0], 1 / 64, rtol=1e-6)
@@ -263,7 +263,7 @@ def test_noise_and_weights_do_not_depend_on_the_split(more):
     def per_row(parts):
         tokens, weights = np.zeros((16, 33), int), np.zeros((16, 33))
         for part in range(parts):
-            which = rows.deal(part, parts)
+            which = rows.microbatch_rows(part, parts)
             b = d.make_batch(p, x[which], rows, which)
             index = np.arange(b.targets.size) if b.index is None else b.index
             flat = np.zeros(which.size * 33)
@@ -314,7 +314,7 @@ def test_masked_positions_always_fit_the_capacity(schedule, estimator, time, B, 
     rows = d.noise_levels(p, first, 3 * B, progress)
     x = np.zeros((B, length + 1), int)
     for part in range(3):
-        which = rows.deal(part, 3)
+        which = rows.microbatch_rows(part, 3)
         batch = d.make_batch(p, x, rows, which)  # raises if it does not fit
         assert batch.index.shape == (d.capacity(p, B),)
         assert (batch.weights[:, 0] > 0).sum() == (batch.tokens == 9).sum()
@@ -332,7 +332,7 @@ def test_short_rows_have_random_lengths_and_are_weighed_by_their_tokens():
     short = rows.length < 50
     assert abs(short.mean() - 0.3 * 48 / 49) < 4 * math.sqrt(0.21 / 20_000)
     assert rows.length.min() == 2 and abs(rows.length[short].mean() - 25.5) < 1
-    batch = d.make_batch(p, np.zeros((20_000, 51), int), rows, rows.deal(0, 1))
+    batch = d.make_batch(p, np.zeros((20_000, 51), int), rows, rows.microbatch_rows(0, 1))
     assert batch.weights.sum() == pytest.approx(1, abs=0.02)  # a constant loss of 1 nat is 1 nat per token
     assert ((batch.documents == 0).sum(1) == rows.length).all() and set(batch.documents[:, 0]) == {0}
 
@@ -340,7 +340,7 @@ def test_short_rows_have_random_lengths_and_are_weighed_by_their_tokens():
 def test_maskgit_is_the_mean_over_all_masked_tokens_of_the_step():
     p = d.Process("masked", 9, 9, 32, loss="maskgit")
     rows = d.noise_levels(p, 0, 8)
-    batches = [d.make_batch(p, np.zeros((2, 33), int), rows, rows.deal(i, 4)) for i in range(4)]
+    batches = [d.make_batch(p, np.zeros((2, 33), int), rows, rows.microbatch_rows(i, 4)) for i in range(4)]
     weights = np.concatenate([b.weights[b.weights > 0] for b in batches])
     np.testing.assert_allclose(weights, 1 / rows.count.sum(), rtol=1e-6)
 
@@ -349,7 +349,7 @@ def test_paper_loss_is_half_noisy_half_clean():
     p = d.Process("uniform", 9, 9, 32, loss="paper")
     rows = d.noise_levels(p, 0, 512)
     x = np.random.default_rng(0).integers(0, 9, (512, 33))
-    batch = d.make_batch(p, x, rows, rows.deal(0, 1))
+    batch = d.make_batch(p, x, rows, rows.microbatch_rows(0, 1))
     np.testing.assert_allclose(batch.weights.sum(0), [0.5, 0.5], rtol=1e-3)  # either part of a constant 1 nat
     assert ((batch.weights > 0).sum(1) == 1).all()
     changed = (batch.tokens.reshape(-1) != batch.targets)
@@ -383,7 +383,7 @@ def test_lattice_cuts_the_variance_of_the_loss_as_predicted():
 def test_micro_batches_and_ranks_get_lattices_of_their_own():
     rows = d.noise_levels(process(), 0, 32)
     for part in range(4):
-        np.testing.assert_allclose(np.diff(rows.t[rows.deal(part, 4)]), 1 / 8)
+        np.testing.assert_allclose(np.diff(rows.t[rows.microbatch_rows(part, 4)]), 1 / 8)
 
 
 @settings(max_examples=50, deadline=None)
@@ -411,7 +411,7 @@ def test_gathered_head_equals_the_full_head():
     p = d.Process("masked", 50, 50, 16)
     rows = d.noise_levels(p, 0, 4)
     x = np.random.default_rng(0).integers(0, 50, (4, 17))
-    batch = d.make_batch(p, x, rows, rows.deal(0, 1))
+    batch = d.make_batch(p, x, rows, rows.microbatch_rows(0, 1))
     model = SimpleNamespace(config=SimpleNamespace(n_vocab=50), head=head)
 
     class Network:
@@ -440,7 +440,7 @@ def test_gathered_network_equals_the_full_one():
     p = d.Process("masked", 50, 50, 16)
     rows = d.noise_levels(p, 0, 16)
     x = np.random.default_rng(0).integers(0, 50, (16, 17))
-    batch = d.make_batch(p, x, rows, rows.deal(0, 1))
+    batch = d.make_batch(p, x, rows, rows.microbatch_rows(0, 1))
     assert len(batch.index) < 16 * 16  # some positions are left out, some of those kept only fill up
     tensors = d.Batch(*(None if a is None else torch.from_numpy(np.ascontiguousarray(a)) for a in batch))
     loss = loss_of(network, tensors)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 import kernels as k
+from training.objective import Objective
 
 pytestmark = pytest.mark.skipif(k.triton is None, reason="triton is not installed: only the references run here")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -214,15 +215,15 @@ def training_step(objective, n_vocab=500, seq_len=32, rows=16, loss="elbo", seed
 
     import diffusion as d
     from model import ModelConfig, Transformer
-    from training import transfer, update
+    from training import transfer
 
     torch.manual_seed(seed)
     config = ModelConfig(2, 2, 1, 8, 16, 64, n_vocab, n_vocab, seq_len, causal=objective == "ar", timed=objective == "uniform", init_std=0.3)
     process = d.Process(objective, n_vocab, n_vocab, seq_len, loss=loss)
     step = d.noise_levels(process, 0, rows)
     x = np.random.default_rng(seed).integers(0, n_vocab, (rows, seq_len + 1))
-    batch = transfer.to_device(transfer.to_tensors(d.make_batch(process, x, step, step.deal(0, 1)), False), torch.device(DEVICE))
-    return update.Objective(Transformer(config).init_weights().to(DEVICE), posterior=loss == "paper"), batch
+    batch = transfer.to_device(transfer.to_tensors(d.make_batch(process, x, step, step.microbatch_rows(0, 1)), False), torch.device(DEVICE))
+    return Objective(Transformer(config).init_weights().to(DEVICE), posterior=loss == "paper"), batch
 
 
 STEPS = [("ar", "elbo"), ("masked", "elbo"), ("uniform", "elbo"), ("uniform", "paper")]

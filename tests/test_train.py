@@ -27,6 +27,7 @@ from model import ModelConfig
 from training import checkpoint, distributed, transfer, update
 from training.checkpoint import checkpoints, load_model, load_newest
 from training.log import read_metrics
+from training.objective import Objective
 
 TINY = ["--n_layer=2", "--n_head=2", "--d_model=32", "--seq_len=32", "--batch_size=8", "--compile=no", "--warmup=5",
         "--eval_rows=16", "--log_every=5", "--eval_every=0", "--save_every=0", "--dtype=float32", "--device=cpu"]
@@ -312,7 +313,7 @@ def test_validation_does_not_depend_on_the_batch(run_main):
 def test_validation_is_the_same_on_any_number_of_ranks(run_main, corpus, monkeypatch):
     """13 rows dealt to ranks, some of which fill up with rows that don't count, or get none at all."""
     folder, record = load_newest(run_main("--steps=3"), print)
-    objective = update.Objective(load_model(folder, record), False)
+    objective = Objective(load_model(folder, record), False)
     blocks = data.Sequences(tokenfiles.load_corpus(corpus).val, 32)
     process = diffusion.Process("masked", 257, 257, 32, data.VALIDATION_SEED)
     monkeypatch.setattr(likelihood.dist, "all_reduce", lambda total, group=None: None)

@@ -1,182 +1,380 @@
-"""What a run reads before it writes anything: corpora, the checkpoint it goes on from or begins with, benchmarks. Everything that
-can be wrong with the user's files is found here. `cfg` is train.Config.
+"""Everything that can be wrong with a run's settings and files, found before anything is written.
+
+`cfg` is train.Config. Functions raise ValueError or OSError, with a line that says what is wrong, where, and
+what to do about it.
 """
 
 import math
+import os
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
-import configurator
-import data
-from corpus import tokenfiles
+import diffusion
+import kernels
+from configurator.ladder import ladder, swiglu_width
+from corpus.tokenfiles import Stream, load_corpus, parse_corpora
+from data import Mixture, Sequences, validation_ids
 from model import ModelConfig, Transformer
-from training import checkpoint, distributed
-from training.checkpoint import checkpoints, load_newest
+from training import checkpoint
+from training.checkpoint import checkpoints, load_newest, read_checkpoint
+from training.distributed import all_gather, on_all_ranks
+from training.log import warn
+from training.state import Run
 
-
-class Inputs(NamedTuple):
-    """What a run reads before it writes anything."""
-
-    corpora: list[tokenfiles.Corpus]
-    blocks: data.Sequences | data.Mixture
-    val_sequences: data.Sequences | data.Mixture
-    model_config: ModelConfig
-    corpus_record: dict  # what a checkpoint keeps of the corpus
-    steps: int
-    eval_rows: int
-    bytes_per_token: float  # of exactly the validation tokens that are scored
-
-
+# What a corpus and a checkpoint must agree on.
 VOCABULARY = ("tokenizer", "n_vocab", "mask_id", "eos_id")
+
+# Fields of ModelConfig that a run takes from the checkpoint whose weights it begins with.
+SHAPE = ("n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "d_ff", "tied", "rope_base", "norm_eps", "qk_norm",
+         "qkv_bias", "rope_stretch")
+
+# ------------------------------------------------------------------------------------------------- settings
+
+
+def setting_problems(cfg):
+    """Settings that do not go together, one line each, beyond the table train.Config.NEEDS."""
+    problems = [*budget_problems(cfg), *shape_problems(cfg), *machine_problems(cfg)]
+    for parse in (lambda: check_unique_tokens(cfg), lambda: diffusion.schedule(cfg.schedule), cfg.kept_steps):
+        try:
+            parse()
+        except ValueError as problem:
+            problems.append(str(problem))
+    return problems
+
+
+def budget_problems(cfg):
+    """What is wrong with how long a run is, its batches and its learning rates."""
+    world, micro_batch = cfg.world(), cfg.micro_batch or 1
+    if sum(map(bool, (cfg.steps, cfg.tokens, cfg.epochs))) != 1:
+        yield "how long? give exactly one of steps, tokens and epochs"
+    if cfg.batch_size % (world * micro_batch):
+        yield f"batch_size={cfg.batch_size} must be a multiple of {world} ranks × micro_batch={micro_batch}"
+    if cfg.min_lr > cfg.lr or -1 < cfg.min_lr < 0:
+        yield f"min_lr={cfg.min_lr} must be -1 or lie between 0 and lr={cfg.lr}"
+    if cfg.lr_schedule == "wsd" and cfg.min_lr == 0:
+        yield "lr_schedule=wsd decays exponentially and never reaches min_lr=0; give a positive one"
+
+
+def shape_problems(cfg):
+    """What is wrong with the network's shape."""
+    try:
+        shape = network_shape(cfg)
+    except ValueError as problem:
+        yield str(problem)
+        return
+    if shape["head_dim"] % 2:
+        yield f"head_dim={shape['head_dim']} must be even"
+    if shape["n_head"] % shape["n_kv_head"]:
+        yield f"n_head={shape['n_head']} must be a multiple of n_kv_head={shape['n_kv_head']}"
+    if cfg.fp8:
+        widths = {"d_model": shape["d_model"], "d_ff": shape["d_ff"],
+                  "n_kv_head × head_dim": shape["n_kv_head"] * shape["head_dim"]}
+        for name, width in widths.items():
+            if width % 16:
+                yield f"fp8 needs widths that are multiples of 16, not {name}={width}"
+    named = f"model={cfg.model}" if cfg.model else f"init_from={cfg.init_from}"
+    names = []
+    if cfg.model or cfg.init_from:
+        names += ["n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "d_ff"]
+    if cfg.init_from:
+        names += ["model", "tied", "rope_base", "local_init"]
+    defaults = type(cfg)()
+    for name in names:
+        if getattr(cfg, name) != getattr(defaults, name):
+            source = f"init_from={cfg.init_from}" if name == "model" else named
+            yield f"{name}={getattr(cfg, name)} contradicts {source}; give one of the two"
+
+
+def machine_problems(cfg):
+    """What this machine, this torch or the number of ranks does not allow."""
+    world, has_gpu = cfg.world(), torch.cuda.is_available()
+    uses_gpu = cfg.device != "cpu" and has_gpu or cfg.device == "cuda" and cfg.dry_run
+    if cfg.device == "cuda" and not has_gpu and not cfg.dry_run:
+        yield "device=cuda, but this machine has no usable GPU; use --device=cpu"
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if not cfg.dry_run and cfg.device != "cpu" and 0 < torch.cuda.device_count() < local_ranks:
+        gpus = torch.cuda.device_count()
+        yield f"{local_ranks} ranks on this machine, but {gpus} GPUs; start one rank per GPU"
+    if cfg.fp8 and (cfg.micro_batch or cfg.batch_size // world) * cfg.seq_len % 16:
+        yield "fp8 needs micro-batches of a multiple of 16 tokens"
+    if cfg.fp8 and cfg.device != "cpu" and has_gpu and torch.cuda.get_device_capability() < (8, 9):
+        yield "fp8 needs a GPU of compute capability 8.9 or later"
+    if cfg.cuda_graphs and (world > 1 or not uses_gpu):
+        yield "cuda_graphs needs one process on a GPU"
+    if cfg.shard != "no" and cfg.compile == "whole" and world > 1:
+        yield f"shard={cfg.shard} works between blocks, which compile=whole joins; add --compile=blocks"
+    copy = cfg.shard_size or cfg.ranks_per_node()
+    if cfg.shard == "hybrid" and world > 1 and world % copy:
+        yield (f"shard=hybrid needs copies of one size: {copy} does not divide the {world} ranks; "
+               "give a --shard_size that does")
+    recomputes_in_part = cfg.recompute in ("elementwise", "selective")
+    if world > 1 and cfg.compile == "whole" and recomputes_in_part and torch.__version__ < "2.13":
+        yield (f"recompute={cfg.recompute} with compile=whole on several ranks needs torch 2.13 "
+               "(before, DDP's compiler computes all again); use compile=blocks")
+
+
+def check_unique_tokens(cfg):
+    """Raises ValueError if `corpus` can't be read, or says in two places how many tokens are unique."""
+    corpora = parse_corpora(cfg.corpus)
+    if cfg.unique_tokens and (len(corpora) > 1 or corpora[0][2]):
+        raise ValueError("unique_tokens is for a single corpus; give each its own as path:weight:unique_tokens")
+
+
+def parse_steps(text):
+    """save_at as a set of steps; raises ValueError."""
+    parts = [part.strip() for part in text.split(",")] if text else []
+    for part in parts:
+        if not (part.isascii() and part.isdecimal() and int(part)):
+            raise ValueError(f"save_at={text}: '{part}' is no step; write whole numbers from 1 on, "
+                             "with commas between")
+    return set(map(int, parts))
+
+
+def network_shape(cfg):
+    """The network's shape as keyword arguments; raises ValueError if there is none."""
+    if cfg.model:
+        shape = dict(ladder(cfg.model), n_kv_head=0, d_ff=0)
+    else:
+        if not cfg.head_dim and cfg.d_model % cfg.n_head:
+            raise ValueError(f"d_model={cfg.d_model} is no multiple of n_head={cfg.n_head}; set head_dim")
+        names = ("n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "d_ff")
+        shape = {name: getattr(cfg, name) for name in names}
+        shape["head_dim"] = cfg.head_dim or cfg.d_model // cfg.n_head
+    shape["n_kv_head"] = shape["n_kv_head"] or shape["n_head"]
+    shape["d_ff"] = shape["d_ff"] or max(64, swiglu_width(shape["d_model"]))
+    return shape
+
+
+# -------------------------------------------------------------------------------------------------- corpora
 
 
 def open_corpora(cfg):
-    """The corpora that cfg names, of one vocabulary; raises ValueError or OSError."""
-    corpora = [tokenfiles.load_corpus(path, cfg.tokenizer, cfg.val_share) for path, *_ in tokenfiles.parse_corpora(cfg.corpus)]
+    """The corpora that cfg names, of one vocabulary."""
+    corpora = [load_corpus(path, cfg.tokenizer, cfg.val_share) for path, *_ in parse_corpora(cfg.corpus)]
+    first = corpora[0]
     for corpus in corpora[1:]:
-        if differ := [f"{k} {corpora[0].meta[k]} and {corpus.meta[k]}" for k in VOCABULARY if corpora[0].meta[k] != corpus.meta[k]]:
-            raise ValueError(f"{corpora[0].folder} and {corpus.folder} don't go together: {', '.join(differ)}")
+        pairs = {name: (first.meta[name], corpus.meta[name]) for name in VOCABULARY}
+        differences = [f"{name} {a} and {b}" for name, (a, b) in pairs.items() if a != b]
+        if differences:
+            folders = f"{first.folder} and {corpus.folder}"
+            raise ValueError(f"{folders} don't go together: {', '.join(differences)}")
     return corpora
 
 
+def split_name(split, corpus, corpora):
+    """What a split is called in errors: with its folder where there are several."""
+    return f"{split} ({corpus.folder})" if len(corpora) > 1 else split
+
+
+def training_sequences(cfg, corpora):
+    """Sequences of the corpora's training splits, mixed as cfg says."""
+    parsed = parse_corpora(cfg.corpus)
+    sequences = []
+    for i, (corpus, (_, _, unique)) in enumerate(zip(corpora, parsed)):
+        name = split_name("training", corpus, corpora)
+        unique = unique or cfg.unique_tokens
+        n_vocab = corpus.meta["n_vocab"]
+        sequences.append(Sequences(corpus.train, cfg.seq_len, cfg.seed + i, unique, n_vocab, name))
+    if len(sequences) == 1:
+        return sequences[0]
+    weights = [weight for _, weight, _ in parsed]
+    return Mixture(sequences, weights if weights[0] else None, cfg.seed)
+
+
 def validation_sequences(corpora, seq_len):
-    """Blocks of all the corpora's validation splits; raises ValueError."""
-    blocks = [data.Sequences(corpus.val, seq_len, n_vocab=corpus.meta["n_vocab"], what="validation" + f" ({corpus.folder})" * (len(corpora) > 1)) for corpus in corpora]
-    return blocks[0] if len(blocks) == 1 else data.Mixture(blocks)
+    """Sequences of all the corpora's validation splits."""
+    sequences = [
+        Sequences(corpus.val, seq_len, n_vocab=corpus.meta["n_vocab"], split=split_name("validation", corpus, corpora))
+        for corpus in corpora
+    ]
+    return sequences[0] if len(sequences) == 1 else Mixture(sequences)
 
 
 def training_text(cfg, corpora):
-    """What a run with these settings reads of each corpus: its whole training split, or the blocks of its unique tokens, as data.Streams."""
+    """What a run reads of each corpus: its whole training split, or its unique tokens' sequences, as Streams."""
     streams = []
-    for i, (corpus, (_, _, unique)) in enumerate(zip(corpora, tokenfiles.parse_corpora(cfg.corpus))):
-        if unique := unique or cfg.unique_tokens:
-            blocks = data.Sequences(corpus.train, cfg.seq_len, cfg.seed + i, unique, corpus.meta["n_vocab"])
-            chosen = np.sort(blocks.chosen(np.arange(blocks.n)))
-            runs = np.split(chosen, np.flatnonzero(np.diff(chosen) > 1) + 1)  # neighbours stay together
-            border = np.array([corpus.meta["mask_id"]], corpus.train.dtype)  # stands in no text
-            parts = [corpus.train.read(1 + int(run[0]) * cfg.seq_len, 1 + (int(run[-1]) + 1) * cfg.seq_len) for run in runs]
-            streams.append(tokenfiles.Stream([array for part in parts for array in (part, border)]))
-        else:
+    for i, (corpus, (_, _, unique)) in enumerate(zip(corpora, parse_corpora(cfg.corpus))):
+        unique = unique or cfg.unique_tokens
+        if not unique:
             streams.append(corpus.train)
+            continue
+        sequences = Sequences(corpus.train, cfg.seq_len, cfg.seed + i, unique, corpus.meta["n_vocab"])
+        ids = np.sort(sequences.subset(np.arange(sequences.n)))
+        neighbours = np.split(ids, np.flatnonzero(np.diff(ids) > 1) + 1)  # they stay together
+        border = np.array([corpus.meta["mask_id"]], corpus.train.dtype)  # stands in no text
+        arrays = []
+        for group in neighbours:
+            start, stop = 1 + int(group[0]) * cfg.seq_len, 1 + (int(group[-1]) + 1) * cfg.seq_len
+            arrays += [corpus.train.read(start, stop), border]
+        streams.append(Stream(arrays))
     return streams
 
 
 def text_digest(corpora, split):
+    """The SHA-256 sums of a split of all corpora: the same text has the same."""
     return " ".join(corpus.meta[split]["sha256"] for corpus in corpora)
 
 
-def find_initial_checkpoint(cfg, ranks, warn):
-    """(folder, record) of the checkpoint that init_from names, None if it names none; raises ValueError or OSError."""
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def find_initial_checkpoint(cfg, ranks):
+    """(folder, record) of the checkpoint that init_from names, None if it names none."""
     if not cfg.init_from:
         return None
-    where = Path(cfg.init_from)
-    if not where.is_dir() and cfg.resume != "no" and checkpoints(cfg.run_dir):
-        where = Path(cfg.run_dir)  # which has begun, and knows its own shape
-    if (where / "checkpoint.json").is_file():
-        return where, checkpoint.read_checkpoint(where, ranks.rank, ranks.world)
-    if not checkpoints(where):
-        foreign = (where / "config.json").is_file() or (where / "latest_checkpointed_iteration.txt").is_file()
-        raise FileNotFoundError(f"init_from={where}: " + (f"convert it first: python convert.py --source={where} --out=…" if foreign else
-                                                          "no run or checkpoint of ours" if where.is_dir() else "no such folder"))
-    return load_newest(where, warn, ranks)
+    path = Path(cfg.init_from)
+    if not path.is_dir() and cfg.resume != "no" and checkpoints(cfg.run_dir):
+        path = Path(cfg.run_dir)  # which has begun, and knows its own shape
+    if (path / "checkpoint.json").is_file():
+        return path, read_checkpoint(path, ranks.rank, ranks.world)
+    if checkpoints(path):
+        return load_newest(path, partial(warn, ranks), ranks)
+    of_others = (path / "config.json", path / "latest_checkpointed_iteration.txt")
+    reason = "no run or checkpoint of ours" if path.is_dir() else "no such folder"
+    if any(file.is_file() for file in of_others):
+        reason = f"convert it first: python convert.py --source={path} --out=…"
+    raise FileNotFoundError(f"init_from={path}: {reason}")
 
 
-SHAPE = ("n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "d_ff", "tied", "rope_base", "norm_eps", "qk_norm", "qkv_bias", "rope_stretch")
-
-
-def shape_of(cfg, start, meta):
-    """The settings of ModelConfig that are about its shape: from cfg, or those of the checkpoint it begins with; raises ValueError."""
-    if not start:
-        return dict(cfg.shape(), tied=cfg.tied, rope_base=cfg.rope_base, shift=cfg.shift == "yes")
-    folder, record = start
-    old, tokenizer = ModelConfig(**record["model"]), record["corpus"]["tokenizer"]
-    if tokenizer != meta["tokenizer"] or old.n_vocab < meta["n_vocab"]:
-        raise ValueError(f"init_from={folder} has tokenizer '{tokenizer}' of {old.n_vocab} tokens, the corpus '{meta['tokenizer']}' of {meta['n_vocab']}; "
-                         "prepare the corpus with the checkpoint's own (convert.py puts it beside the weights)")
-    shift = cfg.objective == "masked" and (cfg.shift == "yes" or cfg.shift == "auto" and (old.causal or old.shift))
-    return {name: getattr(old, name) for name in SHAPE} | dict(shift=shift)
-
-
-def open_inputs(cfg, start=None):
-    """Check everything that can be wrong with the user's files; `start` as `find_start` returns it. Raises ValueError or OSError, writes
-    nothing."""
-    run = Path(cfg.run_dir)
-    given, corpora = tokenfiles.parse_corpora(cfg.corpus), open_corpora(cfg)
-    meta = corpora[0].meta
-    of = [f" ({corpus.folder})" if len(corpora) > 1 else "" for corpus in corpora]
-    blocks = [data.Sequences(corpus.train, cfg.seq_len, cfg.seed + i, unique or cfg.unique_tokens, meta["n_vocab"], f"training{of[i]}")
-              for i, (corpus, (_, _, unique)) in enumerate(zip(corpora, given))]
-    blocks = blocks[0] if len(corpora) == 1 else data.Mixture(blocks, [w for _, w, _ in given] if given[0][1] else None, cfg.seed)
-    val_sequences = validation_sequences(corpora, cfg.seq_len)
-    budget = cfg.tokens or cfg.epochs * blocks.n * cfg.seq_len
-    steps = cfg.steps or math.ceil(budget / (cfg.batch_size * cfg.seq_len))
-    if cfg.lr_schedule == "wsd" and cfg.decay >= 1 and cfg.warmup + cfg.decay > steps:
-        raise ValueError(f"warmup={cfg.warmup} and decay={cfg.decay:g} don't fit into {steps} steps")
-    if cfg.anneal > steps:
-        raise ValueError(f"anneal={cfg.anneal} doesn't fit into {steps} steps: attention would never be bidirectional")
-    model_config = ModelConfig(
-        **shape_of(cfg, start, meta), n_vocab=meta["n_vocab"], mask_id=meta["mask_id"], seq_len=cfg.seq_len,
-        causal=cfg.objective == "ar", timed=cfg.objective == "uniform", dropout=cfg.dropout,
-        init_std=cfg.init_std, scaled_init=cfg.scaled_init, local_init=cfg.local_init)
-    corpus_record = {k: meta[k] for k in VOCABULARY}
-    eval_rows = min(cfg.eval_rows or val_sequences.available, val_sequences.available)
-    bytes_per_token = float(corpora[0].token_bytes[val_sequences.read(data.validation_ids(eval_rows, val_sequences.available))[:, 1:]].mean())
-    corpus_record |= {f"{split}_sha256": text_digest(corpora, split) for split in ("train", "val")}
-    if run.exists() and any(path.name != ".lock" for path in run.iterdir()) and cfg.resume == "no" and not cfg.dry_run:
-        raise FileExistsError(f"{run} is not empty; continue it with --resume=auto or choose another --run_dir")
-    if cfg.compare and not Path(cfg.compare).is_dir():
-        raise FileNotFoundError(f"compare={cfg.compare}: no such run")
-    if not cfg.dry_run and not (run / f"step_{steps:08d}").is_dir():
-        kept = cfg.keep + len(cfg.kept_steps()) + (steps // cfg.keep_every if cfg.keep_every else 0)
-        saved = steps // cfg.save_every + 1 + len(cfg.kept_steps()) if cfg.save_every else 1 + len(cfg.kept_steps())
-        with torch.device("meta"):
-            n_params = Transformer(model_config).n_params()
-        checkpoint.check_space(run, n_params, cfg.layout() != "no", min(kept, saved))
-    return Inputs(corpora, blocks, val_sequences, model_config, corpus_record, steps, eval_rows, bytes_per_token)
-
-
-def open_benchmarks(cfg, say):
-    """(harness.py, its tasks) that eval_tasks names, None for none; raises ValueError."""
-    if not cfg.eval_tasks:
+def find_checkpoint(run):
+    """(folder, record) of the checkpoint that `resume` asks for, None if it asks for none."""
+    cfg, ranks = run.cfg, run.ranks
+    there = any(all_gather(ranks, bool(checkpoints(run.folder))))
+    if cfg.resume == "no" or cfg.resume == "auto" and not there:
         return None
-    try:
-        from evaluation import harness
-    except ImportError as problem:
-        raise ValueError(f"eval_tasks needs lm-evaluation-harness ({problem}): pip install '.[eval]'") from None
-    opened = harness.open_tasks(configurator.split(cfg.eval_tasks), cfg.task_path, cfg.task_data, say)
-    if cfg.layout() != "no" and (writing := harness.writing(opened)):
-        raise ValueError(f"eval_tasks={', '.join(writing)}: there the model writes, which needs whole weights on each rank: shard=no")
-    return harness, opened
-
-
-def find_checkpoint(cfg, inputs, ranks, warn):
-    """(folder, record) of the checkpoint that `resume` asks for, (None, None) if it asks for none; raises ValueError or OSError."""
-    run = Path(cfg.run_dir)
-    if cfg.resume == "no" or cfg.resume == "auto" and not any(distributed.all_gather(ranks, bool(checkpoints(run)))):
-        return None, None
-    folder, record = load_newest(run, warn, ranks)
-    check_resumable(record, inputs.model_config, inputs.corpus_record)
-    restarted = [k for k in ("seed", "unique_tokens") if record["settings"][k] != getattr(cfg, k)]
-    if [rest for _, *rest in tokenfiles.parse_corpora(record["settings"]["corpus"])] != [rest for _, *rest in tokenfiles.parse_corpora(cfg.corpus)]:
+    folder, record = load_newest(run.folder, partial(warn, ranks), ranks)
+    check_resumable(record, run.model_config, run.corpus_record)
+    restarted = [name for name in ("seed", "unique_tokens") if record["settings"][name] != getattr(cfg, name)]
+    mixtures = [[rest for _, *rest in parse_corpora(corpus)] for corpus in (record["settings"]["corpus"], cfg.corpus)]
+    if mixtures[0] != mixtures[1]:
         restarted.append("mixture")
     if restarted:
-        warn(f"resumed with another {' and '.join(restarted)}: the data order changes here, epochs are no longer exact")
+        warn(ranks, f"resumed with another {' and '.join(restarted)}: the data order changes here, "
+                    "epochs are no longer exact")
     return folder, record
 
 
 def check_resumable(record, model_config, corpus_record):
     """Raises ValueError, naming each difference, if a checkpoint is of another architecture or corpus."""
     if "converted_from" in record:
-        raise ValueError(f"cannot resume what was converted (from {record['converted_from']}): it has no optimizer state; begin another run with --init_from")
+        raise ValueError(f"cannot resume what was converted (from {record['converted_from']}): "
+                         "it has no optimizer state; begin another run with --init_from")
     if "updates" not in record:
-        raise ValueError("cannot resume a checkpoint of an older format, which kept the optimizer's state otherwise; sample.py reads its weights")
+        raise ValueError("cannot resume a checkpoint of an older format, which kept the optimizer's state "
+                         "otherwise; sample.py reads its weights")
     initial = ("dropout", "init_std", "scaled_init", "local_init")  # of no consequence to the weights' shapes
     before = asdict(ModelConfig(**record["model"]))  # with what older checkpoints do not mention
-    for what, old, new in (("architecture", before, asdict(model_config)), ("corpus", record["corpus"], corpus_record)):
-        differ = [f"{k} {old.get(k)} → {new.get(k)}" for k in new if old.get(k) != new.get(k) and k not in initial]
-        if differ:
-            raise ValueError(f"cannot resume with another {what}: {', '.join(differ)}; use another --run_dir")
+    comparisons = (("architecture", before, asdict(model_config)), ("corpus", record["corpus"], corpus_record))
+    for what, old, new in comparisons:
+        names = [name for name in new if old.get(name) != new.get(name) and name not in initial]
+        if names:
+            differences = ", ".join(f"{name} {old.get(name)} → {new.get(name)}" for name in names)
+            raise ValueError(f"cannot resume with another {what}: {differences}; use another --run_dir")
+
+
+# ---------------------------------------------------------------------------------------------------- the run
+
+
+def open_run(cfg, ranks, device):
+    """The Run that these settings describe, after every check; on all ranks, or none goes on."""
+    initial = on_all_ranks(ranks, find_initial_checkpoint, cfg, ranks)
+    return on_all_ranks(ranks, build_run, cfg, ranks, device, initial)
+
+
+def build_run(cfg, ranks, device, initial=None):
+    """The Run of these settings; `initial` as `find_initial_checkpoint` returns it. Writes nothing."""
+    corpora = open_corpora(cfg)
+    meta = corpora[0].meta
+    sequences = training_sequences(cfg, corpora)
+    val_sequences = validation_sequences(corpora, cfg.seq_len)
+    steps = cfg.steps or math.ceil(
+        (cfg.tokens or cfg.epochs * sequences.n * cfg.seq_len) / (cfg.batch_size * cfg.seq_len))
+    check_length(cfg, steps)
+
+    process = diffusion.Process(
+        cfg.objective, meta["n_vocab"], meta["mask_id"], cfg.seq_len, cfg.seed, cfg.loss, cfg.estimator,
+        cfg.schedule, cfg.time, cfg.time_sigma, cfg.time_correction)
+    model_config = ModelConfig(
+        **shape_and_shift(cfg, initial, meta), n_vocab=meta["n_vocab"], mask_id=meta["mask_id"],
+        seq_len=cfg.seq_len, causal=cfg.objective == "ar", timed=cfg.objective == "uniform", dropout=cfg.dropout,
+        init_std=cfg.init_std, scaled_init=cfg.scaled_init, local_init=cfg.local_init)
+
+    eval_rows = min(cfg.eval_rows or val_sequences.available, val_sequences.available)
+    scored = val_sequences.read(validation_ids(eval_rows, val_sequences.available))[:, 1:]
+    corpus_record = {name: meta[name] for name in VOCABULARY}
+    corpus_record |= {f"{split}_sha256": text_digest(corpora, split) for split in ("train", "val")}
+
+    on_gpu = device.type == "cuda" or cfg.device == "cuda"  # the latter for a dry run on a machine without
+    planned = on_gpu and device.type == "cpu"
+    bf16 = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and (planned or kernels.has_bf16(device))
+    run = Run(
+        cfg, ranks, device, Path(cfg.run_dir), initial, corpora, sequences, val_sequences, corpus_record, process,
+        model_config, torch.bfloat16 if bf16 else torch.float32, on_gpu, steps, cfg.kept_steps(), eval_rows,
+        bytes_per_token=float(corpora[0].token_bytes[scored].mean()))
+    check_folders(run)
+    return run
+
+
+def check_length(cfg, steps):
+    """Raises ValueError if parts of the schedule do not fit into the run."""
+    if cfg.lr_schedule == "wsd" and cfg.decay >= 1 and cfg.warmup + cfg.decay > steps:
+        raise ValueError(f"warmup={cfg.warmup} and decay={cfg.decay:g} don't fit into {steps} steps")
+    if cfg.anneal > steps:
+        raise ValueError(f"anneal={cfg.anneal} doesn't fit into {steps} steps: "
+                         "attention would never be bidirectional")
+
+
+def shape_and_shift(cfg, initial, meta):
+    """The fields of ModelConfig about the network's shape: of cfg, or of the checkpoint whose weights it begins with.
+    """
+    if not initial:
+        return dict(cfg.shape(), tied=cfg.tied, rope_base=cfg.rope_base, shift=cfg.shift == "yes")
+    folder, record = initial
+    old, tokenizer = ModelConfig(**record["model"]), record["corpus"]["tokenizer"]
+    if tokenizer != meta["tokenizer"] or old.n_vocab < meta["n_vocab"]:
+        raise ValueError(f"init_from={folder} has tokenizer '{tokenizer}' of {old.n_vocab} tokens, the corpus "
+                         f"'{meta['tokenizer']}' of {meta['n_vocab']}; prepare the corpus with the checkpoint's own "
+                         "(convert.py puts it beside the weights)")
+    was_shifted = old.causal or old.shift
+    shift = cfg.objective == "masked" and (cfg.shift == "yes" or cfg.shift == "auto" and was_shifted)
+    return {name: getattr(old, name) for name in SHAPE} | dict(shift=shift)
+
+
+def check_folders(run):
+    """Raises OSError unless the run's folder is free, or its own, and the disk holds its checkpoints."""
+    cfg = run.cfg
+    if cfg.dry_run:
+        return
+    occupied = run.folder.exists() and any(path.name != ".lock" for path in run.folder.iterdir())
+    if occupied and cfg.resume == "no":
+        raise FileExistsError(f"{run.folder} is not empty; continue it with --resume=auto "
+                              "or choose another --run_dir")
+    if cfg.compare and not Path(cfg.compare).is_dir():
+        raise FileNotFoundError(f"compare={cfg.compare}: no such run")
+    if not (run.folder / f"step_{run.steps:08d}").is_dir():
+        with torch.device("meta"):
+            n_params = Transformer(run.model_config).n_params()
+        checkpoint.check_space(run.folder, n_params, cfg.layout() != "no", checkpoints_kept(run))
+
+
+def checkpoints_kept(run):
+    """How many checkpoints there are at most at a time, but for the one in the making."""
+    cfg, steps = run.cfg, run.steps
+    kept = cfg.keep + len(run.kept_steps)
+    if cfg.keep_every:
+        kept += steps // cfg.keep_every
+    saved = 1 + len(run.kept_steps)
+    if cfg.save_every:
+        saved += steps // cfg.save_every
+    return min(kept, saved)
+
+
+def lock_run_folder(run):
+    """Make the run's folder, on rank 0, and let no other process train into it: what is there now stays the newest."""
+    if run.ranks.rank == 0 and (run.cfg.resume != "yes" or run.folder.is_dir()):
+        run.folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.lock_run_folder(run.folder, min(30.0, run.cfg.timeout))

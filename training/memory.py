@@ -1,8 +1,8 @@
 """How much memory a training step will need, found before it runs and without the memory or the GPU.
 
 The step is compiled as it will be, down to the forward and backward graphs that the compiler would turn into
-kernels, with tensors that have shapes but no values. Walking through these graphs, and counting what exists at
-each moment, gives the peak.
+kernels, with tensors that have shapes but no values. Walking through these graphs, and counting what exists
+at each operation, gives the peak.
 """
 
 from typing import NamedTuple
@@ -17,36 +17,38 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import diffusion
 import kernels
 from model import Transformer
+from training.objective import Objective
 from training.transfer import to_tensors
-from training.update import Objective
+from training.update import MOMENTS
 
 
 class MemoryNeed(NamedTuple):
     """Bytes on one rank at the moment of the peak, and what they are."""
 
-    parameters: int  # weights in fp32, of a divided network this rank's
-    optimizer: int  # AdamW's two moments, likewise
+    parameters: int  # weights in fp32; of a sharded network this rank's
+    optimizer: int  # its state, likewise
     gradients: int  # likewise
-    gathered: int  # of a divided network: weights and gradients that are whole for a while
+    gathered: int  # of a sharded network: weights and gradients that are whole for a while
     activations: int  # all else that forward and backward pass keep for a while
     peak: int
 
 
-def predict(model_config, batch, posterior, dtype, on_gpu, how="whole", recompute="no", fp8=False, lasting_gradients=False,
-            layout="no", shards=1, accumulating=False):
-    """The `Need` of one step on micro-batches like `batch` (arrays), in autocast to `dtype`.
+def predict(model_config, batch, posterior, dtype, on_gpu, compile="whole", recompute="no", fp8=False,
+            lasting_gradients=False, layout="no", shards=1, accumulating=False):
+    """The `MemoryNeed` of one step on micro-batches like `batch` (arrays), in autocast to `dtype`.
 
-    `how` and `recompute` as in update.compile_and_wrap and Transformer.use. Without recomputation it agrees with what torch
-    allocates to 1 %; with it, it can be 7 % low, 20 % where the whole model is one graph (the compiler moves things).
+    compile and recompute as in objective.compile_and_wrap and Transformer.use. Without recomputation it
+    agrees with what torch allocates to 1 %; with it, it can be 7 % low, 20 % where the whole model is one
+    graph (the compiler moves things).
 
-    `lasting_gradients`: they outlive the backward pass that adds to them (accumulation, DDP's buckets, CUDA graphs).
-    `layout` and `shards` as in distributed.shard; `accumulating`: a step has several micro-batches.
+    lasting_gradients: they outlive the backward pass that adds to them (accumulation, DDP's buckets, CUDA
+    graphs). layout and shards as in distributed.shard; accumulating: a step has several micro-batches.
     """
-    moments = trace(model_config, batch, posterior, dtype, on_gpu, how, recompute, fp8, layout != "no")
+    moments = trace(model_config, batch, posterior, dtype, on_gpu, compile, recompute, fp8, layout != "no")
     return weigh(moments, model_config, dtype, on_gpu, lasting_gradients, layout, shards, accumulating)
 
 
-def trace(model_config, batch, posterior, dtype, on_gpu, how="whole", recompute="no", fp8=False, divided=False):
+def trace(model_config, batch, posterior, dtype, on_gpu, compile="whole", recompute="no", fp8=False, sharded=False):
     """[(bytes that exist beside weights and moments, those of them that are gradients of weights)] along a step."""
     graphs = []
 
@@ -54,88 +56,103 @@ def trace(model_config, batch, posterior, dtype, on_gpu, how="whole", recompute=
         graphs.append(graph.graph)
         return make_boxed_func(graph.forward)
 
-    if how == "no":
-        compiler = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=default_partition)
-    else:
-        compiler = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition,
-                                decompositions=select_decomp_table())
+    partition, more = default_partition, {}
+    if compile != "no":
+        partition, more = min_cut_rematerialization_partition, dict(decompositions=select_decomp_table())
+    compiler = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=partition, **more)
     torch._dynamo.reset()
     kernels.pretending = on_gpu
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-            if divided:  # FSDP hands out copies in bf16, where autocast would make them
+            if sharded:  # FSDP hands out copies in bf16, where autocast would make them
                 torch.set_default_dtype(dtype)
             network = Transformer(model_config).use(recompute, fp8)
             torch.set_default_dtype(torch.float32)
-            inputs = diffusion.Batch(*(None if t is None else fake.from_tensor(t) for t in to_tensors(batch, False)))
+            tensors = (None if t is None else fake.from_tensor(t) for t in to_tensors(batch))
             step = torch.compile(Objective(network, posterior), backend=compiler, dynamic=False, fullgraph=True)
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-                loss, _ = step(inputs)
+                loss = step(diffusion.Batch(*tensors))["loss"]
             loss.backward()
     finally:
         torch.set_default_dtype(torch.float32)
         kernels.pretending = False
         torch._dynamo.reset()
-    return list(timeline(*graphs, fused=how != "no"))
+    return list(timeline(*graphs, fused=compile != "no"))
 
 
 def weigh(moments, model_config, dtype, on_gpu, lasting_gradients=False, layout="no", shards=1, accumulating=False):
-    """The `Need` of a rank from what exists along a step; settings as in `predict`."""
+    """The `MemoryNeed` of a rank from what exists along a step; settings as in `predict`."""
     with torch.device("meta"):
         network = Transformer(model_config)
     if layout == "no":
         weights = 4 * network.n_params()
         kept = weights if lasting_gradients else 0
         exists, arrived = max(moments)
-        return MemoryNeed(weights, 2 * weights, kept + arrived, 0, exists - arrived, 3 * weights + kept + exists)
+        states = (1 + MOMENTS) * weights
+        return MemoryNeed(weights, MOMENTS * weights, kept + arrived, 0, exists - arrived, states + kept + exists)
+
     weights = 4 * sum(-(-p.shape[0] // shards) * p[0].numel() for p in network.parameters())
     size = dtype.itemsize
     block = size * sum(p.numel() for p in network.blocks[0].parameters())
-    rest = size * sum(p.numel() for name, p in network.named_parameters() if not name.startswith("blocks."))  # embedding and head
-    # What is whole at a time: the rest and three blocks' weights (in use, arriving, being copied out; two on a CPU, where nothing
-    # is fetched ahead) or, in `optim`, all; in the backward pass the rest's gradient and a block's, as it is and in fp32 on its
-    # way to be summed; in `optim` all gradients until the last micro-batch.
-    whole = size * network.n_params() if layout == "optim" else rest + (3 if on_gpu else 2) * block
+    rest = size * sum(p.numel() for name, p in network.named_parameters() if not name.startswith("blocks."))
+
+    # Whole at a time are embedding and head and three blocks' weights (in use, arriving, being copied out;
+    # two on a CPU, where nothing is fetched ahead) or, in `optim`, all. In the backward pass also the
+    # gradient of embedding and head and a block's, as it is and in fp32 on its way to be summed; in `optim`
+    # all gradients until the last micro-batch.
+    gathered_weights = rest + (3 if on_gpu else 2) * block
+    if layout == "optim":
+        gathered_weights = size * network.n_params()
+        if accumulating:
+            gathered_weights += 4 * network.n_params()
     sums = rest + block * (1 + 4 // size)
     kept = weights if accumulating and layout != "optim" else 0
-    whole += 4 * network.n_params() if accumulating and layout == "optim" else 0
 
     def need(exists, arrived):
-        gradients, gathered = max(kept, int(arrived * 4 / size / shards)), whole + sums * (arrived > 0)
-        return MemoryNeed(weights, 2 * weights, gradients, gathered, exists - arrived, 3 * weights + gradients + gathered + exists - arrived)
+        gradients = max(kept, int(arrived * 4 / size / shards))
+        gathered = gathered_weights + sums * (arrived > 0)
+        activations = exists - arrived
+        peak = (1 + MOMENTS) * weights + gradients + gathered + activations
+        return MemoryNeed(weights, MOMENTS * weights, gradients, gathered, activations, peak)
 
-    return max((need(*moment) for moment in moments), key=lambda n: n.peak)
+    return max((need(*moment) for moment in moments), key=lambda need: need.peak)
 
 
 def timeline(forward, backward, fused):
-    """(bytes that exist, those of them that are gradients of weights) at each operation of the two graphs, weights and batch left out.
+    """(bytes that exist, those of them that are gradients of weights) at each operation of the two graphs.
 
-    What is `fused` never reaches memory: only the inputs and outputs of operations that are kernels of their own
-    exist, and what a graph hands on.
+    Weights and batch are left out. What is `fused` never reaches memory: only the inputs and outputs of
+    operations that are kernels of their own exist, and what a graph hands on.
     """
     saved, handed_on = keys(forward, "placeholder", 0), keys(forward, "output", 0)
     steps, size, exists, gradients = [], {}, handed_on - saved, set()
+
+    # what each operation makes and uses, by the key of the memory behind it
     for number, graph in enumerate((forward, backward)):
-        given = keys(graph, "placeholder", 0)
+        inputs = keys(graph, "placeholder", 0)
         for node in graph.nodes:
-            # the backward graph has copies of operations that it computes again: their results are not the forward graph's
-            name = lambda n: [((0 if key in given else number, key[1]), n_bytes) for key, n_bytes in tensors(n, 0)]  # noqa: B023, E731
-            made, used = name(node), {key for n in node.all_input_nodes for key, _ in name(n)}
-            size.update(made)
-            made = {key for key, _ in made}
-            if node.op == "output":
-                gradients |= used if graph is backward else set()
+            named = name_results(node, inputs, number)
+            size.update(named)
+            made = {key for key, _ in named}
+            used = {key for source in node.all_input_nodes for key, _ in name_results(source, inputs, number)}
+            if node.op == "output" and graph is backward:
+                gradients |= used
             if not fused or own_kernel(node) or node.op == "output":
                 exists |= made | used
             if node.op != "placeholder":
                 steps.append((made, used, workspace(node)))
     exists -= saved | keys(backward, "placeholder", 0) - handed_on
+
+    # until which operation each must stay
     last = dict.fromkeys(gradients, len(steps))
     for now, (made, used, _) in reversed(list(enumerate(steps))):
         # what a fused operation reads must stay until the kernel that it is part of has written its result
-        until = now if not made or made & exists else max((last.get(key, now) for key in made), default=now)
+        until = now
+        if made and not made & exists:
+            until = max((last.get(key, now) for key in made), default=now)
         last.update({key: max(until, last.get(key, now)) for key in used})
         last.update({key: max(now, last.get(key, now)) for key in made})
+
     alive = set()
     for now, (made, _, extra) in enumerate(steps):
         alive |= made & exists
@@ -143,30 +160,49 @@ def timeline(forward, backward, fused):
         alive = {key for key in alive if last[key] > now}
 
 
+def name_results(node, inputs, number):
+    """[(key, bytes)] of a node's results in the graph of this number.
+
+    The backward graph has copies of operations that it computes again: their results are not the forward
+    graph's.
+    """
+    named = []
+    for key, n_bytes in results(node, 0):
+        graph = 0 if key in inputs else number
+        named.append(((graph, key[1]), n_bytes))
+    return named
+
+
 def keys(graph, op, number):
     """What the graph is given (`placeholder`) or hands on (`output`)."""
-    nodes = [n for node in graph.nodes if node.op == op for n in (node.all_input_nodes if op == "output" else [node])]
-    return {key for n in nodes for key, _ in tensors(n, number)}
+    nodes = []
+    for node in graph.nodes:
+        if node.op == op:
+            nodes += node.all_input_nodes if op == "output" else [node]
+    return {key for node in nodes for key, _ in results(node, number)}
 
 
-def tensors(node, number):
-    """(key, bytes) of the memory behind the results of a node; views share theirs."""
+def results(node, number):
+    """[(key, bytes)] of the memory behind the results of a node; views share theirs."""
     values = node.meta.get("val", ())
     values = values if isinstance(values, (tuple, list)) else (values,)
-    return [((number, v.untyped_storage()._cdata), int(v.untyped_storage().nbytes())) for v in values if isinstance(v, torch.Tensor)]
+    storages = [value.untyped_storage() for value in values if isinstance(value, torch.Tensor)]
+    return [((number, storage._cdata), int(storage.nbytes())) for storage in storages]
 
 
 def own_kernel(node):
     """Whether the compiler calls an operation as it is instead of fusing it into what surrounds it."""
     name = getattr(node.target, "__name__", str(node.target))
     ours = getattr(node.target, "namespace", "aten") not in ("aten", "prims")
-    return node.op == "call_function" and (ours or name.startswith(("mm.", "bmm.", "addmm.", "baddbmm.", "_scaled_", "index_put.")))
+    products = ("mm.", "bmm.", "addmm.", "baddbmm.", "_scaled_", "index_put.")
+    return node.op == "call_function" and (ours or name.startswith(products))
 
 
 def workspace(node):
     """Bytes that an operation uses inside: of ours, a chunk of logits."""
     if "head_loss" not in str(node.target):
         return 0
-    hidden, head = (n.meta["val"] for n in node.args[:2])
+    hidden, head = (source.meta["val"] for source in node.args[:2])
     rows = hidden.shape[0]
-    return -(-rows // max(1, -(-rows // kernels.CHUNK))) * head.shape[0] * hidden.element_size()
+    chunks = max(1, -(-rows // kernels.CHUNK))
+    return -(-rows // chunks) * head.shape[0] * hidden.element_size()

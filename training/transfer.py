@@ -1,4 +1,7 @@
-"""Batches to the device, figures back to the host, and the clock of the device: neither side waits for the other."""
+"""Batches to the device, figures back to the host, and the device's clock: neither side waits for the other.
+
+Batches arrive on a stream of their own, and figures are read when they have arrived.
+"""
 
 import contextlib
 import queue
@@ -11,13 +14,30 @@ import torch
 
 import diffusion
 
+# ------------------------------------------------------------------------------------- batches to the device
 
-def to_tensors(batch, pin):
-    tensors = (None if a is None else torch.from_numpy(np.ascontiguousarray(a)) for a in batch)
-    return diffusion.Batch(*(t.pin_memory() if pin and t is not None else t for t in tensors))
+
+def feed(batches, device):
+    """Iterate over a generator of batches of arrays as batches on `device`.
+
+    On a GPU they are made in a thread, some ahead, and copied while the one before is computed; on a CPU a
+    thread would only take time from the step's own.
+    """
+    if device.type != "cuda":
+        return (to_tensors(batch) for batch in batches)
+    return upload(prefetch(to_tensors(batch, pin=True) for batch in batches), device)
+
+
+def to_tensors(batch, pin=False):
+    """A batch of arrays as tensors on the host; `pin` puts them where a GPU can fetch them by itself."""
+    tensors = (None if array is None else torch.from_numpy(np.ascontiguousarray(array)) for array in batch)
+    if pin:
+        tensors = (None if tensor is None else tensor.pin_memory() for tensor in tensors)
+    return diffusion.Batch(*tensors)
 
 
 def to_device(batch, device):
+    """A batch of tensors on `device`; from pinned memory the copy goes on in the background."""
     return diffusion.Batch(*(None if t is None else t.to(device, non_blocking=True) for t in batch))
 
 
@@ -68,21 +88,24 @@ def upload(batches, device):
         yield use_on_current_stream(*ahead.popleft())
 
 
-def use_on_current_stream(batch, arrived):
-    """A batch for the current stream, which waits for its copy; the allocator learns who uses it."""
+def use_on_current_stream(batch, copied):
+    """Let the current stream wait for the copy of a batch, and tell the allocator who uses it."""
     stream = torch.cuda.current_stream()
-    stream.wait_event(arrived)
+    stream.wait_event(copied)
     for tensor in batch:
         if tensor is not None:
             tensor.record_stream(stream)
     return batch
 
 
+# --------------------------------------------------------------------------------------- figures to the host
+
+
 class AsyncCopy:
-    """Values on their way to the host, and the moment when the device had finished them."""
+    """Values on their way to the host, and the time at which the device had finished them."""
 
     def __init__(self, values):
-        self.moment, self.copied = timestamp(values.device), None
+        self.timestamp, self.copied = timestamp(values.device), None
         if values.is_cuda:
             self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self.values.copy_(values, non_blocking=True)
@@ -90,7 +113,7 @@ class AsyncCopy:
         else:
             self.values = values.clone()
 
-    def here(self, wait=False):
+    def ready(self, wait=False):
         """Whether `values` can be read; with `wait` they can."""
         if self.copied and wait:
             self.copied.synchronize()
@@ -107,7 +130,8 @@ def timestamp(device):
 
 
 def seconds_between(start, end):
-    """Time between two moments; waits until the second has passed."""
+    """Time between two timestamps; waits until the second has passed."""
     if isinstance(end, torch.cuda.Event):
         end.synchronize()
-    return start.elapsed_time(end) / 1e3 if isinstance(start, torch.cuda.Event) else end - start
+        return start.elapsed_time(end) / 1e3
+    return end - start

@@ -70,7 +70,7 @@ def hub(tmp_path_factory):
 
 
 class Rigged:
-    """Stands in for update.Objective: the nats of a byte are what `prices` says, whatever is asked, and nothing is ever likeliest but a space."""
+    """Stands in for Objective: the nats of a byte are what `prices` says, whatever is asked, and nothing is ever likeliest but a space."""
 
     def __init__(self, prices, default=5.0):
         self.prices, self.batches = torch.full((257,), default), []

@@ -14,8 +14,8 @@ from test_diffusion import STATES, Denoiser, L, M, P, V
 import diffusion as d
 from evaluation import likelihood
 from evaluation.likelihood import Question, Scorer, answers
-from training import update
 from training.distributed import SINGLE
+from training.objective import Objective
 
 CPU = torch.device("cpu")
 H = -(P * np.log(P)).sum()  # nats per block
@@ -38,7 +38,7 @@ def read(process, blocks, ids, rows, which, valid=None, spacing=None):
 
 def measure(denoiser, kind, seed=0, n=256, passes=1, micro=64, posterior=False, schedule="linear"):
     process = likelihood.validation_process(d.Process("masked" if kind == "masked" else "uniform", V, M, L), schedule)._replace(seed=seed)
-    return likelihood.evaluate(update.Objective(denoiser, posterior), process, Text(seed, n), n, micro, SINGLE, CPU, contextlib.nullcontext, read, passes)
+    return likelihood.evaluate(Objective(denoiser, posterior), process, Text(seed, n), n, micro, SINGLE, CPU, contextlib.nullcontext, read, passes)
 
 
 def conditionals(denoiser, order, state):
@@ -95,7 +95,7 @@ def test_the_noise_alone_has_its_own_error():
     """The same text with other noise, 60 times: the estimates vary as much as `noise` says, and far less than text and noise together."""
     process, text, means, noise = d.Process("masked", V, M, L), Text(0, 64), [], []
     for seed in range(60):
-        found = likelihood.evaluate(update.Objective(WRONG, False), process._replace(seed=seed), text, 64, 64, SINGLE, CPU, contextlib.nullcontext, read, 3)
+        found = likelihood.evaluate(Objective(WRONG, False), process._replace(seed=seed), text, 64, 64, SINGLE, CPU, contextlib.nullcontext, read, 3)
         means.append(sum(found.parts))
         noise.append(likelihood.standard_error(found)[1])
     assert np.std(means) == pytest.approx(np.mean(noise), rel=0.25)
@@ -111,7 +111,7 @@ def test_plain_variance_would_be_too_large():
             logits[..., 0] = 3.0 * (3 - (z == M).sum(1))[:, None]
             return logits if index is None else logits.flatten(0, 1)[index]
 
-    found = likelihood.evaluate(update.Objective(Steep("masked"), False), process, Text(0, 300), 300, 64, SINGLE, CPU, contextlib.nullcontext, read)
+    found = likelihood.evaluate(Objective(Steep("masked"), False), process, Text(0, 300), 300, 64, SINGLE, CPU, contextlib.nullcontext, read)
     plain = found.values.std(ddof=1) / math.sqrt(300)
     assert likelihood.standard_error(found)[0] < 0.9 * plain
 
@@ -144,7 +144,7 @@ def test_the_curve_integrates_to_the_bound():
 
 
 def chain(denoiser, order, seed=0):
-    return likelihood.chain(update.Objective(denoiser, False), STATES, order, M, CPU, contextlib.nullcontext, seed)
+    return likelihood.chain(Objective(denoiser, False), STATES, order, M, CPU, contextlib.nullcontext, seed)
 
 
 @pytest.mark.parametrize("order", ["left_to_right", "confidence", "random"])
@@ -176,7 +176,7 @@ def test_chain_rules_equal_enumeration():
 
 def scorer(network, kind="masked", posterior=False, looks=None, **more):
     """A Scorer of a network; `looks` collects the batches that it saw."""
-    objective = update.Objective(network, posterior)
+    objective = Objective(network, posterior)
     if looks is not None:
         plain = objective.look
         objective.look = lambda batch, likeliest=False: looks.append(batch) or plain(batch, likeliest)
@@ -213,7 +213,7 @@ def test_the_estimator_converges_to_the_enumerated_likelihood():
     x = np.random.default_rng(0).integers(0, 40, 10).tolist()
     many = answers(scorer(MASKED, samples=1000), [Question([], x, "a")], EOS)[0][0]  # 2¹⁰ − 1 masks: sampled
     every = answers(scorer(MASKED, samples=1023), [Question([], x, "a")], EOS)[0][0]
-    orders = likelihood.chain(update.Objective(MASKED, False), np.tile(x, (2000, 1)), "random", MASK, CPU, contextlib.nullcontext).sum(1)
+    orders = likelihood.chain(Objective(MASKED, False), np.tile(x, (2000, 1)), "random", MASK, CPU, contextlib.nullcontext).sum(1)
     assert -every == pytest.approx(orders.mean(), abs=4 * orders.std() / math.sqrt(2000))
     assert many == pytest.approx(every, rel=0.02)
 
@@ -393,7 +393,7 @@ def test_multiple_choice_is_several_times_as_fast_as_published():
     from benchmarks import sampling
 
     model, rng = sampling.network(sampling.Config(), 50_257, 256, False), np.random.default_rng(0)
-    judge = Scorer(update.Objective(model, False), d.Process("masked", 50_257, 50_257, 256), CPU)
+    judge = Scorer(Objective(model, False), d.Process("masked", 50_257, 50_257, 256), CPU)
     for length, factor in ((24, 4), (1, 100)):
         questions = [Question(rng.integers(0, 50_257, 80).tolist(), rng.integers(0, 50_257, length).tolist(), str(q // 2)) for q in range(4)]
         answers(judge, questions[:1], 0)

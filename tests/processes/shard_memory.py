@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from training.objective import Objective, compile_and_wrap  # noqa: E402
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/training")]
 
@@ -31,7 +33,7 @@ if __name__ == "__main__":
     batch, record = transfer.to_tensors(arrays, False), torch.zeros(2)
     with torch.device("meta"):
         network = Transformer(config)
-    objective = update.compile_and_wrap(update.Objective(network, False), "no", ranks, layout, 0, torch.float32, device)
+    objective = compile_and_wrap(Objective(network, False), "no", ranks, layout, 0, torch.float32, device)
     network.init_weights()
     optimizer = update.make_optimizer(network, 1e-3, (0.9, 0.95), 0.1)
 

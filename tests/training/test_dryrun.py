@@ -47,7 +47,7 @@ def test_activations_are_linear_in_blocks_and_rows():
         estimate = dryrun.activations(config, recompute)
         process = diffusion.Process("masked", 2000, 2000, 128)
         rows = diffusion.noise_levels(process, 0, 64)
-        batch = diffusion.make_batch(process, np.zeros((8, 129), np.int32), rows, rows.deal(0, 8))
+        batch = diffusion.make_batch(process, np.zeros((8, 129), np.int32), rows, rows.microbatch_rows(0, 8))
         moments = memory.trace(config, batch, False, torch.bfloat16, True, "blocks", recompute, divided=True)
         assert estimate(8) == pytest.approx(max(exists - arrived for exists, arrived in moments), rel=0.03)
 
@@ -63,7 +63,7 @@ def test_more_ranks_need_less_memory_each():
 
 
 def test_shard_ranks():
-    assert [distributed.shard_ranks(kind, 32, 8) for kind in ("no", "full", "optim", "hybrid")] == [1, 32, 32, 8] and distributed.shard_ranks("hybrid", 32, 8, 4) == 4
+    assert [distributed.ranks_per_copy(kind, 32, 8) for kind in ("no", "full", "optim", "hybrid")] == [1, 32, 32, 8] and distributed.ranks_per_copy("hybrid", 32, 8, 4) == 4
 
 
 def test_choices_fit_and_are_sorted():

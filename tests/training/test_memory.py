@@ -11,6 +11,7 @@ import diffusion
 import kernels
 from model import ModelConfig, Transformer
 from training import memory, transfer, update
+from training.objective import Objective, compile_and_wrap
 
 
 def case(objective, n_layer=3, d_model=64, n_vocab=1000, seq_len=64, rows=8):
@@ -18,14 +19,14 @@ def case(objective, n_layer=3, d_model=64, n_vocab=1000, seq_len=64, rows=8):
     process = diffusion.Process(objective, n_vocab, n_vocab, seq_len)
     levels = diffusion.noise_levels(process, 0, rows)
     x = np.random.default_rng(0).integers(0, n_vocab, (rows, seq_len + 1))
-    return config, diffusion.make_batch(process, x, levels, levels.deal(0, 1))
+    return config, diffusion.make_batch(process, x, levels, levels.microbatch_rows(0, 1))
 
 
 def measured(config, batch, how, recompute):
     """Most bytes that a real step on the CPU allocates beyond its weights, moments and batch."""
     torch._dynamo.reset()
     network = Transformer(config).init_weights().use(recompute)
-    objective = update.compile_and_wrap(update.Objective(network, False), how)
+    objective = compile_and_wrap(Objective(network, False), how)
     optimizer = update.make_optimizer(network, 1e-3, (0.9, 0.95), 0.1)
     batch, record = transfer.to_tensors(batch, False), torch.zeros(2)
 
@@ -100,7 +101,7 @@ def test_masked_step_at_135m_needs_under_half_of_the_plain_full_logits_step(monk
     process = diffusion.Process("masked", 50257, 50257, 2048)
     config = ModelConfig(14, 14, 14, 64, 896, 2368, 50257, 50257, 2048, causal=False)
     levels = diffusion.noise_levels(process, 0, 32)
-    gathered = diffusion.make_batch(process, np.zeros((32, 2049), np.int64), levels, levels.deal(0, 1))
+    gathered = diffusion.make_batch(process, np.zeros((32, 2049), np.int64), levels, levels.microbatch_rows(0, 1))
     everywhere = diffusion.Batch(gathered.tokens, np.zeros(32 * 2048, np.int64), np.zeros((32 * 2048, 1), np.float32))
 
     def peak(batch, *how):

@@ -11,6 +11,7 @@ import diffusion
 import kernels
 from model import ModelConfig, Transformer
 from training import transfer, update
+from training.objective import Objective, compile_and_wrap
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OBJECTIVES = [("ar", "elbo"), ("masked", "elbo"), ("masked", "maskgit"), ("uniform", "elbo"), ("uniform", "paper")]
@@ -27,7 +28,7 @@ def batches(process, n, rows=8):
         levels = diffusion.noise_levels(process, i * rows, rows)
         start = np.random.default_rng(i).integers(0, process.n_vocab, (rows, 1))
         x = (start + np.arange(process.seq_len + 1)) % process.n_vocab  # there is something to learn: counting
-        yield diffusion.make_batch(process, x, levels, levels.deal(0, 1))
+        yield diffusion.make_batch(process, x, levels, levels.microbatch_rows(0, 1))
 
 
 def train(config, process, steps=4, accumulation=1, how="no", device=DEVICE, clip=1.0, cuda_graphs=False, lr=1e-2, **use):
@@ -35,7 +36,7 @@ def train(config, process, steps=4, accumulation=1, how="no", device=DEVICE, cli
     torch.manual_seed(0)
     torch._dynamo.reset()
     network = Transformer(config).init_weights().to(device).use(**use)
-    objective = update.compile_and_wrap(update.Objective(network, process.loss == "paper"), how, cuda_graphs=cuda_graphs)
+    objective = compile_and_wrap(Objective(network, process.loss == "paper"), how, cuda_graphs=cuda_graphs)
     optimizer = update.make_optimizer(network, lr, (0.9, 0.95), 0.1)
     records = torch.zeros(steps, 3 if process.loss == "paper" else 2, device=device)
     stream = (transfer.to_device(transfer.to_tensors(b, False), device) for b in batches(process, steps * accumulation))
@@ -58,7 +59,7 @@ def step_without_values(objective, loss, pretend, monkeypatch, spoil=lambda reco
         record = torch.zeros(3 if loss == "paper" else 2)
         batch = diffusion.Batch(*(None if t is None else fake.from_tensor(t) for t in batch))
         for _ in range(2):
-            update.optimizer_step(update.Objective(network, loss == "paper"), optimizer, iter([batch, batch]), 2, record, 1.0, contextlib.nullcontext)
+            update.optimizer_step(Objective(network, loss == "paper"), optimizer, iter([batch, batch]), 2, record, 1.0, contextlib.nullcontext)
             spoil(record)
     assert optimizer.state[network.embed.weight]["exp_avg"].shape == network.embed.weight.shape
 
@@ -80,7 +81,7 @@ def test_reading_one_would_be_seen(monkeypatch):
 def test_a_step_does_not_synchronize(objective, loss):
     config, process = setting(objective, loss)
     network = Transformer(config).init_weights().to(DEVICE)
-    objective, optimizer = update.Objective(network, loss == "paper"), update.make_optimizer(network, 1e-3, (0.9, 0.95), 0.1)
+    objective, optimizer = Objective(network, loss == "paper"), update.make_optimizer(network, 1e-3, (0.9, 0.95), 0.1)
     record = torch.zeros(3 if loss == "paper" else 2, device=DEVICE)
     stream = transfer.upload(transfer.prefetch(transfer.to_tensors(b, True) for b in batches(process, 6)), DEVICE)
     for i in range(6):
@@ -90,7 +91,7 @@ def test_a_step_does_not_synchronize(objective, loss):
             arriving = transfer.AsyncCopy(record)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert arriving.here(wait=True) and torch.isfinite(arriving.values).all()
+    assert arriving.ready(wait=True) and torch.isfinite(arriving.values).all()
 
 
 @pytest.mark.parametrize("how, graphs", [("whole", 1), ("blocks", 4)])
@@ -108,7 +109,7 @@ def test_nothing_compiles_after_the_first_step(how, graphs):
     torch._dynamo.reset()
     torch.manual_seed(0)
     network = Transformer(config).init_weights()
-    objective, optimizer = update.compile_and_wrap(update.Objective(network, False), how), update.make_optimizer(network, 1e-2, (0.9, 0.95), 0.1)
+    objective, optimizer = compile_and_wrap(Objective(network, False), how), update.make_optimizer(network, 1e-2, (0.9, 0.95), 0.1)
     records = torch.zeros(5, 2)
     stream = (transfer.to_tensors(b, False) for b in batches(process, 10))
     for record in records:
@@ -200,7 +201,7 @@ def test_figures_arrive_as_they_were_when_sent():
     start = transfer.timestamp(DEVICE)
     arriving = transfer.AsyncCopy(values)
     values.zero_()
-    assert arriving.here(wait=True) and arriving.here()
+    assert arriving.ready(wait=True) and arriving.ready()
     assert arriving.values.tolist() == [[0, 1, 2], [3, 4, 5]]
     assert 0 <= transfer.seconds_between(start, arriving.moment) < 10
 

@@ -1,0 +1,51 @@
+"""Names that have changed: old flags, override files, run folders and checkpoints stay usable.
+
+Whatever reads settings or records passes them through here; nothing else knows an old name.
+"""
+
+# of settings, in flags, override files and records
+SETTINGS = {
+    "block_len": "seq_len",
+}
+
+# of what a checkpoint records beside its settings
+RECORD = {
+    "samples": "next_sample",
+    "passed": "skipped_samples",
+    "streak": "bad_in_a_row",
+}
+
+# settings that are gone, and what does their work now
+GONE = {
+    **dict.fromkeys(
+        ("eval_tasks", "eval_tasks_every", "eval_tasks_limit", "eval_tasks_masks"),
+        "benchmarks during training are a process beside it: python eval.py --watch=RUN --tasks=…",
+    ),
+}
+
+
+def renamed(values, names):
+    """A dict with the keys that `names` lists under their new names."""
+    return {names.get(key, key): value for key, value in values.items()}
+
+
+def renamed_record(record):
+    """A checkpoint's record of any version, with today's names."""
+    record = renamed(record, RECORD)
+    for part in ("settings", "model"):
+        if part in record:
+            record[part] = renamed(record[part], SETTINGS)
+    if "pending" in record:
+        record["pending"] = [named_figures(row) for row in record["pending"]]
+    return record
+
+
+def named_figures(row):
+    """A step's figures by name; once they were a list, the halves of the loss (or the loss) and the norm."""
+    if isinstance(row, dict):
+        return row
+    *parts, norm = row
+    figures = {"loss": sum(parts)}
+    if len(parts) == 2:
+        figures |= {"noisy": 2 * parts[0], "clean": 2 * parts[1]}
+    return figures | {"grad_norm": norm}
