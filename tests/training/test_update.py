@@ -5,8 +5,10 @@ import contextlib
 import numpy as np
 import pytest
 import torch
+from steps import bare_run, step
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+import data
 import diffusion
 import kernels
 from model import ModelConfig, Transformer
@@ -18,50 +20,53 @@ OBJECTIVES = [("ar", "elbo"), ("masked", "elbo"), ("masked", "maskgit"), ("unifo
 on_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 
 
-def setting(objective, loss="elbo", n_layer=2, seq_len=16, rows=8, d_model=32, n_vocab=90, short_rows=0.0):
-    config = ModelConfig(n_layer, 2, 2, 16, d_model, 64, n_vocab, n_vocab, seq_len, causal=objective == "ar", timed=objective == "uniform", init_std=0.1)
-    return config, diffusion.Process(objective, n_vocab, n_vocab, seq_len, loss=loss, short_rows=short_rows)
+def setting(objective, loss="elbo", n_layer=2, seq_len=16, d_model=32, n_vocab=90):
+    causal, timed = objective == "ar", objective == "uniform"
+    config = ModelConfig(n_layer, 2, 2, 16, d_model, 64, n_vocab, n_vocab, seq_len, causal, timed=timed, init_std=0.1)
+    return config, diffusion.Process(objective, n_vocab, n_vocab, seq_len, loss=loss)
 
 
-def batches(process, n, rows=8):
+def batches(process, n, rows=8, short_rows=0.0):
     for i in range(n):
-        levels = diffusion.noise_levels(process, i * rows, rows)
+        lengths = data.short_row_lengths(0, np.arange(i * rows, (i + 1) * rows), process.seq_len, short_rows)
+        levels = diffusion.noise_levels(process, i * rows, rows, eligible=lengths)
         start = np.random.default_rng(i).integers(0, process.n_vocab, (rows, 1))
         x = (start + np.arange(process.seq_len + 1)) % process.n_vocab  # there is something to learn: counting
-        yield diffusion.make_batch(process, x, levels, levels.microbatch_rows(0, 1))
+        eligible = np.arange(process.seq_len) < lengths[:, None]
+        documents = np.where(eligible, 0, -1).astype(np.int32) if short_rows else None
+        mine = levels.microbatch_rows(0, 1)
+        yield diffusion.make_batch(process, x, levels, mine, eligible, documents=documents)
 
 
-def train(config, process, steps=4, accumulation=1, how="no", device=DEVICE, clip=1.0, cuda_graphs=False, lr=1e-2, **use):
-    """(steps, P + 1) losses and norms, and the network."""
+def train(config, process, steps=4, accumulation=1, compile="no", device=DEVICE, cuda_graphs=False, lr=1e-2, **use):
+    """Losses and norms of a few steps, (steps, figures), and the network."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     network = Transformer(config).init_weights().to(device).use(**use)
-    objective = compile_and_wrap(Objective(network, process.loss == "paper"), how, cuda_graphs=cuda_graphs)
+    objective = compile_and_wrap(Objective(network, process.loss == "paper"), compile, cuda_graphs=cuda_graphs)
     optimizer = update.make_optimizer(network, lr, (0.9, 0.95), 0.1)
-    records = torch.zeros(steps, 3 if process.loss == "paper" else 2, device=device)
-    stream = (transfer.to_device(transfer.to_tensors(b, False), device) for b in batches(process, steps * accumulation))
-    for record in records:
-        update.optimizer_step(objective, optimizer, stream, accumulation, record, clip, contextlib.nullcontext, cuda_graphs=cuda_graphs)
-    return records.cpu(), network
+    arrays = batches(process, steps * accumulation)
+    stream = (transfer.to_device(transfer.to_tensors(batch), device) for batch in arrays)
+    run = bare_run(accumulation, cuda_graphs=cuda_graphs)
+    figures = [step(objective, optimizer, stream, run, device) for _ in range(steps)]
+    return torch.stack([torch.stack(list(line.values())) for line in figures]).cpu(), network
 
 
 # ------------------------------------------------------------------------------------------- no waiting, no recompiling
 
 
-def step_without_values(objective, loss, pretend, monkeypatch, spoil=lambda record: None, short_rows=0.0):
-    """A step on tensors that have shapes but no values: whatever reads one on the host, or makes a shape of one, raises."""
-    config, process = setting(objective, loss, short_rows=short_rows)
+def step_without_values(objective, loss, pretend, monkeypatch, spoil=lambda figures: None, short_rows=0.0):
+    """A step on tensors that have shapes but no values: whatever reads one on the host raises."""
+    config, process = setting(objective, loss)
     monkeypatch.setattr(kernels, "pretending", pretend)
-    batch = transfer.to_tensors(next(batches(process, 1)), False)
+    batch = transfer.to_tensors(next(batches(process, 1, short_rows=short_rows)))
     with FakeTensorMode() as fake:
         network = Transformer(config).use("selective")
         optimizer = update.make_optimizer(network, 1e-3, (0.9, 0.95), 0.1)
-        record = torch.zeros(3 if loss == "paper" else 2)
         batch = diffusion.Batch(*(None if t is None else fake.from_tensor(t) for t in batch))
         for _ in range(2):
-            update.optimizer_step(Objective(network, loss == "paper"), optimizer, iter([batch, batch]), 2, record, 1.0, contextlib.nullcontext)
-            spoil(record)
-    assert optimizer.state[network.embed.weight]["exp_avg"].shape == network.embed.weight.shape
+            spoil(step(Objective(network, loss == "paper"), optimizer, iter([batch, batch]), bare_run(2)))
+    assert update.state_tensors(network, optimizer)["embed.weight.exp_avg"].shape == network.embed.weight.shape
 
 
 @pytest.mark.parametrize("objective, loss", OBJECTIVES)
@@ -71,7 +76,7 @@ def test_a_step_reads_no_value_on_the_host(objective, loss, pretend, monkeypatch
 
 
 def test_reading_one_would_be_seen(monkeypatch):
-    for spoil in (lambda record: record[0].item(), lambda record: record.tolist(), lambda record: float(record.sum())):
+    for spoil in (lambda figures: figures["loss"].item(), lambda figures: float(figures["grad_norm"])):
         with pytest.raises(DataDependentOutputException):
             step_without_values("ar", "elbo", False, monkeypatch, spoil)
 
@@ -82,20 +87,19 @@ def test_a_step_does_not_synchronize(objective, loss):
     config, process = setting(objective, loss)
     network = Transformer(config).init_weights().to(DEVICE)
     objective, optimizer = Objective(network, loss == "paper"), update.make_optimizer(network, 1e-3, (0.9, 0.95), 0.1)
-    record = torch.zeros(3 if loss == "paper" else 2, device=DEVICE)
-    stream = transfer.upload(transfer.prefetch(transfer.to_tensors(b, True) for b in batches(process, 6)), DEVICE)
+    stream = transfer.feed(batches(process, 6), DEVICE)
     for i in range(6):
         torch.cuda.set_sync_debug_mode("error" if i > 1 else "default")
         try:
-            update.optimizer_step(objective, optimizer, stream, 1, record, 1.0, contextlib.nullcontext)
-            arriving = transfer.AsyncCopy(record)
+            figures = step(objective, optimizer, stream, device=DEVICE)
+            arriving = transfer.AsyncCopy(torch.stack(list(figures.values())))
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert arriving.ready(wait=True) and torch.isfinite(arriving.values).all()
 
 
-@pytest.mark.parametrize("how, graphs", [("whole", 1), ("blocks", 4)])
-def test_nothing_compiles_after_the_first_step(how, graphs):
+@pytest.mark.parametrize("compile, graphs", [("whole", 1), ("blocks", 4)])
+def test_nothing_compiles_after_the_first_step(compile, graphs):
     """Whole: one graph. Blocks: one for all but the last, one for the last, the norm and the loss."""
     config, process = setting("masked", n_layer=4)
     torch._dynamo.utils.counters.clear()
@@ -109,11 +113,11 @@ def test_nothing_compiles_after_the_first_step(how, graphs):
     torch._dynamo.reset()
     torch.manual_seed(0)
     network = Transformer(config).init_weights()
-    objective, optimizer = compile_and_wrap(Objective(network, False), how), update.make_optimizer(network, 1e-2, (0.9, 0.95), 0.1)
-    records = torch.zeros(5, 2)
-    stream = (transfer.to_tensors(b, False) for b in batches(process, 10))
-    for record in records:
-        update.optimizer_step(objective, optimizer, stream, 2, record, 1.0, autocast)
+    objective = compile_and_wrap(Objective(network, False), compile)
+    optimizer = update.make_optimizer(network, 1e-2, (0.9, 0.95), 0.1)
+    stream = (transfer.to_tensors(batch) for batch in batches(process, 10))
+    figures = [step(objective, optimizer, stream, bare_run(2, autocast=autocast)) for _ in range(5)]
+    records = torch.stack([torch.stack(list(line.values())) for line in figures])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     assert not torch._dynamo.utils.counters["graph_break"]
     eager, _ = train(config, process, 5, 2, device=torch.device("cpu"))
@@ -133,17 +137,21 @@ def test_recomputation_changes_nothing(objective, loss, recompute):
         assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
 
 
-@pytest.mark.parametrize("recompute", ["elementwise", pytest.param("selective", marks=pytest.mark.slow), pytest.param("full", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("how", ["blocks", pytest.param("whole", marks=pytest.mark.slow)])
-def test_compiled_recomputation_changes_nothing(how, recompute):
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("selective", "full")]
+
+
+@pytest.mark.parametrize("recompute", ["elementwise", *SLOW])
+@pytest.mark.parametrize("compile", ["blocks", pytest.param("whole", marks=pytest.mark.slow)])
+def test_compiled_recomputation_changes_nothing(compile, recompute):
     config, process = setting("masked")
-    (plain, _), (saving, _) = train(config, process), train(config, process, how=how, recompute=recompute)
+    (plain, _), (saving, _) = train(config, process), train(config, process, compile=compile, recompute=recompute)
     assert torch.allclose(plain, saving, rtol=1e-4)
 
 
 def test_kept_gradients_give_the_same_and_stay_where_they_are():
     config, process = setting("masked")
-    (plain, _), (kept, network) = train(config, process, accumulation=2), train(config, process, accumulation=2, cuda_graphs=True)
+    plain, _ = train(config, process, accumulation=2)
+    kept, network = train(config, process, accumulation=2, cuda_graphs=True)
     assert torch.allclose(plain, kept, rtol=1e-6)
     assert all(p.grad is not None and (p.grad == 0).all() for p in network.parameters())
 
@@ -151,7 +159,8 @@ def test_kept_gradients_give_the_same_and_stay_where_they_are():
 @on_gpu
 def test_cuda_graphs_give_the_same():
     config, process = setting("masked")
-    (plain, _), (replayed, _) = train(config, process, 8, 2), train(config, process, 8, 2, how="whole", cuda_graphs=True)
+    plain, _ = train(config, process, 8, 2)
+    replayed, _ = train(config, process, 8, 2, compile="whole", cuda_graphs=True)
     assert torch.allclose(plain, replayed, rtol=1e-3)
 
 
@@ -203,13 +212,40 @@ def test_figures_arrive_as_they_were_when_sent():
     values.zero_()
     assert arriving.ready(wait=True) and arriving.ready()
     assert arriving.values.tolist() == [[0, 1, 2], [3, 4, 5]]
-    assert 0 <= transfer.seconds_between(start, arriving.moment) < 10
+    assert 0 <= transfer.seconds_between(start, arriving.timestamp) < 10
 
 
 @on_gpu
 def test_uploads_are_what_was_sent():
     _, process = setting("masked")
-    sent = [transfer.to_tensors(b, True) for b in batches(process, 7)]
+    sent = [transfer.to_tensors(batch, pin=True) for batch in batches(process, 7)]
     for got, want in zip(transfer.upload((b for b in sent), DEVICE), sent, strict=True):
         for a, b in zip(got, want):
             assert a is b is None or torch.equal(a.cpu(), b)
+
+
+# ------------------------------------------------------------------------------------------- the optimizer's state
+
+
+def test_the_optimizer_is_asked_for_its_state():
+    """Made without an update it is zero and leaves the weights alone; its size is what memory and disk count on."""
+    config, process = setting("masked")
+    network = Transformer(config).init_weights()
+    optimizer = update.make_optimizer(network, 1e-2, (0.9, 0.95), 0.1)
+    before = [p.detach().clone() for p in network.parameters()]
+    update.init_state(optimizer, updates=7)
+    state = update.state_tensors(network, optimizer)
+    assert update.updates(optimizer) == 7 and all((value == 0).all() for value in state.values())
+    assert sum(value.numel() for value in state.values()) == update.MOMENTS * network.n_params()
+    assert all(torch.equal(p, q) and p.grad is None for p, q in zip(network.parameters(), before))
+    assert all(group["lr"] == 1e-2 for group in optimizer.param_groups)
+    step(Objective(network, False), optimizer, iter([transfer.to_tensors(next(batches(process, 1)))]))
+    assert update.updates(optimizer) == 8 and any((value != 0).any() for value in state.values())
+
+
+@pytest.mark.parametrize("norm, skip_norm, bad", [
+    (1.0, 0.0, False), (1.0, 0.5, True), (0.5, 0.5, False), (float("inf"), 0.0, True), (float("nan"), 0.0, True),
+    (float("nan"), 5.0, True), (3e38, 0.0, False)])
+def test_which_gradients_are_refused(norm, skip_norm, bad):
+    assert update.is_bad(norm, skip_norm) is bad
+    assert update.is_bad(torch.tensor(norm), skip_norm).item() is bad
