@@ -58,7 +58,7 @@ def validation_ids(n_rows, available, order=0):
     return place * available // n_rows
 
 
-# --------------------------------------------------------------------------------------------------- sequences
+# -------------------------------------------------------------------------------------------------- sequences
 
 
 class Sequences:
@@ -143,7 +143,8 @@ class Mixture:
     def __init__(self, sources, weights=None, seed=0):
         self.sources, self.seed, self.length = sources, seed, sources[0].length
         self.n, self.available = sum(s.n for s in sources), sum(s.available for s in sources)
-        self.first = np.cumsum([0] + [s.available for s in sources])  # the number of each source's first sequence
+        # the numbers of each source's first sequence, and of its first in use
+        self.first = np.cumsum([0] + [s.available for s in sources])
         self.first_in_use = np.cumsum([0] + [s.n for s in sources])
         self.share = self.shares(weights) if weights else None
         self.order = functools.lru_cache(4)(self.order)
@@ -233,7 +234,7 @@ def positions_within(documents):
 
 
 def short_row_lengths(seed, sample, seq_len, share):
-    """How many positions of each row count: all, or of a `share` of the rows the first 2 … seq_len. (N,) int64.
+    """How many positions of each row count, (N,): all, or for a `share` of them the first 2 … seq_len.
 
     Known from the sample's number alone, before its tokens are read: the mean over the global batch needs it.
     """

@@ -122,7 +122,7 @@ class Process(NamedTuple):
     loss: str = "elbo"  # masked: elbo or maskgit; uniform: elbo or paper
     estimator: str = "count"  # of the masked bound: count, ratio or time
     schedule: str = "linear"
-    time: str = "uniform"  # uniform (stratified), iid or moving_gaussian; cube for measuring the uniform bound
+    time: str = "uniform"  # uniform (stratified), iid or moving_gaussian; cube measures the uniform bound
     time_sigma: float = 0.2
     time_correction: bool = False  # divide by the density of moving_gaussian's t
 
@@ -236,7 +236,7 @@ class Batch(NamedTuple):
     documents: np.ndarray | None = None  # (B, L) ids; attention stays within equal ones. Padding: −1
     noisy: np.ndarray | None = None  # (C,) z, for the uniform bound only
     beta: np.ndarray | None = None  # (C,) Vα/(1−α), likewise
-    positions: np.ndarray | None = None  # (B, L) for the rotary encoding, where they start again in each document
+    positions: np.ndarray | None = None  # (B, L) for the rotary encoding, if they start again in documents
     visible: np.ndarray | None = None  # (L, L) what positions (rows) attend to, while that is annealed
 
 
@@ -290,7 +290,7 @@ def uniform_batch(p, x, levels, rows, bits, eligible, scored, documents):
 def masked_weights(p, levels, rows, bits, eligible):
     """Draw the corrupted positions (B, L) and give each row's weight per corrupted position (B,).
 
-    Σ over a row of weight·CE estimates n × NELBO/token, n its eligible positions (for `maskgit` all weights are 1):
+    Σ over a row of weight·CE estimates n × NELBO/token, n its eligible positions (`maskgit`: all are 1):
     time form   i.i.d. positions, w(t) = r′/r;
     ratio form  the same positions, r′·n/k for the realized k, one position forced where k = 0
                 (so it estimates (n·NELBO + C₁)/(n + 1), C₁ the cross-entropy of a single mask);
@@ -326,7 +326,7 @@ def pack(p, x, noisy, weight, documents, room):
     """A masked Batch: only the masked positions, padded with weight 0 to a size known at compile time."""
     index = np.flatnonzero(noisy)
     if len(index) > room:
-        raise RuntimeError(f"{len(index)} masked positions exceed the capacity of {room}: a bug in capacity()")
+        raise RuntimeError(f"{len(index)} masked positions exceed a capacity of {room}: a bug in capacity()")
     padded = np.zeros(room, np.int64)
     padded[: len(index)] = index
     weights = np.zeros(room)
@@ -344,7 +344,7 @@ def stack_weights(*parts):
 
 
 def loss_and_nats(hidden, head, batch, weights, n_vocab, posterior=False):
-    """The loss in nats per token, () fp32, for weights (C,); and the nats at each position, (C,), for figures.
+    """The loss in nats per token, () fp32, for weights (C,), and the nats at each position, (C,).
 
     hidden: the network's, (C, D); head (V_padded, D). posterior: for the uniform bound of a network that was
     trained with the `paper` loss.

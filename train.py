@@ -125,8 +125,8 @@ class Config:
     weight_decay: float = setting(0.1, "of matrices and embeddings; norms never decay", low=0)
     clip: float = setting(1.0, "largest gradient norm (0: unlimited)", low=0)
     skip_norm: float = setting(
-        0.0, "skip updates whose gradient norm is above this, as those whose norm is not finite (0: only these)",
-        low=0)
+        0.0, "skip updates whose gradient norm is above this, as those whose norm is not finite "
+        "(0: only these)", low=0)
     max_skips: int = setting(
         5, "skipped updates in a row after which the run goes back to its last good checkpoint, "
         "and past those data; looked at with each line of progress", low=1)
@@ -284,14 +284,14 @@ def training_step(run, objective, optimizer, feed, clock):
         with sync_gradients(objective, last=part == run.accumulation - 1):
             with run.autocast(), clock.forward_pass(objective):
                 part_figures = objective(batch)
-            (part_figures["loss"] * run.ranks.world).backward()  # DDP and FSDP divide by world; the weights have
+            (part_figures["loss"] * run.ranks.world).backward()  # DDP and FSDP divide by world
         for name, value in part_figures.items():
             figures[name] = figures.get(name, 0) + value.detach()
 
     parameters = update.parameters(optimizer)
     norm = full_tensor(nn.utils.get_total_norm([p.grad for p in parameters]))
     nn.utils.clip_grads_with_norm_(parameters, cfg.clip or float("inf"), norm)
-    optimizer.found_inf = update.is_bad(norm, cfg.skip_norm).float()  # then neither weights nor moments change
+    optimizer.found_inf = update.is_bad(norm, cfg.skip_norm).float()  # AdamW then changes nothing
     optimizer.step()
     optimizer.zero_grad(set_to_none=not cfg.cuda_graphs)
     return figures | {"grad_norm": norm}
@@ -343,7 +343,7 @@ def train(cfg, device, watch):
     ranks = watch.ranks
     run = checks.open_run(cfg, ranks, device)  # all that can be wrong, before anything is written
     if cfg.fp8 and not run.on_gpu:
-        warn(ranks, "fp8 is emulated on a CPU and slower than bfloat16; a GPU of compute capability 8.9 has it")
+        warn(ranks, "fp8 is emulated on a CPU, slower than bfloat16; a GPU of compute capability 8.9 has it")
     if cfg.dry_run:
         print(dryrun.report(run))
         return 0

@@ -1,10 +1,11 @@
 """Checkpoints: all that a run needs to go on, on any number of ranks, and the weights for use.
 
-    run/step_00000100/model.safetensors               whole weights in fp32; beyond 5 GB model-00001-of-0000n.safetensors
-                                                      and model.safetensors.index.json, as on the Hugging Face hub
-    run/step_00000100/optimizer/shard-*.safetensors   the optimizer's state, as the ranks held it
-    run/step_00000100/checkpoint.json                 settings, progress, the SHA-256 of every file and of itself
-    run/latest                                        the newest one's name, for people and scripts
+    run/step_00000100/
+        model.safetensors            whole weights in fp32; beyond 5 GB model-00001-of-0000n.safetensors
+                                     and model.safetensors.index.json, as on the Hugging Face hub
+        optimizer/shard-*            the optimizer's state, as the ranks held it
+        checkpoint.json              settings, progress, the SHA-256 of every file and of itself
+    run/latest                       the newest one's name, for people and scripts
 
 torch.distributed.checkpoint writes and reads them as safetensors, none of its pickles: reading one runs no
 code, and a tensor may have been sharded otherwise when it was saved.
@@ -36,7 +37,7 @@ FILE_BYTES = 5e9  # of weights per file
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
 
-# -------------------------------------------------------------------------------------------------- the record
+# ------------------------------------------------------------------------------------------------- the record
 
 
 def file_digest(path):
@@ -93,7 +94,7 @@ def checkpoints(run_dir):
 
 
 def load_newest(run_dir, warn, ranks=SINGLE, fit=lambda record: True):
-    """(folder, record) of the newest undamaged checkpoint whose record is `fit`; `warn` is told of damaged ones.
+    """(folder, record) of the newest undamaged checkpoint whose record is `fit`; `warn` of damaged ones.
 
     All ranks choose the same. Raises FileNotFoundError if there is none, OSError if one can't be read, which
     need not be damage.
@@ -116,7 +117,7 @@ def load_newest(run_dir, warn, ranks=SINGLE, fit=lambda record: True):
     raise FileNotFoundError(f"no usable checkpoint in '{run_dir}'")
 
 
-# ---------------------------------------------------------------------------------------------- reading weights
+# -------------------------------------------------------------------------------------------- reading weights
 
 
 def weight_files(folder):
@@ -125,7 +126,7 @@ def weight_files(folder):
 
 
 def load_model(folder, record, device="cpu"):
-    """Build the network of a checkpoint and read its weights (safetensors: no code runs); raises ValueError."""
+    """Build a checkpoint's network and read its weights (safetensors: no code runs); raises ValueError."""
     with torch.device("meta"):
         model = Transformer(ModelConfig(**record["model"]))
     try:
@@ -141,7 +142,7 @@ def load_model(folder, record, device="cpu"):
 
 @torch.no_grad()
 def init_weights_from(folder, record, network):
-    """Give `network` the weights of another checkpoint of its shape, parameter by parameter; raises ValueError.
+    """Give `network` the weights of another checkpoint of its shape; raises ValueError.
 
     Of the embedding the text tokens' rows count: the mask may have another id now. Its row is the old mask's,
     or, if that has never been seen (an AR model's), the mean of the tokens'. Parameters that the checkpoint
@@ -193,14 +194,18 @@ def weight_tensors(network):
     return {name: p.detach() for name, p in network.named_parameters()}
 
 
-# ------------------------------------------------------------------------------------------------------ writing
+# ---------------------------------------------------------------------------------------------------- writing
 
 
 class Saver:
-    """Writes checkpoints in a thread while training goes on. Every rank calls the same methods in the same order."""
+    """Writes checkpoints in a thread while training goes on.
 
-    def __init__(self, run_dir, network, optimizer, ranks, keep, keep_every=0, kept_steps=(), alive=lambda: None):
-        """keep, keep_every and kept_steps say which checkpoints stay; `alive` is called while `wait` sees progress."""
+    Every rank calls the same methods in the same order.
+    """
+
+    def __init__(self, run_dir, network, optimizer, ranks, keep, keep_every=0, kept_steps=(),
+                 alive=lambda: None):
+        """keep, keep_every, kept_steps: which ones stay. `alive` is called while `wait` sees progress."""
         from torch.distributed.checkpoint.staging import (  # takes a second to import
             DefaultStager,
             StagingOptions,
@@ -211,7 +216,8 @@ class Saver:
         self.alive, self.files_done = alive, 0
         gpu = network.embed.weight.device.type == "cuda"
         self.stager = DefaultStager(StagingOptions(
-            use_pinned_memory=gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=gpu))
+            use_pinned_memory=gpu, use_non_blocking_copy=gpu, use_shared_memory=False, use_async_staging=False
+        ))
         self.thread = None
         self.failure = self.unreported = None  # dict(of=step, why=…) of the last save, if it failed
 
@@ -264,7 +270,7 @@ class Saver:
                 shutil.rmtree(self.run_dir / f".step_{step:08d}", ignore_errors=True)
 
     def write(self, step, staged, record):
-        """Write all files under a temporary name, to the last byte; then the name, then the pointer changes."""
+        """Write all files under a temporary name, to the last byte; then change name and pointer."""
         building = self.run_dir / f".step_{step:08d}"
         problem = None
         if self.ranks.rank == 0:
@@ -316,7 +322,8 @@ class Saver:
         import torch.distributed.checkpoint as dcp
 
         writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        dcp.save(values, storage_writer=writer, process_group=self.ranks.saving, no_dist=self.ranks.world == 1)
+        alone, group = self.ranks.world == 1, self.ranks.saving
+        dcp.save(values, storage_writer=writer, process_group=group, no_dist=alone)
 
     def write_whole_files(self, weights, names, building, sharded):
         """Write this rank's share of the files of whole weights → {file: SHA-256}, its optimizer shards' too.
@@ -394,7 +401,7 @@ def is_dtensor(value):
 
 
 def file_names(sizes):
-    """{file: names of the tensors in it} for {name: bytes}, in files of at most FILE_BYTES, one tensor at least."""
+    """{file: names of its tensors} for {name: bytes}, in files of at most FILE_BYTES, or one tensor."""
     groups, room = [[]], FILE_BYTES
     for name, size in sizes.items():
         if groups[-1] and size > room:
@@ -479,7 +486,7 @@ def remove_leftovers(run_dir):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-# --------------------------------------------------------------------------------------------------- disk space
+# ------------------------------------------------------------------------------------------------- disk space
 
 
 def checkpoint_bytes(n_params, sharded=False):

@@ -29,8 +29,8 @@ from training.state import Run
 VOCABULARY = ("tokenizer", "n_vocab", "mask_id", "eos_id")
 
 # Fields of ModelConfig that a run takes from the checkpoint whose weights it begins with.
-SHAPE = ("n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "d_ff", "tied", "rope_base", "norm_eps", "qk_norm",
-         "qkv_bias", "rope_stretch")
+SHAPE = ("n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "d_ff", "tied", "rope_base", "norm_eps",
+         "qk_norm", "qkv_bias", "rope_stretch")
 
 # ------------------------------------------------------------------------------------------------- settings
 
@@ -121,7 +121,8 @@ def check_unique_tokens(cfg):
     """Raises ValueError if `corpus` can't be read, or says in two places how many tokens are unique."""
     corpora = parse_corpora(cfg.corpus)
     if cfg.unique_tokens and (len(corpora) > 1 or corpora[0][2]):
-        raise ValueError("unique_tokens is for a single corpus; give each its own as path:weight:unique_tokens")
+        raise ValueError("unique_tokens is for a single corpus; "
+                         "give each its own as path:weight:unique_tokens")
 
 
 def parse_steps(text):
@@ -187,15 +188,15 @@ def training_sequences(cfg, corpora):
 
 def validation_sequences(corpora, seq_len):
     """Sequences of all the corpora's validation splits."""
-    sequences = [
-        Sequences(corpus.val, seq_len, n_vocab=corpus.meta["n_vocab"], split=split_name("validation", corpus, corpora))
-        for corpus in corpora
-    ]
+    sequences = []
+    for corpus in corpora:
+        name = split_name("validation", corpus, corpora)
+        sequences.append(Sequences(corpus.val, seq_len, n_vocab=corpus.meta["n_vocab"], split=name))
     return sequences[0] if len(sequences) == 1 else Mixture(sequences)
 
 
 def training_text(cfg, corpora):
-    """What a run reads of each corpus: its whole training split, or its unique tokens' sequences, as Streams."""
+    """The text that a run reads of each corpus, as Streams: its training split, or its unique tokens."""
     streams = []
     for i, (corpus, (_, _, unique)) in enumerate(zip(corpora, parse_corpora(cfg.corpus))):
         unique = unique or cfg.unique_tokens
@@ -249,13 +250,17 @@ def find_checkpoint(run):
     folder, record = load_newest(run.folder, partial(warn, ranks), ranks)
     check_resumable(record, run.model_config, run.corpus_record)
     restarted = [name for name in ("seed", "unique_tokens") if record["settings"][name] != getattr(cfg, name)]
-    mixtures = [[rest for _, *rest in parse_corpora(corpus)] for corpus in (record["settings"]["corpus"], cfg.corpus)]
-    if mixtures[0] != mixtures[1]:
+    if mixture_of(record["settings"]["corpus"]) != mixture_of(cfg.corpus):
         restarted.append("mixture")
     if restarted:
         warn(ranks, f"resumed with another {' and '.join(restarted)}: the data order changes here, "
                     "epochs are no longer exact")
     return folder, record
+
+
+def mixture_of(corpus):
+    """[(weight, unique tokens)] of a `corpus` setting."""
+    return [rest for _, *rest in parse_corpora(corpus)]
 
 
 def check_resumable(record, model_config, corpus_record):
@@ -268,8 +273,8 @@ def check_resumable(record, model_config, corpus_record):
                          "otherwise; sample.py reads its weights")
     initial = ("dropout", "init_std", "scaled_init", "local_init")  # of no consequence to the weights' shapes
     before = asdict(ModelConfig(**record["model"]))  # with what older checkpoints do not mention
-    comparisons = (("architecture", before, asdict(model_config)), ("corpus", record["corpus"], corpus_record))
-    for what, old, new in comparisons:
+    of_corpora = "corpus", record["corpus"], corpus_record
+    for what, old, new in (("architecture", before, asdict(model_config)), of_corpora):
         names = [name for name in new if old.get(name) != new.get(name) and name not in initial]
         if names:
             differences = ", ".join(f"{name} {old.get(name)} → {new.get(name)}" for name in names)
@@ -300,8 +305,8 @@ def build_run(cfg, ranks, device, initial=None):
         cfg.schedule, cfg.time, cfg.time_sigma, cfg.time_correction)
     model_config = ModelConfig(
         **shape_and_shift(cfg, initial, meta), n_vocab=meta["n_vocab"], mask_id=meta["mask_id"],
-        seq_len=cfg.seq_len, causal=cfg.objective == "ar", timed=cfg.objective == "uniform", dropout=cfg.dropout,
-        init_std=cfg.init_std, scaled_init=cfg.scaled_init, local_init=cfg.local_init)
+        seq_len=cfg.seq_len, causal=cfg.objective == "ar", timed=cfg.objective == "uniform",
+        dropout=cfg.dropout, init_std=cfg.init_std, scaled_init=cfg.scaled_init, local_init=cfg.local_init)
 
     eval_rows = min(cfg.eval_rows or val_sequences.available, val_sequences.available)
     scored = val_sequences.read(validation_ids(eval_rows, val_sequences.available))[:, 1:]
@@ -312,9 +317,9 @@ def build_run(cfg, ranks, device, initial=None):
     planned = on_gpu and device.type == "cpu"
     bf16 = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and (planned or kernels.has_bf16(device))
     run = Run(
-        cfg, ranks, device, Path(cfg.run_dir), initial, corpora, sequences, val_sequences, corpus_record, process,
-        model_config, torch.bfloat16 if bf16 else torch.float32, on_gpu, steps, cfg.kept_steps(), eval_rows,
-        bytes_per_token=float(corpora[0].token_bytes[scored].mean()))
+        cfg, ranks, device, Path(cfg.run_dir), initial, corpora, sequences, val_sequences, corpus_record,
+        process, model_config, torch.bfloat16 if bf16 else torch.float32, on_gpu, steps, cfg.kept_steps(),
+        eval_rows, bytes_per_token=float(corpora[0].token_bytes[scored].mean()))
     check_folders(run)
     return run
 
@@ -329,16 +334,15 @@ def check_length(cfg, steps):
 
 
 def shape_and_shift(cfg, initial, meta):
-    """The fields of ModelConfig about the network's shape: of cfg, or of the checkpoint whose weights it begins with.
-    """
+    """ModelConfig's fields about the shape: of cfg, or of the checkpoint whose weights it begins with."""
     if not initial:
         return dict(cfg.shape(), tied=cfg.tied, rope_base=cfg.rope_base, shift=cfg.shift == "yes")
     folder, record = initial
     old, tokenizer = ModelConfig(**record["model"]), record["corpus"]["tokenizer"]
     if tokenizer != meta["tokenizer"] or old.n_vocab < meta["n_vocab"]:
-        raise ValueError(f"init_from={folder} has tokenizer '{tokenizer}' of {old.n_vocab} tokens, the corpus "
-                         f"'{meta['tokenizer']}' of {meta['n_vocab']}; prepare the corpus with the checkpoint's own "
-                         "(convert.py puts it beside the weights)")
+        raise ValueError(f"init_from={folder} has tokenizer '{tokenizer}' of {old.n_vocab} tokens, the "
+                         f"corpus '{meta['tokenizer']}' of {meta['n_vocab']}; prepare the corpus with the "
+                         "checkpoint's own (convert.py puts it beside the weights)")
     was_shifted = old.causal or old.shift
     shift = cfg.objective == "masked" and (cfg.shift == "yes" or cfg.shift == "auto" and was_shifted)
     return {name: getattr(old, name) for name in SHAPE} | dict(shift=shift)
@@ -374,7 +378,7 @@ def checkpoints_kept(run):
 
 
 def lock_run_folder(run):
-    """Make the run's folder, on rank 0, and let no other process train into it: what is there now stays the newest."""
+    """Make the run's folder, on rank 0, and keep other processes from training into it."""
     if run.ranks.rank == 0 and (run.cfg.resume != "yes" or run.folder.is_dir()):
         run.folder.mkdir(parents=True, exist_ok=True)
         checkpoint.lock_run_folder(run.folder, min(30.0, run.cfg.timeout))

@@ -123,7 +123,7 @@ def all_gather(ranks, value):
 
 
 def on_all_ranks(ranks, work, *arguments):
-    """Do `work` on every rank → its result; if it raises ValueError or OSError on one, all end with that line."""
+    """Do `work` on every rank → its result; a ValueError or OSError on one of them ends all with its line."""
     result = problem = None
     try:
         result = work(*arguments)
@@ -148,7 +148,7 @@ def wait_for_folder(folder, seconds=60):
     return True
 
 
-# ---------------------------------------------------------------------------------------------------- sharding
+# --------------------------------------------------------------------------------------------------- sharding
 
 
 def ranks_per_copy(layout, world, ranks_per_node, shard_size=0):

@@ -1,4 +1,4 @@
-"""What a run will need before it runs: memory of a rank, communication, time, disk. `train.py --dry_run` prints it.
+"""What a run will need: memory of a rank, communication, time, disk. `train.py --dry_run` prints it.
 
 training/layouts.py compares the ways to train a model on some GPUs by it.
 """
@@ -15,8 +15,8 @@ from model import Transformer
 from training import checkpoint, distributed
 
 # Dense bf16 peak in FLOP/s, for MFU: the first name that occurs in the device's.
-PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "GH200": 989e12, "H200": 989e12, "B200": 2250e12,
-        "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "GH200": 989e12, "H200": 989e12,
+        "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 
 # The share of the bf16 peak that computing alone is assumed to reach: 41 % to 50 % are published for H100s,
 # 1B to 8B.
@@ -24,7 +24,7 @@ EFFICIENCY = 0.45
 # Bytes/s that a GPU sends in a collective: NVLink within a node, and its 400 Gb/s share of the network
 # between nodes.
 WITHIN, BETWEEN = 300e9, 40e9
-HIDDEN = 0.9  # share of communication that overlaps with computing (all but the first gather, the last reduction)
+HIDDEN = 0.9  # share of communication that computing can hide: all but the first gather and last reduction
 H100 = 80e9  # bytes of memory
 # Computing added by recomputation: elementwise work; gate and up, too; the forward pass.
 RECOMPUTED = {"no": 0.0, "elementwise": 0.02, "selective": 0.12, "full": 0.33}
@@ -37,7 +37,7 @@ def peak_flops(device):
 
 
 def noisy_share(process):
-    """The expected share of positions that a masked process masks, halfway through training; 1 for the others."""
+    """The share of positions that get a head, halfway through training: of a masked process the masked."""
     if process.objective != "masked":
         return 1.0
     return float(diffusion.noise_levels(process, 0, 4096, 0.5).count.mean()) / process.seq_len
@@ -58,9 +58,9 @@ def predict_memory(run):
     shards = distributed.ranks_per_copy(cfg.layout(), world, cfg.ranks_per_node(), cfg.shard_size)
     accumulating = run.accumulation > 1
     return memory.predict(
-        run.model_config, batch, cfg.loss == "paper", run.dtype, run.on_gpu, cfg.compile, cfg.recompute, cfg.fp8,
-        lasting_gradients=accumulating or world > 1 or cfg.cuda_graphs, layout=cfg.layout(), shards=shards,
-        accumulating=accumulating)
+        run.model_config, batch, cfg.loss == "paper", run.dtype, run.on_gpu, cfg.compile, cfg.recompute,
+        cfg.fp8, lasting_gradients=accumulating or world > 1 or cfg.cuda_graphs, layout=cfg.layout(),
+        shards=shards, accumulating=accumulating)
 
 
 def predict_peak(run):
@@ -68,11 +68,12 @@ def predict_peak(run):
     try:
         return predict_memory(run).peak
     except Exception as problem:
-        print(f"warning: no prediction of memory ({type(problem).__name__}: {problem})", file=sys.stderr, flush=True)
+        reason = f"{type(problem).__name__}: {problem}"
+        print(f"warning: no prediction of memory ({reason})", file=sys.stderr, flush=True)
         return None
 
 
-# ------------------------------------------------------------------------------------------------ communication
+# ---------------------------------------------------------------------------------------------- communication
 
 
 class Traffic(NamedTuple):
@@ -87,7 +88,7 @@ class Traffic(NamedTuple):
 
 
 def ring(n_bytes, ranks, per_node):
-    """Traffic of gathering (or scattering sums of) `n_bytes` over `ranks`: each sends (ranks − 1)/ranks of them.
+    """Traffic of gathering (or reducing) `n_bytes` over `ranks`: each sends (ranks − 1)/ranks of them.
 
     Hierarchical rings, as NCCL's: over nodes each GPU carries its share of the node's traffic, so that all
     network cards work.
@@ -126,7 +127,7 @@ def step_seconds(flops, moved, gpus, peak=PEAK["H100"]):
     return computing + exposed, computing, exposed
 
 
-# ------------------------------------------------------------------------------------------------------ dry run
+# ---------------------------------------------------------------------------------------------------- dry run
 
 
 def report(run):
@@ -143,16 +144,17 @@ def report(run):
     ranks = "1 rank" if world == 1 else f"{world} ranks"
     over = f" over {shards}" if shards > 1 else ""
     place = "as on a GPU" if run.on_gpu else "on a CPU"
-    lines.append(f"{n_params:,} parameters on {ranks}, shard={layout}{over}, micro-batches of {run.micro_batch} × "
-                 f"{cfg.seq_len} tokens, {str(run.dtype)[6:]}, compile={cfg.compile}, recompute={cfg.recompute}, "
-                 f"{place}")
+    lines.append(f"{n_params:,} parameters on {ranks}, shard={layout}{over}, micro-batches of "
+                 f"{run.micro_batch} × {cfg.seq_len} tokens, {str(run.dtype)[6:]}, compile={cfg.compile}, "
+                 f"recompute={cfg.recompute}, {place}")
     need = predict_memory(run)
     parts = [f"{name} {human_bytes(getattr(need, name))}" for name in need._fields[:-1]]
     lines.append(f"peak memory of a rank {human_bytes(need.peak)}: {', '.join(parts)}")
 
     # how long it is
     epochs = run.steps * cfg.batch_size / run.sequences.n
-    lines.append(f"{run.steps:,} steps of {tokens:,} tokens: {run.steps * tokens:,} tokens, {epochs:.2f} epochs")
+    total = run.steps * tokens
+    lines.append(f"{run.steps:,} steps of {tokens:,} tokens: {total:,} tokens, {epochs:.2f} epochs")
     repeated = 1 + RECOMPUTED[cfg.recompute]
     lines.append(f"a step of {tokens:,} tokens takes {flops * tokens:.3g} FLOP, forward and backward "
                  f"({flops / 1e6:.1f} MFLOP per token; {share:.1%} of the positions get a head); "
@@ -172,8 +174,9 @@ def report(run):
     moved = traffic(n_params, layout, world, cfg.ranks_per_node(), shards, run.accumulation, dtype_bytes)
     total, _, exposed = step_seconds(flops * tokens * repeated, moved, world)
     if world > 1:
-        lines.append(f"a rank sends {human_bytes(moved.within)} within its node and {human_bytes(moved.between)} "
-                     f"between nodes per step: {moved.seconds:.3g} s, of which {exposed:.3g} s not hidden")
+        within, between = human_bytes(moved.within), human_bytes(moved.between)
+        lines.append(f"a rank sends {within} within its node and {between} between nodes per step: "
+                     f"{moved.seconds:.3g} s, of which {exposed:.3g} s not hidden")
     gpus = "1 H100" if world == 1 else f"{world} H100s"
     lines.append(f"on {gpus} at {EFFICIENCY:.0%} of their bf16 peak: {total:.3g} s per step, "
                  f"{tokens / total:,.0f} tokens/s, {human_seconds(run.steps * total)} in all")

@@ -1,4 +1,4 @@
-"""What happens when gradients go bad: the run returns to its last good checkpoint and goes on past those data."""
+"""When gradients go bad, the run returns to its last good checkpoint and goes on past those data."""
 
 from collections import Counter
 from copy import copy
@@ -13,7 +13,7 @@ from training.update import is_bad
 
 
 class Guard:
-    """Counts steps whose gradient was refused; too many in a row take the run back to a checkpoint before them."""
+    """Counts steps with a bad gradient; too many in a row take the run back to a checkpoint before them."""
 
     def __init__(self, run, state, network, optimizer):
         self.run, self.state, self.network, self.optimizer = run, state, network, optimizer
@@ -41,19 +41,20 @@ class Guard:
         self.worst = self.state.bad_in_a_row
 
     def go_back(self, saver, log):
-        """Return to the newest checkpoint from before the bad steps, and past the data since: they led here."""
+        """Return to the newest checkpoint from before the bad steps, and go on past the data since."""
         run, state, step, worst = self.run, self.state, self.state.step, self.worst
         trouble = "the gradient was not finite or above skip_norm"
         saver.wait()
         try:
             folder, record = checkpoint.load_newest(
-                run.folder, partial(warn, run.ranks), run.ranks, fit=lambda record: record["bad_in_a_row"] == 0)
+                run.folder, partial(warn, run.ranks), run.ranks, fit=lambda saved: saved["bad_in_a_row"] == 0)
         except FileNotFoundError:
             configurator.fail(f"step {step}: {trouble} in {worst} steps in a row, and there is no checkpoint "
                               "from before; lower --lr")
         self.returns[folder] += 1
         if self.returns[folder] > 3:
-            configurator.fail(f"step {step}: went back to {folder} three times, and again {trouble}; lower --lr")
+            configurator.fail(f"step {step}: went back to {folder} three times, and again {trouble}; "
+                              "lower --lr")
         before = copy(state)
         self.restore(folder, record)
         saver.forget_after(folder)

@@ -1,4 +1,4 @@
-"""Which way to train a model on some GPUs: every layout, micro-batch and recomputation that fits, fastest first.
+"""Ways to train a model on some GPUs: each layout, micro-batch and recomputation that fits, fastest first.
 
     python -m training.layouts        prints the table of docs/scaling-out.md
 """
@@ -56,7 +56,8 @@ class Activations:
         tokens = np.zeros((micro_batch, config.seq_len + 1), np.int32)
         batch = diffusion.make_batch(process, tokens, levels, rows)
         few_blocks = dataclasses.replace(config, n_layer=n_layer)
-        moments = memory.trace(few_blocks, batch, False, torch.bfloat16, True, "blocks", recompute, sharded=True)
+        moments = memory.trace(
+            few_blocks, batch, False, torch.bfloat16, True, "blocks", recompute, sharded=True)
         return max(exists - gradients for exists, gradients in moments)
 
     def __call__(self, micro_batch):
@@ -68,7 +69,7 @@ class Activations:
 
 
 def choices(config, gpus, per_node, batch_rows, activations):
-    """Every `Choice` whose memory fits, fastest first; activations {recompute: Activations(config, recompute)}."""
+    """Every `Choice` that fits, fastest first; activations {recompute: Activations(config, recompute)}."""
     found = []
     for layout in ("no", "optim", "hybrid", "full"):
         if layout == "hybrid" and gpus <= per_node:
@@ -83,7 +84,7 @@ def choices(config, gpus, per_node, batch_rows, activations):
 
 
 def first_that_fits(config, gpus, per_node, batch_rows, layout, micro_batch, activations):
-    """The `Choice` with the least recomputation that fits into the memory, or None: more would only be slower."""
+    """The `Choice` with the least recomputation that fits, or None: with more it would only be slower."""
     with torch.device("meta"):
         network = Transformer(config)
     n_params, parts = network.n_params(), batch_rows // (gpus * micro_batch)
@@ -139,9 +140,9 @@ def cells_of(choice, network, gpus, batch_rows):
     parts = f"{states / gib:.1f}, {need.gathered / gib:.1f}, {need.activations / gib:.1f}"
     sent = " / ".join(f"{n_bytes / gib:.1f} GiB" for n_bytes in choice.moved)
     mfu = network.flops_per_token(0.5) * tokens / choice.seconds / gpus / PEAK["H100"]
+    exposed, speed = choice.exposed / choice.seconds, tokens / choice.seconds
     return [layout, choice.micro_batch, choice.recompute, f"{need.peak / gib:.0f}: {parts}", sent,
-            f"{choice.seconds:.3g}", f"{choice.exposed / choice.seconds:.0%}", f"{tokens / choice.seconds:,.0f}",
-            f"{mfu:.0%}"]
+            f"{choice.seconds:.3g}", f"{exposed:.0%}", f"{speed:,.0f}", f"{mfu:.0%}"]
 
 
 if __name__ == "__main__":

@@ -48,9 +48,9 @@ def print_opening(run, network, resumed, to_do):
     say(ranks, f"settings: {', '.join(changed)}")
     flops = network.flops_per_token(dryrun.noisy_share(run.process))
     shard = f", shard: {cfg.shard}" if cfg.layout() != "no" else ""
+    place = f"{str(run.dtype)[6:]} on {ranks.world} × {run.device.type}"
     say(ranks, f"{network.n_params():,} parameters ({network.n_params(False):,} without embeddings), "
-               f"{flops / 1e6:.1f} MFLOP per token, {str(run.dtype)[6:]} on {ranks.world} × {run.device.type}, "
-               f"attention: {attention_backend(run)}{shard}")
+               f"{flops / 1e6:.1f} MFLOP per token, {place}, attention: {attention_backend(run)}{shard}")
     tokens, n = run.steps * run.tokens_per_step, run.sequences.n
     say(ranks, f"{run.steps:,} steps of {run.tokens_per_step:,} tokens: {tokens:,} tokens, "
                f"{run.steps * cfg.batch_size / n:.2f} epochs of {n * cfg.seq_len:,}")
@@ -128,9 +128,9 @@ class Journal:
 
 
 def open_tracker(run):
-    """A Weights & Biases run on rank 0, continued under the id that the run folder keeps; None without `wandb`.
+    """A Weights & Biases run, on rank 0, continued under the id that the run folder keeps.
 
-    Raises ValueError.
+    None without the setting `wandb`. Raises ValueError.
     """
     cfg, folder = run.cfg, run.folder
     if not cfg.wandb or run.ranks.rank:
@@ -164,7 +164,7 @@ def write_rows(path, measured, **about):
 
 
 def read_rows(run_dir, name="validation.npz"):
-    """(about, sequences, values) as `write_rows` wrote them; None without such a file, or if it is damaged."""
+    """(about, sequences, values) as `write_rows` wrote them; None without such a file, or if damaged."""
     try:
         with np.load(Path(run_dir) / name, allow_pickle=False) as file:
             about = renamed(json.loads(str(file["about"])), SETTINGS)
@@ -294,7 +294,8 @@ class StepLog:
         warn(self.run.ranks, f"step {step}: skipped, its gradient's norm is {norm:.4g} (loss {loss:.4g}; "
                              f"{in_a_row} in a row)")
         first_sample = self.state.samples_at(step - 1, self.run.cfg.batch_size)
-        self.log(step, event="skipped", loss_then=loss, norm=norm, in_a_row=in_a_row, first_sample=first_sample)
+        self.log(
+            step, event="skipped", loss_then=loss, norm=norm, in_a_row=in_a_row, first_sample=first_sample)
 
     def print_line(self, step, seconds, line, param_norm):
         """Log and print one line of progress, from the means of what is pending."""
@@ -316,7 +317,7 @@ class StepLog:
         say(self.run.ranks, text)
 
     def mfu(self, step, tokens_per_s):
-        """{"mfu": …}, the share of the hardware's peak that the step's own FLOPs need, where that is known."""
+        """{"mfu": …}, the share of the hardware's peak that the step's FLOPs take; {} if it is not known."""
         if not self.peak:
             return {}
         run, share = self.run, 1.0
@@ -342,7 +343,7 @@ class StepLog:
         self.log(self.state.step, event=name, **values)
 
     def validation(self, measured, error, figures):
-        """Log a validation: likelihood.Measured, its standard error, and more figures, all in nats per token."""
+        """Log a validation: likelihood.Measured, its standard error, further figures, in nats per token."""
         run, step = self.run, self.state.step
         loss = sum(measured.parts)
         bits = loss / math.log(2) / run.bytes_per_token

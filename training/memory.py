@@ -48,8 +48,9 @@ def predict(model_config, batch, posterior, dtype, on_gpu, compile="whole", reco
     return weigh(moments, model_config, dtype, on_gpu, lasting_gradients, layout, shards, accumulating)
 
 
-def trace(model_config, batch, posterior, dtype, on_gpu, compile="whole", recompute="no", fp8=False, sharded=False):
-    """[(bytes that exist beside weights and moments, those of them that are gradients of weights)] along a step."""
+def trace(model_config, batch, posterior, dtype, on_gpu, compile="whole", recompute="no", fp8=False,
+          sharded=False):
+    """[(bytes beside weights and moments, those of them that are gradients of weights)] along a step."""
     graphs = []
 
     def keep(graph, _):
@@ -69,7 +70,8 @@ def trace(model_config, batch, posterior, dtype, on_gpu, compile="whole", recomp
             network = Transformer(model_config).use(recompute, fp8)
             torch.set_default_dtype(torch.float32)
             tensors = (None if t is None else fake.from_tensor(t) for t in to_tensors(batch))
-            step = torch.compile(Objective(network, posterior), backend=compiler, dynamic=False, fullgraph=True)
+            objective = Objective(network, posterior)
+            step = torch.compile(objective, backend=compiler, dynamic=False, fullgraph=True)
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
                 loss = step(diffusion.Batch(*tensors))["loss"]
             loss.backward()
@@ -80,7 +82,8 @@ def trace(model_config, batch, posterior, dtype, on_gpu, compile="whole", recomp
     return list(timeline(*graphs, fused=compile != "no"))
 
 
-def weigh(moments, model_config, dtype, on_gpu, lasting_gradients=False, layout="no", shards=1, accumulating=False):
+def weigh(moments, model_config, dtype, on_gpu, lasting_gradients=False, layout="no", shards=1,
+          accumulating=False):
     """The `MemoryNeed` of a rank from what exists along a step; settings as in `predict`."""
     with torch.device("meta"):
         network = Transformer(model_config)
@@ -88,8 +91,8 @@ def weigh(moments, model_config, dtype, on_gpu, lasting_gradients=False, layout=
         weights = 4 * network.n_params()
         kept = weights if lasting_gradients else 0
         exists, arrived = max(moments)
-        states = (1 + MOMENTS) * weights
-        return MemoryNeed(weights, MOMENTS * weights, kept + arrived, 0, exists - arrived, states + kept + exists)
+        peak = (1 + MOMENTS) * weights + kept + exists
+        return MemoryNeed(weights, MOMENTS * weights, kept + arrived, 0, exists - arrived, peak)
 
     weights = 4 * sum(-(-p.shape[0] // shards) * p[0].numel() for p in network.parameters())
     size = dtype.itemsize

@@ -50,7 +50,7 @@ class Objective(nn.Module):
         _, nats = diffusion.loss_and_nats(hidden, head, batch, weights, n_vocab, self.posterior)
         if not likeliest:
             return nats
-        with torch.autocast(hidden.device.type, enabled=False):  # bf16's 8 bits leave ties among the likeliest
+        with torch.autocast(hidden.device.type, enabled=False):  # in bf16 there are ties among the likeliest
             return nats, *kernels.linear_greedy(hidden.float(), head.float(), n_vocab)
 
 

@@ -85,7 +85,7 @@ class RunState:
         return asdict(self)
 
     def restore(self, record, figure_names):
-        """Take over the state of a checkpoint's record; pending figures of another loss, with other names, go."""
+        """Take over the state of a record; pending figures of another loss, with other names, are dropped."""
         for name in asdict(self):
             setattr(self, name, record[name])
         self.pending = [figures for figures in self.pending if list(figures) == figure_names]

@@ -33,7 +33,7 @@ def is_bad(norm, skip_norm):
     return ~(norm <= bound) if isinstance(norm, torch.Tensor) else not norm <= bound
 
 
-# ---------------------------------------------------------------------------------------- the optimizer's state
+# -------------------------------------------------------------------------------------- the optimizer's state
 
 
 @torch.no_grad()
