@@ -12,7 +12,6 @@ import functools
 
 import numpy as np
 
-import diffusion
 from corpus.tokenfiles import Stream
 
 VALIDATION_SEED = 2**63  # beyond every training seed: all runs are validated with the same noise
@@ -238,6 +237,8 @@ def short_row_lengths(seed, sample, seq_len, share):
 
     Known from the sample's number alone, before its tokens are read: the mean over the global batch needs it.
     """
+    import diffusion  # and with it torch: `python data.py` and its processes do not wait for that
+
     u = diffusion.unit(diffusion.random_bits(seed, diffusion.LENGTH, sample, 2))
     length = np.clip(1 + np.ceil(u[:, 1] * (seq_len - 1)), 2, seq_len)
     return np.where(u[:, 0] <= share, length, seq_len).astype(np.int64)
@@ -249,6 +250,8 @@ def read_batch(cfg, eos_id, process, sequences, ids, levels, rows, eligible=None
     eligible (B, L) bool: the positions that count; the rest is padding, a document of its own (−1) that no
     other attends to (a causal network never sees it). valid and spacing as in diffusion.make_batch.
     """
+    import diffusion  # as above
+
     tokens = sequences.read(ids)
     causal = process.objective == "ar"
     documents = positions = None

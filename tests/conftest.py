@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-for folder in ("processes", "sampling", "training"):  # a few tests share what stands beside others
+for folder in ("corpus", "processes", "sampling", "training"):  # a few tests share what stands beside others
     sys.path.append(str(ROOT / "tests" / folder))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job that a script starts in the background ignores it, and so would what it starts
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
@@ -16,6 +16,8 @@ if not os.path.exists("/dev/nvidiactl"):  # before triton is imported: without a
     os.environ.setdefault("TRITON_INTERPRET", "1")
 if (ROOT / "../shared/tiktoken").is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(ROOT / "../shared/tiktoken"))
+
+pytest_plugins = ["corpus_fixtures"]
 
 
 def prepared(folder, *names, **settings):

@@ -512,7 +512,7 @@ def test_a_token_beyond_the_vocabulary_in_a_corpus_too_large_to_check(run_main, 
     shutil.copytree(corpus, tmp_path / "large")
     with open(tmp_path / "large" / f"{split}.bin", "r+b") as file:
         file.write(b"\xff\xff" * 3000)
-    monkeypatch.setattr(data, "CHECKED", 0)
+    monkeypatch.setattr(tokenfiles, "CHECKED", 0)
     assert f"the {name} split holds token 65535" in refused(run_main, capsys, "--steps=100", f"--corpus={tmp_path / 'large'}")
     assert split == "train" or not (tmp_path / "run").exists()
 

@@ -7,7 +7,6 @@ import glob
 import gzip
 import hashlib
 import http.server
-import io
 import itertools
 import json
 import lzma
@@ -30,43 +29,19 @@ from unittest import mock
 import numpy as np
 import pytest
 from conftest import ROOT, prepared
+from corpus_examples import needs_gpt2, stories, write_jsonl
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import data
 from corpus import prepare, sources, tokenfiles, tokenizers
 
-needs_gpt2 = pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="no tiktoken files beside the repository")
 quick = settings(max_examples=50, deadline=None)
 
 # Everything that pre-tokenizers treat in a way of its own, and characters of one to four bytes.
 ALPHABET = "aZſİ1٣é世🙂\u0301\u200b\u200d\ufeff\ufffd\0 .'!/_\t\r\x0b\x1c\x85\u00a0\u2028\u3000\n\n\n"
 WORDS = ["to be", " or", "\n", "\n\n", " \n", "\r\n", "n't", "'S", "'ſ", "!", "/", "123", "<|endoftext|>", "a\nb"]
 TEXT = st.text(st.sampled_from(ALPHABET), max_size=60) | st.lists(st.sampled_from(WORDS)).map("".join) | st.text()
-
-
-@pytest.fixture(scope="module")
-def scratch(tmp_path_factory):
-    """A folder for tests that prepare a great many corpora: in memory, where there is such a place."""
-    folder = Path(tempfile.mkdtemp(dir="/dev/shm")) if os.access("/dev/shm", os.W_OK) else tmp_path_factory.mktemp("scratch")
-    yield folder
-    shutil.rmtree(folder)
-
-
-@pytest.fixture
-def fast_path(scratch):
-    """As tmp_path, there."""
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        yield Path(folder)
-
-
-def stories(n):
-    return [f"Document {i} is about {i * i}.\nIt ends — hier: {'é' * (i % 5)}🙂" for i in range(n)]
-
-
-def write_jsonl(path, texts, ascii_only=True):
-    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=ascii_only) + "\n" for text in texts), encoding="utf-8")
-    return path
 
 
 def write_txt(path, text):
@@ -119,33 +94,12 @@ def task_size(size):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """The command line in this process, in a folder of its own: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    handler = signal.getsignal(signal.SIGTERM)
-
-    def run(*argv, stdin=b""):
-        monkeypatch.setattr(sys, "argv", ["data.py", *map(str, argv)])
-        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(stdin)))
-        try:
-            prepare.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    yield run
-    signal.signal(signal.SIGTERM, handler)
-
-
-@pytest.fixture
-def refused(run, capsys):
+def refused(run_data):
     """Run what must fail: one line on stderr, which says `message`, exit code 2, and nothing that was not there before."""
 
     def refused(*argv, message, **more):
         before, hidden = contents("corpora"), list(Path("corpora").glob(".*"))
-        capsys.readouterr()
-        code, _, err = run(*argv, **more)
+        code, _, err = run_data(*argv, **more)
         assert code == 2 and re.fullmatch(r"data\.py: [^\n]+\n", err), err
         assert message in err
         assert contents("corpora") == before and list(Path("corpora").glob(".*")) == hidden
@@ -407,9 +361,9 @@ def test_standard_input(tmp_path, argv, raw):
     assert "left out: 1 duplicates, 1 empty" in done.stdout.decode()
 
 
-def test_standard_input_beside_files(run, tmp_path):
+def test_standard_input_beside_files(run_data, tmp_path):
     write_jsonl(tmp_path / "x.jsonl", TEXTS[:5])
-    code, _, err = run("-", "x.jsonl", "--format=jsonl", "--val=0.3", "--name=both", stdin=jsonl(TEXTS[5:]))
+    code, _, err = run_data("-", "x.jsonl", "--format=jsonl", "--val=0.3", "--name=both", stdin=jsonl(TEXTS[5:]))
     assert code == 0, err
     assert texts_in("corpora/both") == by_split(TEXTS, 0.3)
 
@@ -566,7 +520,7 @@ def test_prepare_text(tmp_path):
 def test_large_vocabulary_takes_four_bytes(tmp_path):
     wide = SimpleNamespace(name="wide", n_vocab=300_000, eos_id=299_999, mask_id=300_000, cuts=True, token_bytes=lambda: np.ones(300_000, np.uint16),
                            encode_batch=lambda texts: [np.array([65536 + ord(c) for c in text], np.uint32) for text in texts])
-    with mock.patch.object(data, "tokenizer", lambda *_, **__: wide):
+    with mock.patch.object(tokenizers, "load_tokenizer", lambda *_, **__: wide):
         prepared(tmp_path / "out", write_jsonl(tmp_path / "x.jsonl", stories(20)), val=0.5)
     corpus = tokenfiles.load_corpus(tmp_path / "out")
     assert corpus.train.dtype == np.uint32
@@ -752,7 +706,7 @@ def test_an_interruption_costs_only_what_is_under_way(fast_path):
     found = sources.find_sources([str(write_jsonl(fast_path / "x.jsonl", stories(60)))], cfg)
     with task_size(100):
         prepare.prepare(found, fast_path / "whole", cfg)
-    for owner, name in ((prepare.Tokenize, "__call__"), (prepare.Files, "write"), (prepare.Ledger, "is_new"), (data, "flush"), (prepare.Ledger, "commit")):
+    for owner, name in ((prepare.Tokenize, "__call__"), (prepare.Files, "write"), (prepare.Ledger, "is_new"), (tokenfiles, "flush"), (prepare.Ledger, "commit")):
         real, made, done = getattr(owner, name), [], []
 
         def stop(*arguments, real=real, made=made, **notes):
@@ -764,7 +718,7 @@ def test_an_interruption_costs_only_what_is_under_way(fast_path):
         with task_size(100), mock.patch.object(owner, name, stop):
             while not out.exists():
                 with contextlib.suppress(KeyboardInterrupt):
-                    prepare.prepare(found, out, cfg, commit_every=1e9 if owner is not data and name != "commit" else 0)
+                    prepare.prepare(found, out, cfg, commit_every=1e9 if owner is not tokenfiles and name != "commit" else 0)
                 done.append(len(made))
         assert len(done) > 1 and contents(out) == contents(fast_path / "whole"), name
         if name == "__call__":
@@ -839,20 +793,20 @@ def test_killed_between_the_last_steps(tmp_path, moment, limit):
     assert prepared(out, source, val=0.3, shard_tokens=limit) == whole and contents(out) == contents(tmp_path / "whole")
 
 
-def test_killed_before_the_last_act(run, tmp_path):
+def test_killed_before_the_last_act(run_data, tmp_path):
     """The corpus is there, what was used to build it, too: it is thrown away."""
     write_jsonl(tmp_path / "x.jsonl", stories(30))
-    assert run("x.jsonl")[0] == 0
+    assert run_data("x.jsonl")[0] == 0
     whole = contents("corpora/x")
     Path("corpora/.x.building").mkdir()
     write_txt(Path("corpora/.x.building/ledger.sqlite"), "")
-    code, _, err = run("x.jsonl")
+    code, _, err = run_data("x.jsonl")
     assert (code, err) == (2, "data.py: corpora/x exists; remove it or choose another --name\n")
     assert contents("corpora") == {f"x/{name}": raw for name, raw in whole.items()} and not list(Path("corpora").glob(".*"))
 
 
 # The command line in a process of its own, with small tasks and a commit whenever 20 ms have passed; and at a pace that lets a test meet it at work.
-COMMITS = "import sys, sources, time, prepare as p; sys.argv[0] = 'data.py'; sources.SIZE = {}; " \
+COMMITS = "import sys, time; from corpus import sources, prepare as p; sys.argv[0] = 'data.py'; sources.SIZE = {}; " \
     "p.prepare.__defaults__ = (p.prepare.__defaults__[0], 0.02); old = p.Files.write; {}; p.main()"
 QUICK, SLOW = COMMITS.format(1 << 16, "pass"), COMMITS.format(1000, "p.Files.write = lambda *a: (time.sleep(0.01), old(*a))")
 
@@ -996,12 +950,12 @@ def test_killed_at_random_moments(tmp_path, kills):
 
 
 @pytest.fixture
-def interrupted(run, tmp_path, monkeypatch):
+def interrupted(run_data, tmp_path, monkeypatch):
     """A preparation of x.jsonl and y.jsonl that was interrupted."""
     write_jsonl(tmp_path / "x.jsonl", stories(30))
     write_jsonl(tmp_path / "y.jsonl", stories(60)[30:])
     with task_size(100), stopped_after_commit(5):
-        code, _, err = run("x.jsonl", "y.jsonl", "--name=z", "--val=0.3")
+        code, _, err = run_data("x.jsonl", "y.jsonl", "--name=z", "--val=0.3")
     assert (code, err) == (130, "data.py: interrupted; the same command goes on from here\n")
 
 
@@ -1029,37 +983,37 @@ def rewrite(path):
     (["x.jsonl", "y.jsonl"], ["--shard_tokens=1000"], None, "other settings (shard_tokens 1073741824 → 1000)"),
     (["x.jsonl", "y.jsonl"], ["--tokenizer=other.json"], None, "other settings (tokenizer 'bytes' → 'tokenizer.json "),
 ], ids=["grown", "touched", "rewritten", "fewer", "more", "order", "dedup", "shards", "tokenizer"])
-def test_what_changed_is_named(run, interrupted, names, flags, change, message):
+def test_what_changed_is_named(run_data, interrupted, names, flags, change, message):
     byte_level(Path("other.json"))
     if change:
         change()
     before = contents("corpora")
-    code, _, err = run(*names, "--name=z", "--val=0.3", *flags)
+    code, _, err = run_data(*names, "--name=z", "--val=0.3", *flags)
     assert code == 2 and err.startswith("data.py: ") and err.count("\n") == 1 and message in err and "--restart" in err
     assert contents("corpora") == before  # it can still go on as it was
-    assert run(*names, "--name=fresh", "--val=0.3", *flags)[0] == 0
-    code, _, err = run(*names, "--name=z", "--val=0.3", *flags, "--restart")
+    assert run_data(*names, "--name=fresh", "--val=0.3", *flags)[0] == 0
+    code, _, err = run_data(*names, "--name=z", "--val=0.3", *flags, "--restart")
     assert code == 0 and contents("corpora/z") == contents("corpora/fresh") and not list(Path("corpora").glob(".*")), err
 
 
-def test_dataset_that_changed(run, tmp_path, offline):
+def test_dataset_that_changed(run_data, tmp_path, offline):
     as_dataset(tmp_path, "", stories(30))
     with task_size(100), stopped_after_commit(5):
-        assert run("saved", "--name=z")[0] == 130
+        assert run_data("saved", "--name=z")[0] == 130
     shutil.rmtree("saved")
     as_dataset(tmp_path, "", [text.upper() for text in stories(30)])
-    code, _, err = run("saved", "--name=z", "--workers=1")
+    code, _, err = run_data("saved", "--name=z", "--workers=1")
     assert code == 2 and err.endswith("saved changed since the preparation in corpora/.z.building began; start again with --restart\n")
 
 
-def test_other_processes_and_names_of_settings_may_go_on(run, interrupted):
+def test_other_processes_and_names_of_settings_may_go_on(run_data, interrupted):
     """The number of processes is no setting of the result."""
-    assert run("x.jsonl", "y.jsonl", "--name=z", "--val=0.3", "--workers=1", "--val_share=0.2")[0] == 0
+    assert run_data("x.jsonl", "y.jsonl", "--name=z", "--val=0.3", "--workers=1", "--val_share=0.2")[0] == 0
     assert texts_in("corpora/z") == by_split(stories(60), 0.3)
 
 
 @pytest.mark.parametrize("change", [grow, touch, rewrite, Path.unlink], ids=["grown", "touched", "rewritten", "gone"])
-def test_source_that_changes_while_it_is_read(run, refused, tmp_path, change):
+def test_source_that_changes_while_it_is_read(run_data, refused, tmp_path, change):
     write_jsonl(tmp_path / "x.jsonl", stories(30))
     finish = prepare.check_unchanged
 
@@ -1071,31 +1025,31 @@ def test_source_that_changes_while_it_is_read(run, refused, tmp_path, change):
         refused("x.jsonl", message="x.jsonl: No such file" if change is Path.unlink else "x.jsonl changed while it was read; start again")
 
 
-def test_damaged_ledger(run, interrupted):
+def test_damaged_ledger(run_data, interrupted):
     Path("corpora/.z.building/ledger.sqlite").write_bytes(b"no database" * 1000)
-    code, _, err = run("x.jsonl", "y.jsonl", "--name=z", "--val=0.3")
+    code, _, err = run_data("x.jsonl", "y.jsonl", "--name=z", "--val=0.3")
     assert code == 2 and err.startswith("data.py: ") and err.count("\n") == 1 and "--restart" in err
-    assert run("x.jsonl", "y.jsonl", "--name=z", "--val=0.3", "--restart")[0] == 0
+    assert run_data("x.jsonl", "y.jsonl", "--name=z", "--val=0.3", "--restart")[0] == 0
     assert texts_in("corpora/z") == by_split(stories(60), 0.3)
 
 
 @pytest.mark.parametrize("again", [jsonl(stories(40)), jsonl(stories(41))], ids=["same", "other"])
-def test_standard_input_after_an_interruption(run, again):
+def test_standard_input_after_an_interruption(run_data, again):
     with task_size(100), stopped_after_commit(5):
-        assert run("-", "--format=jsonl", stdin=jsonl(stories(40)))[0] == 130
-    code, _, err = run("-", "--format=jsonl", stdin=again)
+        assert run_data("-", "--format=jsonl", stdin=jsonl(stories(40)))[0] == 130
+    code, _, err = run_data("-", "--format=jsonl", stdin=again)
     if again == jsonl(stories(40)):
         assert code == 0 and texts_in("corpora/stdin") == by_split(stories(40), 0.1), err
     else:
         assert code == 2 and err.count("\n") == 1 and "stdin.jsonl" in err and "--restart" in err
-        assert run("-", "--format=jsonl", "--restart", stdin=again)[0] == 0 and texts_in("corpora/stdin") == by_split(stories(41), 0.1)
+        assert run_data("-", "--format=jsonl", "--restart", stdin=again)[0] == 0 and texts_in("corpora/stdin") == by_split(stories(41), 0.1)
 
 
-def test_other_standard_input_does_not_cost_what_was_done(run):
+def test_other_standard_input_does_not_cost_what_was_done(run_data):
     with task_size(100), stopped_after_commit(5):
-        assert run("-", "--format=jsonl", stdin=jsonl(stories(40)))[0] == 130
-    assert run("-", "--format=jsonl", stdin=jsonl(stories(41)))[0] == 2
-    code, _, err = run("-", "--format=jsonl", stdin=jsonl(stories(40)))
+        assert run_data("-", "--format=jsonl", stdin=jsonl(stories(40)))[0] == 130
+    assert run_data("-", "--format=jsonl", stdin=jsonl(stories(41)))[0] == 2
+    code, _, err = run_data("-", "--format=jsonl", stdin=jsonl(stories(40)))
     assert code == 0, err
 
 
@@ -1172,13 +1126,13 @@ def test_non_utf8_record_names_file_and_line(refused, tmp_path):
     refused("x.jsonl", message="x.jsonl:30001: not UTF-8 at byte 10 of the line; see --bad_bytes")
 
 
-def test_non_utf8_in_parquet_names_file_and_record(run, refused, tmp_path):
+def test_non_utf8_in_parquet_names_file_and_record(run_data, refused, tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     texts = pyarrow.array([text.encode() for text in stories(9)] + [b"caf\xe9"], pyarrow.binary()).view(pyarrow.string())
     parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "x.parquet")
     refused("x.parquet", message="x.parquet, record 10: not UTF-8 at byte 3; see --bad_bytes")
     for choice, more in (("skip", []), ("replace", ["caf\ufffd"])):
-        code, _, err = run("x.parquet", f"--bad_bytes={choice}", f"--name={choice}", "--val=0.3")
+        code, _, err = run_data("x.parquet", f"--bad_bytes={choice}", f"--name={choice}", "--val=0.3")
         assert code == 0 and texts_in(f"corpora/{choice}") == by_split(stories(9) + more, 0.3), err
 
 
@@ -1200,13 +1154,13 @@ def bad_input(folder, layout):
 
 @pytest.mark.parametrize("size", [20, 1 << 20])
 @pytest.mark.parametrize("layout", ["folder", "separated", "jsonl"])
-def test_bad_bytes_are_skipped_or_replaced(run, tmp_path, layout, size):
+def test_bad_bytes_are_skipped_or_replaced(run_data, tmp_path, layout, size):
     raw, argv = bad_input(tmp_path, layout)
     with task_size(size):
-        code, printed, err = run(*argv, "--val=0.3", "--bad_bytes=skip", "--name=skip")
+        code, printed, err = run_data(*argv, "--val=0.3", "--bad_bytes=skip", "--name=skip")
         assert code == 0 and printed.endswith("left out: 2 undecodable\n") and "replaced" not in printed, err
         assert texts_in("corpora/skip") == by_split([text for i, text in enumerate(stories(20)) if i not in (3, 5)], 0.3)
-        code, printed, err = run(*argv, "--val=0.3", "--bad_bytes=replace", "--name=replace")
+        code, printed, err = run_data(*argv, "--val=0.3", "--bad_bytes=replace", "--name=replace")
     assert code == 0 and "left out" not in printed and printed.endswith("replaced: bytes that are no UTF-8, in 2 places\n"), err
     assert json.loads(Path("corpora/replace/meta.json").read_text())["replaced"] == 2
     assert texts_in("corpora/replace") == by_split([text.decode("utf-8", "replace") for text in raw], 0.3)
@@ -1233,10 +1187,10 @@ def test_replaced_bytes_of_a_large_text_are_counted(fast_path, layout):
 
 
 @pytest.mark.parametrize("layout, flags, lost", [("folder", "--bad_bytes=skip", 2), ("jsonl", "--bad_records=skip", 0)])
-def test_skipping_one_kind_does_not_skip_the_other(run, refused, tmp_path, layout, flags, lost):
+def test_skipping_one_kind_does_not_skip_the_other(run_data, refused, tmp_path, layout, flags, lost):
     _, argv = bad_input(tmp_path, layout)
     if lost:
-        assert json.loads(Path("corpora/ok/meta.json").read_text() if run(*argv, flags, "--name=ok")[0] == 0 else "{}")["left_out"]["undecodable"] == lost
+        assert json.loads(Path("corpora/ok/meta.json").read_text() if run_data(*argv, flags, "--name=ok")[0] == 0 else "{}")["left_out"]["undecodable"] == lost
     else:
         refused(*argv, flags, message="x.jsonl:4: not UTF-8")
     write_jsonl(tmp_path / "y.jsonl", stories(9)).open("a").write("{\n")
@@ -1272,11 +1226,11 @@ BAD_IDS = ["cut", "field", "fields", "odd", "many", "list", "string", "number", 
 
 
 @pytest.mark.parametrize("line, message", BAD_RECORDS, ids=BAD_IDS)
-def test_bad_records_name_file_and_line_or_are_counted(run, refused, tmp_path, line, message):
+def test_bad_records_name_file_and_line_or_are_counted(run_data, refused, tmp_path, line, message):
     (tmp_path / "x.jsonl").write_bytes(b'{"text": "one"}\n\n{"text": "two"}\n' + line + b"\n" + jsonl(stories(20)))
     with task_size(20):
         refused("x.jsonl", message="x.jsonl:4: " + message)
-        code, printed, err = run("x.jsonl", "--val=0.3", "--bad_records=skip")
+        code, printed, err = run_data("x.jsonl", "--val=0.3", "--bad_records=skip")
     assert code == 0 and printed.endswith("left out: 1 malformed\n"), err
     assert texts_in("corpora/x") == by_split(["one", "two", *stories(20)], 0.3)
 
@@ -1290,10 +1244,10 @@ def test_bad_records_in_another_process(tmp_path):
     assert not contents(tmp_path / "corpora") and not list((tmp_path / "corpora").iterdir())
 
 
-def test_parquet_records_that_are_no_text(run, refused, tmp_path):
+def test_parquet_records_that_are_no_text(run_data, refused, tmp_path):
     write_parquet(tmp_path / "x.parquet", [*stories(20), None])
     refused("x.parquet", message="x.parquet, record 21: its text is not text; --bad_records=skip leaves such records out")
-    code, printed, _ = run("x.parquet", "--bad_records=skip", "--val=0.3")
+    code, printed, _ = run_data("x.parquet", "--bad_records=skip", "--val=0.3")
     assert code == 0 and printed.endswith("left out: 1 malformed\n") and texts_in("corpora/x") == by_split(stories(20), 0.3)
 
 
@@ -1346,13 +1300,13 @@ def test_too_little_text(refused, tmp_path, name, raw, message):
     refused(name, message=message, stdin=raw)
 
 
-def test_empty_files_and_tables(run, refused, tmp_path):
+def test_empty_files_and_tables(run_data, refused, tmp_path):
     write_parquet(tmp_path / "x.parquet", ["a"][:0])
     write_folder(tmp_path / "in", ["", ""])
     refused("x.parquet", message="x.parquet: no text for the train split")
     refused("in", message="000.txt, 001.txt: no text for the train split (left out: 2 empty)")
     write_jsonl(tmp_path / "x.jsonl", ["", *stories(20), ""])
-    code, printed, _ = run("in", "x.parquet", "x.jsonl", "--val=0.3")
+    code, printed, _ = run_data("in", "x.parquet", "x.jsonl", "--val=0.3")
     assert code == 0 and printed.endswith("left out: 4 empty\n") and texts_in("corpora/in") == by_split(stories(20), 0.3)
 
 
@@ -1405,13 +1359,13 @@ def test_command_line_refuses(refused, tmp_path, argv, message):
 
 
 @pytest.mark.parametrize("name", [".", ".."])
-def test_folders_without_a_name(run, tmp_path, monkeypatch, name):
+def test_folders_without_a_name(run_data, tmp_path, monkeypatch, name):
     """`data.py .` makes a corpus inside corpora/, or asks for its name."""
     (tmp_path / "a/b").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "a/b")
     for folder in (tmp_path / "a", tmp_path / "a/b"):
         write_jsonl(folder / "x.jsonl", stories(30))
-    code, _, err = run(name)
+    code, _, err = run_data(name)
     assert code == 2 and "--name" in err or code == 0
     assert not Path("corpora/meta.json").exists() and not list(Path("corpora").glob(".*")) and len(list(Path(".").glob("corpora/*"))) == (code == 0)
 
@@ -1431,10 +1385,10 @@ def test_full_disk(tmp_path, name, limit):
     assert not (tmp_path / "corpora").exists() or not list((tmp_path / "corpora").iterdir())
 
 
-@pytest.mark.parametrize("owner, name", [(data, "flush"), (prepare.Files, "write"), (prepare.Ledger, "commit"), (prepare.Ledger, "is_new"),
+@pytest.mark.parametrize("owner, name", [(tokenfiles, "flush"), (prepare.Files, "write"), (prepare.Ledger, "commit"), (prepare.Ledger, "is_new"),
                                          (prepare.shutil, "copyfileobj"), (np.ndarray, None)])
 @pytest.mark.parametrize("after", [0, 1, 3, 10])
-def test_full_disk_at_any_write(run, refused, tmp_path, owner, name, after):
+def test_full_disk_at_any_write(run_data, refused, tmp_path, owner, name, after):
     write_jsonl(tmp_path / "x.jsonl", stories(40))
     count = itertools.count()
     if name is None:  # the last file that is written
@@ -1453,7 +1407,7 @@ def test_full_disk_at_any_write(run, refused, tmp_path, owner, name, after):
             refused("-", "--format=jsonl", stdin=jsonl(stories(40)), message="No space left on device")
         elif name in ("write", "is_new") or after <= dict(flush=3, commit=1, token_bytes=0).get(name, -1):
             refused("x.jsonl", message="disk is full" if owner is prepare.Ledger else "No space left on device")
-    assert run("x.jsonl")[0] == 0  # and the name is free again
+    assert run_data("x.jsonl")[0] == 0  # and the name is free again
 
 
 # ------------------------------------------------------------------------------------------- a tokenizer.json
@@ -1503,22 +1457,22 @@ def test_tokenizer_file(tmp_path, make, eos):
     assert corpus.meta["eos_id"] == inner.token_to_id(eos) and meta["tokenizer"].startswith("tokenizer.json ") and corpus.tokenizer_file
 
 
-def test_tokenizer_file_in_processes(run, tmp_path):
+def test_tokenizer_file_in_processes(run_data, tmp_path):
     byte_level(tmp_path / "tokenizer.json")
     write_jsonl(tmp_path / "x.jsonl", stories(60))
     for workers in (1, 2):
         with task_size(300):
-            code, _, err = run("x.jsonl", "--tokenizer=tokenizer.json", f"--workers={workers}", f"--name=w{workers}")
+            code, _, err = run_data("x.jsonl", "--tokenizer=tokenizer.json", f"--workers={workers}", f"--name=w{workers}")
         assert code == 0, err
     assert contents("corpora/w1") == contents("corpora/w2")
 
 
-def test_tokenizer_file_without_an_end(run, refused, tmp_path):
+def test_tokenizer_file_without_an_end(run_data, refused, tmp_path):
     byte_level(tmp_path / "tokenizer.json", eos="<end>")
     write_jsonl(tmp_path / "x.jsonl", stories(30))
     refused("x.jsonl", "--tokenizer=tokenizer.json", message="tokenizer.json: which token ends a document?; give it with --eos= (its specials: <end>)")
     refused("x.jsonl", "--tokenizer=tokenizer.json", "--eos=<eos>", message="tokenizer.json: has no token '<eos>'; give it with --eos=")
-    assert run("x.jsonl", "--tokenizer=tokenizer.json", "--eos=<end>")[0] == 0
+    assert run_data("x.jsonl", "--tokenizer=tokenizer.json", "--eos=<end>")[0] == 0
     assert texts_in("corpora/x") == by_split(stories(30), 0.1)
 
 
@@ -1534,12 +1488,12 @@ def splitting(regex, **changes):
 
 def with_layout(folder, normalizer, splits):
     """A tokenizer.json with merges across everything that a pattern may join; tokenizers.load_tokenizer's."""
-    tokenizers = pytest.importorskip("tokenizers")
+    hf = pytest.importorskip("tokenizers")
     spelled = dict(zip("\n\t\r ", "ĊĉčĠ"))
     pairs = [tuple(spelled.get(c, c) for c in pair) for pair in itertools.product("aZ1.'!/\t\r\n ", repeat=2)]
-    vocab = {token: i for i, token in enumerate([*sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), *map("".join, pairs), "<eos>"])}
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, pairs))
-    inner.decoder = tokenizers.decoders.ByteLevel()
+    vocab = {token: i for i, token in enumerate([*sorted(hf.pre_tokenizers.ByteLevel.alphabet()), *map("".join, pairs), "<eos>"])}
+    inner = hf.Tokenizer(hf.models.BPE(vocab, pairs))
+    inner.decoder = hf.decoders.ByteLevel()
     inner.add_special_tokens(["<eos>"])
     write_txt(folder / "tokenizer.json", json.dumps(json.loads(inner.to_str()) | dict(normalizer=normalizer, pre_tokenizer=splits)))
     return tokenizers.load_tokenizer(str(folder))
@@ -1600,10 +1554,10 @@ def test_default_names(source, name):
     assert prepare.default_name([source, "another.txt"]) == name
 
 
-def test_command_line_prints_what_came_out(run, tmp_path):
+def test_command_line_prints_what_came_out(run_data, tmp_path):
     write_jsonl(tmp_path / "my.v2.jsonl.gz", [])
     (tmp_path / "my.v2.jsonl.gz").write_bytes(gzip.compress(jsonl(["", *stories(2000), *stories(3)])))
-    code, printed, err = run("my.v2.jsonl.gz", "--shard_tokens=20000")
+    code, printed, err = run_data("my.v2.jsonl.gz", "--shard_tokens=20000")
     meta = json.loads(Path("corpora/my.v2/meta.json").read_text())
     assert code == 0 and not err
     for which in ("train", "val"):
@@ -1613,10 +1567,10 @@ def test_command_line_prints_what_came_out(run, tmp_path):
     assert len(meta["train"]["files"]) > 1 and printed.endswith("left out: 3 duplicates, 1 empty\n")
 
 
-def test_the_bar_fits_into_a_usual_line(run, tmp_path, monkeypatch):
+def test_the_bar_fits_into_a_usual_line(run_data, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     write_jsonl(tmp_path / "web.jsonl", stories(12_000))
-    code, printed, _ = run("web.jsonl", "--name=web[b]")  # which is no markup
+    code, printed, _ = run_data("web.jsonl", "--name=web[b]")  # which is no markup
     line = printed.splitlines()[0]
     assert code == 0 and re.search(r"^web\[b\] ━+ 12,000 documents, [\d,]+ tokens [\d.]+ [kM]B/s left 0:00:00$", line), line
 
@@ -1659,16 +1613,16 @@ def test_interrupted_download_leaves_nothing_behind(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_shakespeare(run, refused, monkeypatch):
+def test_shakespeare(run_data, refused, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     text = "To be, or not to be.\n" * 20
     with server(text.encode(), len(text)) as url:
         monkeypatch.setattr(prepare, "SHAKESPEARE", url)
-        assert run("shakespeare")[0] == 0
+        assert run_data("shakespeare")[0] == 0
     found = texts_in("corpora/shakespeare")
     assert found["train"][0] + found["val"][0] == text
     shutil.rmtree("corpora/shakespeare")
-    assert run("shakespeare")[0] == 0  # without its server
+    assert run_data("shakespeare")[0] == 0  # without its server
     shutil.rmtree("corpora")
     refused("shakespeare", message="cannot download http://127.0.0.1")
 
