@@ -5,7 +5,7 @@ RUNS ?= runs
 JOBS ?= 2
 RUN = $(VENV)/bin/python
 
-.PHONY: quickstart test test-all clean
+.PHONY: quickstart lint test test-all clean
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,9 @@ quickstart: $(VENV)/ready corpora/docs/meta.json
 	$(RUN) train.py configurator/quickstart.py --run_dir=$(RUNS)/quickstart --compare=$(RUNS)/quickstart_ar --resume=auto $(QUICKSTART_FLAGS)
 	$(RUN) sample.py --run_dir=$(RUNS)/quickstart --batch=2
 	$(RUN) sample.py --run_dir=$(RUNS)/quickstart --text="Return the [MASK:20] of the list."
+
+lint: $(VENV)/ready-to-test
+	$(RUN) -m ruff check .
 
 test: $(VENV)/ready-to-test
 	$(RUN) -m pytest -q -n $(JOBS) --dist loadfile -m "not slow" tests

@@ -1,4 +1,4 @@
-# What every run of results/sweep_cpu starts from: byte-level models of Python source on a CPU (sweep.py sets size, length and objective).
+# What every run of results/sweep_cpu starts from: byte-level models of Python source on a CPU (`scaling.py sweep` sets size, length and objective).
 # Hardware: two CPU cores; a run takes seconds to minutes. Expect what results/sweep_cpu/README.md lists; by itself, this file
 # trains the width that its learning rate is for, masked, on 2M bytes: about 2.1 nats per byte. How to prepare the corpus is there, too.
 #

@@ -5,4 +5,4 @@ from configurator.sweep_cpu import *
 
 run_dir = "runs/sweep_epochs_cpu"
 unique_tokens = 10_000
-eval_rows = 1024  # sweep.py --evals validates often along the way
+eval_rows = 1024  # scaling.py sweep --evals validates often along the way
