@@ -480,7 +480,7 @@ class Fp8Linear(torch.autograd.Function):
 
 # On a CPU torch's flash attention is made for long rows: up to these lengths plain products are faster, which
 # torch.compile fuses with the softmax. Those of bf16 run on oneDNN, those inside flash don't.
-PLAIN_UP_TO = {torch.float32: 64 if torch.cpu._is_avx512_supported() else 128, torch.bfloat16: 512}
+PLAIN_ATTENTION_UP_TO = {torch.float32: 64 if torch.cpu._is_avx512_supported() else 128, torch.bfloat16: 512}
 
 
 def attention(q, k, v, mask, causal, dropout):
@@ -489,7 +489,7 @@ def attention(q, k, v, mask, causal, dropout):
     if isinstance(mask, BlockMask):  # by itself, not inside a compiled model, it must be compiled: else it forms all the scores
         flex = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
         return flex(q.contiguous(), k.contiguous(), v.contiguous(), block_mask=mask)  # Inductor's flex for CPUs misreads strides (2.13)
-    if not on_cpu(q) or L > PLAIN_UP_TO.get(q.dtype, 0) or dropout:
+    if not on_cpu(q) or L > PLAIN_ATTENTION_UP_TO.get(q.dtype, 0) or dropout:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None, dropout_p=dropout)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if causal and mask is None:
@@ -546,7 +546,7 @@ def attention_backend(q, causal, documents=False):
     """The name of what computes attention for queries, keys and values like q (B, H, L, head_dim), within documents or without mask."""
     if documents and has_flex(q):
         return "flex_attention"
-    if on_cpu(q) and q.shape[-2] <= PLAIN_UP_TO.get(q.dtype, 0):
+    if on_cpu(q) and q.shape[-2] <= PLAIN_ATTENTION_UP_TO.get(q.dtype, 0):
         return "plain products"
     choice = torch._fused_sdp_choice(q, q, q, is_causal=causal)  # the very function that the dispatcher asks
     return next((name for name, backend in SDPBackend.__members__.items() if int(backend) == choice), str(choice)).lower()

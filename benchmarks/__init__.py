@@ -1,1 +1,1 @@
-"""Where every claim about speed comes from."""
+"""The parts of bench.py: what is measured against what, and how."""

@@ -1,5 +1,6 @@
-"""bench.py runs every part of both suites at tiny sizes, on any machine; its figures are checked where they can be."""
+"""bench.py runs every part of its suites at tiny sizes; figures are checked where they can be."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -11,21 +12,31 @@ import torch
 from conftest import ROOT
 
 import bench
+from benchmarks import common, gpu, sampling, training
 from model import Transformer
-from training import update
+from training import transfer
+
+PART_NAMES = "shakespeare, gathered, bf16, choices, host, loading, prepare"
+MISSING_ON_CPU = "(cudnn|efficient)_attention|varlen"
 
 
-def start(*flags, cwd):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, ROOT / "bench.py", "--smoke", "--rounds=2", *flags], cwd=cwd, env=environment, capture_output=True, text=True)
+def run_bench(*flags, cwd):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, ROOT / "bench.py", "--smoke", "--rounds=2", *flags]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("suite, parts", [("cpu", "host"), ("gpu", "steps,profile"), pytest.param("cpu", "", marks=pytest.mark.slow),
-                                          pytest.param("gpu", "", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("suite, parts", [
+    ("cpu", "host"),
+    ("gpu", "steps,profile"),
+    pytest.param("cpu", "", marks=pytest.mark.slow),
+    pytest.param("gpu", "", marks=pytest.mark.slow),
+])
 def test_every_part_runs(suite, parts, tmp_path):
-    done = start(f"--suite={suite}", f"--only={parts}", "--warmup=3", "--steps=3", cwd=tmp_path)
+    done = run_bench(f"--suite={suite}", f"--only={parts}", "--warmup=3", "--steps=3", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert not [line for line in done.stdout.splitlines() if "failed" in line and not re.search("(cudnn|efficient)_attention|varlen", line)]  # a CPU has none
+    failed = [line for line in done.stdout.splitlines() if "failed" in line]
+    assert all(re.search(MISSING_ON_CPU, line) for line in failed)
     for part in parts.split(",") if parts else bench.PARTS[suite]:
         assert f"## {part}" in done.stdout
     assert "| --- |" in done.stdout and not list(tmp_path.iterdir())
@@ -35,92 +46,110 @@ def test_every_part_runs(suite, parts, tmp_path):
         assert re.search("^\\| `.*` \\| matrix products \\|", done.stdout, re.M)
 
 
-def test_a_part_that_fails_costs_only_itself(tmp_path, monkeypatch, capsys):
+def test_a_part_that_fails_costs_only_itself(tmp_path, monkeypatch):
     """And the attention order on Hopper is a context that can be entered once: each part needs its own."""
-    import contextlib
-
-    def broken(cfg, device):
-        """Broken."""
-        raise RuntimeError("no such kernel | here")
 
     def works(cfg, device):
         """Works."""
         return "fine"
 
+    def breaks(cfg, device):
+        """Breaks."""
+        raise RuntimeError("no such kernel | here")
+
     entered = []
 
     @contextlib.contextmanager
-    def once(device):
+    def enter_once(device):
         entered.append(device)
         yield
 
-    monkeypatch.setattr(bench.kernels, "preferring_cudnn", once)
-    monkeypatch.setitem(bench.PARTS, "gpu", dict(a=works, b=broken, c=works))
+    monkeypatch.setattr(bench.kernels, "preferring_cudnn", enter_once)
+    monkeypatch.setitem(bench.PARTS, "gpu", dict(a=works, b=breaks, c=works))
     monkeypatch.setattr(bench.Config, "problems", lambda self: [])
     monkeypatch.setattr(sys, "argv", ["bench.py", "--suite=gpu", f"--out={tmp_path}"])
     with pytest.raises(SystemExit) as stop:
         bench.main()
-    text = (tmp_path / "gpu.md").read_text()
+    report = (tmp_path / "gpu.md").read_text()
     assert stop.value.code == 2 and len(entered) == 3
-    assert text.count("fine") == 2 and "failed: RuntimeError: no such kernel / here" in text
-
-
-def test_every_model_of_the_steps_table_exists():
-    sizes = {name: bench.model_of(name, False) for name, *_ in bench.STEPS}
-    with torch.device("meta"):
-        count = {name: Transformer(c).n_params() for name, c in sizes.items()}
-    assert count["1.7B"] == 1_611_785_216 and round(count["1.1B"] / 1e6) == 1086 and sizes["1.7B"].n_layer == 28 and sizes["1.7B"].d_model == 2048
-    labels = [f"{n} {o} {r} {s}" for n, o, r, s in bench.STEPS]
-    assert len(set(labels)) == len(labels)
-    for _, _, _, settings in bench.STEPS:  # each can be built, small
-        bench.Step(bench.model_of("tiny", False), "masked", 4, bench.CPU, torch.bfloat16, **settings)
-
-
-@pytest.mark.parametrize("kernel, kind", [
-    ("nvjet_tst_256x128_64x4_1x2_h_bz_coopA_NNT", "matrix products"), ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n", "matrix products"),
-    ("void cutlass::device_kernel<at::cuda::detail::enable_3x_kernel_for_sm9x>", "matrix products"), ("triton_tem_fused_mm_3", "matrix products"),
-    ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16", "attention"), ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits>", "attention"),
-    ("void cudnn::fusion::compute_dot_do_o_specialized<true>", "attention"), ("triton_tem_fused_flex_attention_0", "attention"),
-    ("triton_per_fused__scaled_dot_product_cudnn_attention_backward__to_copy_add_mul_12", "elementwise and reductions (compiled)"),
-    ("triton_poi_fused__to_copy_addmm_mm_mul_silu_7", "elementwise and reductions (compiled)"), ("cross_entropy_rows", "rows of the loss"),
-    ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer and norm"),
-    ("Memcpy HtoD (Pinned -> Device)", "copies"), ("void at::native::vectorized_elementwise_kernel<4, FillFunctor>", "others")])
-def test_kernels_by_name(kernel, kind):
-    assert bench.kind_of(kernel) == kind
-
-
-def test_document_borders():
-    ids = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 2, 2, 2], [2, 2, 2, 2, 2]])
-    borders, longest = bench.document_borders(ids)
-    assert borders.tolist() == [0, 2, 5, 6, 7, 10, 15] and longest == 5
+    assert report.count("fine") == 2 and "failed: RuntimeError: no such kernel / here" in report
 
 
 def test_a_wrong_part_is_one_line(tmp_path):
-    done = start("--only=shakespear", cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.strip() == ("bench.py: only=shakespear: no such part; there are shakespeare, gathered, bf16, choices, host, loading, prepare")
+    done = run_bench("--only=shakespear", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.strip() == f"bench.py: only=shakespear: no such part; there are {PART_NAMES}"
+
+
+def test_the_first_word_sampling_has_settings_of_its_own(tmp_path, monkeypatch, capsys):
+    """And its report says that our greedy text is the published algorithm's."""
+    out = tmp_path / "results" / "sampling.md"
+    settings = ["--parts=masked", "--vocab=50", "--n_layer=1", "--d_model=32", "--batch=2", f"--out={out}"]
+    monkeypatch.setattr(sys, "argv", ["bench.py", "sampling", *settings])
+    bench.main()
+    report = out.read_text()
+    assert "`python bench.py sampling --parts=masked --vocab=50 --batch=2 --rounds=1`, cpu" in report
+    assert "### masked: 256 tokens, 64 steps, batch 2, vocabulary 50" in report
+    assert "100.00% of the tokens are equal" in report and report.count(" × (") == 4
+
+    monkeypatch.setattr(sys, "argv", ["bench.py", "sampling", "--parts=mask"])
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert capsys.readouterr().err == "bench.py: parts: choose from masked, cache, ar, answers, not mask\n"
+
+
+# ------------------------------------------------------------------------------------------------- measuring
+
+
+def test_rivals_take_turns_and_are_called_before_the_clock_starts(monkeypatch):
+    calls, now = [], [0.0]
+    monkeypatch.setattr(transfer.time, "perf_counter", lambda: now[0])
+
+    def rival(name, seconds):
+        calls.append(name)
+        now[0] += seconds
+        return len(calls)
+
+    outputs = {}
+    rivals = {"a": lambda: rival("a", 0.004), "b": lambda: rival("b", 0.001)}
+    times = common.take_turns(rivals, common.CPU, 4, 2, outputs=outputs)
+    assert np.allclose(times["a"], 4) and np.allclose(times["b"], 1)
+    assert "".join(calls) == "aaabbb" + "aabb" + "bbaa" + "aabb" + "bbaa"
+    assert outputs == dict(a=22, b=20)
+
+
+def test_no_warmup_where_a_call_takes_minutes():
+    calls = []
+    common.take_turns({"a": lambda: calls.append("a")}, common.CPU, 1, warmup=0)
+    assert calls == ["a"]
+
+
+# ------------------------------------------------------------------------------------------- training steps
 
 
 def test_full_head_computes_the_same_loss():
-    """What the gathered head is measured against is the same step: equal losses and gradients."""
-    config = bench.shape_of(2, 2, 32, 60, 32, False)
-    steps = [bench.Step(config, "masked", 4, bench.CPU, torch.float32, how="no", full_head=full) for full in (False, True)]
+    """What the gathered head is measured against is the same step: equal losses and gradient norms."""
+    config = training.model_shape(2, 2, 32, 60, 32, False)
+    steps = [
+        training.TrainingStep(config, "masked", 4, common.CPU, torch.float32, how="no", full_head=full_head)
+        for full_head in (False, True)
+    ]
     assert steps[0].example.index is not None and steps[1].example.index is None
-    losses = []
-    for run in steps:
-        values = []
+    records = []
+    for step in steps:
+        records.append([])
         for _ in range(6):
-            run()
-            values.append(run.record.tolist())
-        losses.append(values)
-    assert np.allclose(*losses, rtol=2e-4)
+            step()
+            records[-1].append(step.record.tolist())
+    assert np.allclose(*records, rtol=2e-4)
 
 
 def test_plain_step_is_a_language_model_of_like_size():
-    shape = dict(n_layer=4, n_head=4)
-    plain = bench.PlainGPT(d=128, n_vocab=65, seq_len=64, **shape)
-    ours = Transformer(bench.shape_of(**shape, d_model=128, n_vocab=65, seq_len=64, causal=True))
-    inside = sum(p.numel() for p in plain.blocks.parameters() if p.dim() == 2)
-    assert inside == 4 * 12 * 128**2 and abs(ours.n_params(False) / inside - 1) < 0.05
+    shape = dict(n_layer=4, n_head=4, d_model=128, n_vocab=65, seq_len=64)
+    plain = training.PlainGPT(**shape)
+    ours = Transformer(training.model_shape(**shape, causal=True))
+    in_blocks = sum(p.numel() for p in plain.blocks.parameters() if p.dim() == 2)
+    assert in_blocks == 4 * 12 * 128**2 and abs(ours.n_params(False) / in_blocks - 1) < 0.05
     x = torch.randint(65, (2, 64))
     loss = plain(x, torch.randint(65, (2, 64)))
     assert abs(loss.item() - np.log(65)) < 0.1
@@ -129,20 +158,62 @@ def test_plain_step_is_a_language_model_of_like_size():
 
 
 def test_real_tokens_are_text_with_a_natural_distribution():
-    tokens = bench.real_tokens(50_257)
+    tokens = training.real_tokens(50_257)
     counts = np.sort(np.bincount(tokens))[::-1]
     assert len(tokens) > 2 * 10**5 and len(np.unique(tokens)) > 3000 and tokens.max() < 50_257
     assert counts[0] > 50 * counts[200]
 
 
-def test_rivals_take_turns_and_are_called_before_the_clock_starts(monkeypatch):
-    calls, now = [], [0.0]
-    monkeypatch.setattr(update.time, "perf_counter", lambda: now[0])
+# ------------------------------------------------------------------------------------------------ on a GPU
 
-    def rival(name, takes):
-        calls.append(name)
-        now[0] += takes
 
-    times = bench.take_turns({"a": lambda: rival("a", 0.004), "b": lambda: rival("b", 0.001)}, bench.CPU, 4, 2)
-    assert np.allclose(times["a"], 4) and np.allclose(times["b"], 1)
-    assert "".join(calls) == "aaabbb" + "aabb" + "bbaa" + "aabb" + "bbaa"
+def test_every_model_of_the_steps_table_exists():
+    configs = {name: gpu.model_of(name, False) for name, *_ in gpu.STEPS}
+    with torch.device("meta"):
+        n_params = {name: Transformer(config).n_params() for name, config in configs.items()}
+    assert n_params["1.7B"] == 1_611_785_216 and round(n_params["1.1B"] / 1e6) == 1086
+    assert configs["1.7B"].n_layer == 28 and configs["1.7B"].d_model == 2048
+    labels = [str(row) for row in gpu.STEPS]
+    assert len(set(labels)) == len(labels)
+    for _, _, _, settings in gpu.STEPS:  # each can be built, small
+        config = gpu.model_of("tiny", False)
+        training.TrainingStep(config, "masked", 4, common.CPU, torch.bfloat16, **settings)
+
+
+@pytest.mark.parametrize("kind, kernel", [
+    ("matrix products", "nvjet_tst_256x128_64x4_1x2_h_bz_coopA_NNT"),
+    ("matrix products", "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n"),
+    ("matrix products", "void cutlass::device_kernel<at::cuda::detail::enable_3x_kernel_for_sm9x>"),
+    ("matrix products", "triton_tem_fused_mm_3"),
+    ("attention", "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16"),
+    ("attention", "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits>"),
+    ("attention", "void cudnn::fusion::compute_dot_do_o_specialized<true>"),
+    ("attention", "triton_tem_fused_flex_attention_0"),
+    ("elementwise and reductions (compiled)",
+     "triton_per_fused__scaled_dot_product_cudnn_attention_backward__to_copy_add_mul_12"),
+    ("elementwise and reductions (compiled)", "triton_poi_fused__to_copy_addmm_mm_mul_silu_7"),
+    ("rows of the loss", "cross_entropy_rows"),
+    ("optimizer and norm",
+     "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>"),
+    ("copies", "Memcpy HtoD (Pinned -> Device)"),
+    ("others", "void at::native::vectorized_elementwise_kernel<4, FillFunctor>"),
+])
+def test_kernels_by_name(kind, kernel):
+    assert gpu.kind_of(kernel) == kind
+
+
+def test_document_borders():
+    documents = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 2, 2, 2], [2, 2, 2, 2, 2]])
+    borders, longest = gpu.document_borders(documents)
+    assert borders.tolist() == [0, 2, 5, 6, 7, 10, 15] and longest == 5
+
+
+# --------------------------------------------------------------------------------------- the published loops
+
+
+def test_the_published_algorithm_wants_whole_blocks():
+    network = sampling.random_network(sampling.Config(d_model=32, n_layer=1), 20, 16, False)
+    prompt = torch.zeros(1, 4, dtype=torch.int64)
+    for steps, block in ((4, 5), (3, 6)):
+        with pytest.raises(ValueError, match="whole blocks"):
+            sampling.sample_as_published(network, prompt, steps, 12, block)

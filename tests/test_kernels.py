@@ -329,13 +329,13 @@ def test_attention_forms_agree(L, causal, documents, monkeypatch):
     want = scores.softmax(-1) @ v
     if not isinstance(mask, k.BlockMask):  # FlexAttention has no fp64
         for longest in (0, 10**9):
-            monkeypatch.setattr(k, "PLAIN_UP_TO", dict.fromkeys((torch.float64, torch.float32, torch.bfloat16), longest))
+            monkeypatch.setattr(k, "PLAIN_ATTENTION_UP_TO", dict.fromkeys((torch.float64, torch.float32, torch.bfloat16), longest))
             for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-6 if DEVICE == "cpu" else 2e-3), (torch.bfloat16, 1e-2)):
                 assert error(k.attention(q.to(dtype), key.to(dtype), v.to(dtype), mask, causal, 0.0), want) < bound
     assert error(k.attention(q.float(), key.float(), v.float(), mask, causal, 0.0), want) < (1e-6 if DEVICE == "cpu" else 2e-3)
     if DEVICE == "cpu":
         for longest, name in ((10**9, "plain products"), (0, "flash_attention")):
-            monkeypatch.setattr(k, "PLAIN_UP_TO", {torch.float32: longest})
+            monkeypatch.setattr(k, "PLAIN_ATTENTION_UP_TO", {torch.float32: longest})
             assert k.attention_backend(q.float(), causal, documents) == name
     else:
         flex = "flex_attention" if documents else k.attention_backend(q.bfloat16(), causal)

@@ -220,12 +220,12 @@ def test_the_estimator_converges_to_the_enumerated_likelihood():
 
 def test_the_published_estimator_means_the_same():
     """What sampling.py races against converges to the same number: its mean over 300 runs, 6 tokens, all masks here."""
-    from benchmarks.sampling import answer_as_published
+    from benchmarks.sampling import score_as_published
 
     context, answer = [1, 2, 3], [7, 30, 9, 9, 0, 21]
     every = answers(scorer(MASKED), [Question(context, answer)], EOS)[0][0]
     g = torch.Generator().manual_seed(0)
-    found = np.array([answer_as_published(MASKED, context, answer, 32, 16, g) for _ in range(300)])
+    found = np.array([score_as_published(MASKED, context, answer, 32, 16, g) for _ in range(300)])
     assert abs(found.mean() - every) < 4 * found.std() / math.sqrt(300)
 
 
@@ -392,7 +392,7 @@ def test_multiple_choice_is_several_times_as_fast_as_published():
 
     from benchmarks import sampling
 
-    model, rng = sampling.network(sampling.Config(), 50_257, 256, False), np.random.default_rng(0)
+    model, rng = sampling.random_network(sampling.Config(), 50_257, 256, False), np.random.default_rng(0)
     judge = Scorer(Objective(model, False), d.Process("masked", 50_257, 50_257, 256), CPU)
     for length, factor in ((24, 4), (1, 100)):
         questions = [Question(rng.integers(0, 50_257, 80).tolist(), rng.integers(0, 50_257, length).tolist(), str(q // 2)) for q in range(4)]
@@ -401,5 +401,5 @@ def test_multiple_choice_is_several_times_as_fast_as_published():
         answers(judge, questions, 0)
         ours = time.perf_counter() - start
         for question in questions:
-            sampling.answer_as_published(model, question.context, question.answer)
+            sampling.score_as_published(model, question.context, question.answer)
         assert (time.perf_counter() - start - ours) / ours > factor, length

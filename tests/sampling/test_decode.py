@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from test_diffusion import Denoiser, L, M, P, V, chi_square
 
 import diffusion as d
-from benchmarks.sampling import as_published
+from benchmarks.sampling import sample_as_published
 from model import ModelConfig, Transformer
 from sampling import decode
 from sampling.decode import CONFIDENT, PLANNED, DecodeConfig
@@ -334,7 +334,7 @@ def test_confidence_remasks_what_was_written_with_least():
 @pytest.mark.parametrize("steps, block, cfg", ((24, 24, 0.0), (8, 24, 0.0), (12, 8, 0.0), (6, 12, 0.7), (24, 4, 2.0)))
 def test_at_temperature_0_the_published_algorithm_writes_the_same(steps, block, cfg):
     prompt = torch.randint(0, 40, (3, 10), generator=torch.Generator().manual_seed(0))
-    published = as_published(MASKED, prompt, steps, 24, block, cfg=cfg)
+    published = sample_as_published(MASKED, prompt, steps, 24, block, guidance=cfg)
     how = DecodeConfig(order="low_confidence", steps=steps, block=0 if block == 24 else block, temperature=0, guidance=cfg)
     assert decode.generate(MASKED, [row + [MASK] * 24 for row in prompt.tolist()], how, EOS, LINEAR).rows == published.tolist()
 
