@@ -156,8 +156,8 @@ def host(cfg, device):
         def make_batch(process=process, counter=counter):
             first = next(counter) % n_batches * rows
             levels = diffusion.noise_levels(process, first, rows)
-            x = sequences.read(sequences.ids(first + np.arange(rows)))
-            transfer.to_tensors(diffusion.make_batch(process, x, levels, levels.deal(0, 1)), False)
+            x = sequences.rows(first + np.arange(rows))
+            transfer.to_tensors(diffusion.make_batch(process, x, levels, np.arange(rows)))
 
         t = take_turns({"ours": make_batch}, device, cfg.rounds, 3)["ours"]
         lines.append([objective, loss, spread(t), f"{rows * seq_len / np.median(t) / 1e3:.1f}"])

@@ -327,26 +327,26 @@ STEPS = [
     ("1.7B", "masked", 16, dict(fp8=True)),
     ("413M", "masked", 32, dict(short_rows=0.01)),
     ("135M", "masked", 16, {}),
-    ("135M", "masked", 16, dict(plain_loss=True, how="no")),
+    ("135M", "masked", 16, dict(plain_loss=True, compile="no")),
     ("1.7B", "ar", 16, {}),
     ("413M", "ar", 32, {}),
     ("135M", "ar", 32, {}),
     ("1.1B", "masked", 24, {}),
     ("1.1B", "ar", 24, {}),
-    ("135M", "masked", 32, dict(how="blocks")),
+    ("135M", "masked", 32, dict(compile="blocks")),
     ("135M", "masked", 32, dict(full_head=True)),
     ("135M", "masked", 32, dict(recompute="elementwise")),
-    ("1.7B", "masked", 16, dict(how="blocks")),
-    ("1.7B", "masked", 16, dict(fp8=True, how="blocks")),
-    ("1.7B", "masked", 24, dict(recompute="elementwise", how="blocks")),
+    ("1.7B", "masked", 16, dict(compile="blocks")),
+    ("1.7B", "masked", 16, dict(fp8=True, compile="blocks")),
+    ("1.7B", "masked", 24, dict(recompute="elementwise", compile="blocks")),
     ("25M", "masked", 8, {}),
     ("25M", "masked", 8, dict(cuda_graphs=True)),
 ]
 TINY_SETTINGS = [
-    dict(how="no"),
-    dict(how="no", fp8=True),
-    dict(how="no", plain_loss=True),
-    dict(how="no", short_rows=0.5),
+    dict(compile="no"),
+    dict(compile="no", fp8=True),
+    dict(plain_loss=True, compile="no"),
+    dict(compile="no", short_rows=0.5),
 ]
 TINY_STEPS = [("tiny", "masked", 4, settings) for settings in TINY_SETTINGS]
 TINY_STEPS += [("tiny", "ar", 4, settings) for settings in TINY_SETTINGS]
@@ -456,7 +456,7 @@ def flops_of_whole_blocks(network, head_share):
 
 def predicted_peak(config, example, settings):
     """Bytes that memory.predict expects of a step on batches like `example`."""
-    use = {name: value for name, value in settings.items() if name in ("how", "recompute", "fp8")}
+    use = {name: value for name, value in settings.items() if name in ("compile", "recompute", "fp8")}
     use["lasting_gradients"] = settings.get("cuda_graphs", False)
     return memory.predict(config, example, False, torch.bfloat16, True, **use).peak
 
@@ -480,17 +480,17 @@ def turns(cfg, device):
         ("fp8 / bf16", "1.7B", 8, dict(fp8=True), {}),
         ("gathered / full head", "135M", 16, {}, dict(full_head=True)),
     ]
-    how = {}
+    uncompiled = {}
     if cfg.smoke:
         pairs = [(what, "tiny", 4, first, second) for what, _, _, first, second in pairs]
-        how = dict(how="no")
+        uncompiled = dict(compile="no")
 
     lines = []
     for what, model, rows, first, second in pairs:
         config = model_of(model, False)
         rivals = {
-            "first": TrainingStep(config, "masked", rows, device, torch.bfloat16, **how, **first),
-            "second": TrainingStep(config, "masked", rows, device, torch.bfloat16, **how, **second),
+            "first": TrainingStep(config, "masked", rows, device, torch.bfloat16, **uncompiled, **first),
+            "second": TrainingStep(config, "masked", rows, device, torch.bfloat16, **uncompiled, **second),
         }
         in_a_row = 7  # the device never idles
         sevens = {name: partial(time_in_a_row, step, device, in_a_row) for name, step in rivals.items()}
@@ -532,8 +532,8 @@ def profile(cfg, device):
     for name, rows in (("tiny", 4),) if cfg.smoke else (("135M", 32), ("1.7B", 16)):
         if cfg.rows and name not in cfg.rows:
             continue
-        how = "no" if cfg.smoke else "whole"
-        step = TrainingStep(model_of(name, False), "masked", rows, device, torch.bfloat16, how=how)
+        compile = "no" if cfg.smoke else "whole"
+        step = TrainingStep(model_of(name, False), "masked", rows, device, torch.bfloat16, compile)
         sections.append(profile_of_step(name, step, device))
         del step
         free_memory(device)

@@ -28,7 +28,7 @@ from evaluation.likelihood import Question, Scorer
 from model import ModelConfig, Transformer
 from sampling import decode
 from sampling.decode import DecodeConfig
-from training import update
+from training.objective import Objective
 
 
 @dataclass
@@ -268,7 +268,7 @@ def answers(cfg, device):
     """Four choices a question; contexts of 60 to 120 tokens."""
     network, rng = random_network(cfg, cfg.vocab, 256, False), np.random.default_rng(0)
     process = diffusion.Process("masked", cfg.vocab, cfg.vocab, 256)
-    scorer = Scorer(update.Objective(network, False), process, device)
+    scorer = Scorer(Objective(network, False), process, device)
 
     def published(questions, batch):
         return [score_as_published(network, q.context, q.answer, batch=batch) for q in questions]

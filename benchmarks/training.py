@@ -1,8 +1,10 @@
 """Training steps to be timed, on real tokens: ours, as train.py takes them, and plain ones as nanoGPT's."""
 
 import functools
+import itertools
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -18,7 +20,9 @@ import kernels
 from configurator.ladder import swiglu_width
 from corpus import sources
 from model import ModelConfig, Transformer
-from training import transfer, update
+from training import update
+from training.objective import Objective, compile_and_wrap
+from training.transfer import to_device, to_tensors
 
 
 @functools.cache
@@ -31,12 +35,6 @@ def real_tokens(n_vocab):
     by_frequency = Counter(words).most_common()
     ids = {word: min(rank, n_vocab - 1) for rank, (word, _) in enumerate(by_frequency)}
     return np.array([ids[word] for word in words])
-
-
-def real_rows(n_vocab, seq_len, rows, n_batches):
-    """Read n_batches batches of real tokens, each (rows, seq_len + 1)."""
-    sequences = data.Sequences(real_tokens(n_vocab), seq_len, seed=1)
-    return [sequences.read(sequences.ids(np.arange(rows) + i * rows)) for i in range(n_batches)]
 
 
 def model_shape(n_layer, n_head, d_model, n_vocab, seq_len, causal, tied=True):
@@ -63,63 +61,76 @@ class TrainingStep:
     """A training step as train.py takes it, on a few batches of real tokens in turn: call it to take one.
 
     full_head: the whole network, its head and loss run at every position. plain_loss: that, and the loss is
-    computed from fp32 logits, without kernels. `use`: recompute and fp8, as in `Transformer.use`.
+    computed from fp32 logits, without kernels. compile, cuda_graphs and short_rows as train.py's settings;
+    `use` as in `Transformer.use`.
     """
 
-    def __init__(self, config, objective, rows, device, dtype, how="whole", full_head=False, plain_loss=False,
-                 n_batches=4, cuda_graphs=False, short_rows=0.0, **use):
+    def __init__(self, config, objective, rows, device, dtype, compile="whole", full_head=False,
+                 plain_loss=False, n_batches=4, cuda_graphs=False, short_rows=0.0, **use):
         torch.manual_seed(0)
-        process = diffusion.Process(
-            objective, config.n_vocab, config.mask_id, config.seq_len, short_rows=short_rows
-        )
-        levels = [diffusion.noise_levels(process, i * rows, rows) for i in range(n_batches)]
-        tokens = real_rows(config.n_vocab, config.seq_len, rows, n_batches)
-        batches = []
-        for x, level in zip(tokens, levels):
-            batches.append(diffusion.make_batch(process, x, level, level.deal(0, 1)))
-        shares = [1.0] * n_batches
+        process = diffusion.Process(objective, config.n_vocab, config.mask_id, config.seq_len)
+        batches, shares = make_batches(process, rows, n_batches, short_rows)
         if full_head or plain_loss:
-            batches = [at_every_position(batch) for batch in batches]
-        elif objective == "masked":
-            shares = [float(level.count.mean()) / config.seq_len for level in levels]
+            batches, shares = [at_every_position(batch) for batch in batches], [1.0] * n_batches
 
         with device:
             self.network = Transformer(config).init_weights().use(**use)
-        objective = update.Objective(self.network, False)
+        objective = Objective(self.network, False)
         if plain_loss:
-            objective.loss_of = full_logits_loss
-        self.objective = update.compile_and_wrap(objective, how, cuda_graphs=cuda_graphs)
+            objective.loss_figures = full_logits_loss
+        self.objective = compile_and_wrap(objective, compile, cuda_graphs=cuda_graphs)
         self.optimizer = update.make_optimizer(self.network, 2e-4, (0.9, 0.95), 0.1)
-        self.autocast = functools.partial(
-            torch.autocast, device.type, torch.bfloat16, enabled=dtype == torch.bfloat16
-        )
         self.cuda_graphs = cuda_graphs
+        self.device, self.in_bf16 = device, dtype == torch.bfloat16
 
-        self.batches = [transfer.to_device(transfer.to_tensors(batch, False), device) for batch in batches]
+        self.batches = itertools.cycle([to_device(to_tensors(batch), device) for batch in batches])
         self.tokens = rows * config.seq_len
         self.head_share = float(np.mean(shares))  # of the positions, those for which the head is computed
         self.example, self.example_share = batches[0], shares[0]
-        self.calls = 0
-        self.record = torch.zeros(2, device=device)  # loss and gradient norm of the last step
+        self.loss = self.norm = None  # the last step's, () on the device
 
     def __call__(self):
-        batch = self.batches[self.calls % len(self.batches)]
-        self.calls += 1
-        self.record.zero_()
-        update.optimizer_step(self.objective, self.optimizer, iter([batch]), 1, self.record, 1.0,
-                              self.autocast, cuda_graphs=self.cuda_graphs)
+        if self.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        batch = next(self.batches)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.in_bf16):
+            loss = self.objective(batch)["loss"]
+        loss.backward()
 
-    @property
-    def loss(self):
-        """The last step's loss, () on the device."""
-        return self.record[0]
+        parameters = update.parameters(self.optimizer)
+        self.norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        nn.utils.clip_grads_with_norm_(parameters, 1.0, self.norm)
+        self.optimizer.found_inf = update.is_bad(self.norm, 0.0).float()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=not self.cuda_graphs)
+        self.loss = loss.detach()
+
+
+def make_batches(process, rows, n_batches, short_rows=0.0):
+    """Make batches of real tokens, as arrays → (batches, the share of the positions of each with a head)."""
+    settings = SimpleNamespace(document_attention=False)
+    sequences = data.Sequences(real_tokens(process.n_vocab), process.seq_len, seed=1)
+    batches, shares = [], []
+    for first in range(0, n_batches * rows, rows):
+        sample = first + np.arange(rows)
+        lengths = eligible = None
+        if short_rows:
+            lengths = data.short_row_lengths(process.seed, sample, process.seq_len, short_rows)
+            eligible = np.arange(process.seq_len) < lengths[:, None]
+        levels = diffusion.noise_levels(process, first, rows, eligible=lengths)
+        ids = sequences.ids(sample)
+        batches.append(
+            data.read_batch(settings, None, process, sequences, ids, levels, np.arange(rows), eligible))
+        is_masked = process.objective == "masked"
+        shares.append(float(levels.count.mean()) / process.seq_len if is_masked else 1.0)
+    return batches, shares
 
 
 def full_logits_loss(hidden, head, batch, n_vocab, posterior=False):
     """Compute the loss as one would write it without kernels: fp32 logits at every position."""
     logits = kernels.head_logits(hidden.flatten(0, -2), head, n_vocab)
     nats = F.cross_entropy(logits, batch.targets, reduction="none")
-    return (nats * batch.weights[:, 0]).sum(), (nats.detach()[:, None] * batch.weights).sum(0)
+    return {"loss": (nats * batch.weights[:, 0]).sum()}
 
 
 def at_every_position(batch):
@@ -146,10 +157,10 @@ def counted_flops(config, rows, example):
         )
     counter = FlopCounterMode(display=False)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, sdpa_kernel(SDPBackend.MATH), counter:
-        objective = update.Objective(Transformer(config), False)
-        tensors = transfer.to_tensors(example, False)
+        objective = Objective(Transformer(config), False)
+        tensors = to_tensors(example)
         batch = diffusion.Batch(*(None if t is None else fake.from_tensor(t) for t in tensors))
-        objective(batch)[0].backward()
+        objective(batch)["loss"].backward()
     return counter.get_total_flops() / (rows * config.seq_len)
 
 
@@ -204,11 +215,12 @@ def plain_step(is_compiled, is_fused, rows, seq_len, n_vocab, **shape):
     ]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99), fused=is_fused)
     loss_of = torch.compile(network) if is_compiled else network
-    batches = [torch.from_numpy(x.astype(np.int64)) for x in real_rows(n_vocab, seq_len, rows, 4)]
-    calls = iter(range(10**9))
+    sequences = data.Sequences(real_tokens(n_vocab), seq_len, seed=1)
+    tokens = [sequences.rows(np.arange(rows) + i * rows) for i in range(4)]
+    batches = itertools.cycle([torch.from_numpy(x.astype(np.int64)) for x in tokens])
 
     def step():
-        x = batches[next(calls) % 4]
+        x = next(batches)
         loss_of(x[:, :-1].contiguous(), x[:, 1:].contiguous()).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
