@@ -89,7 +89,7 @@ def main():
         print(f"{name} …", file=sys.stderr, flush=True)
         free_memory(device)
         try:
-            with kernels.preferring_cudnn(device):
+            with kernels.prefer_cudnn_attention(device):
                 results = part(cfg, device)
         except Exception as problem:  # the other parts are worth having
             traceback.print_exc()

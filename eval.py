@@ -354,7 +354,7 @@ def main():
     ranks = distributed.init_distributed(device, cfg.timeout)
     code = 1
     try:
-        with kernels.preferring_cudnn(device):
+        with kernels.prefer_cudnn_attention(device):
             evaluate(cfg, ranks, harness)
         code = 0
     except SystemExit as problem:

@@ -1,11 +1,12 @@
-"""The operations where speed and memory are decided: LM head with loss, and attention.
+"""The operations where speed and memory are decided: LM head with loss, fp8 products, attention.
 
 A kernel here is three things side by side: a short PyTorch reference, which torch.compile fuses and which
 runs on CPUs and where Triton is missing; the Triton kernel; and a `torch.library.custom_op` through which
-autograd, torch.compile, DDP and FSDP see it. Only what Inductor cannot do for itself is written by hand:
-it would keep the logits, their fp32 copy and their gradient; here each chunk of logits exists once, and
-the gradient is written over it. Noise has no kernel: diffusion.py draws it on the host, 65 536 tokens in 2 to 5 ms
-(bench.py's `host`) of a thread that waits otherwise, while the device computes their step for 100 ms and more.
+autograd, torch.compile, DDP and FSDP see it. Only what Inductor cannot do by itself is written by hand: it
+would keep the logits, their fp32 copy and their gradient; here each chunk of logits exists once, and the
+gradient is written over it. Noise has no kernel: diffusion.py draws it on the host, 65 536 tokens in 2 to
+5 ms (bench.py's `host`) of a thread that waits otherwise, while the device computes their step for 100 ms
+and more.
 
 Columns at and above `n_vocab` (mask token, padding) are excluded from every softmax, so no probability is
 ever spent on them.
@@ -24,24 +25,29 @@ from torch.utils.flop_counter import register_flop_formula
 try:
     import triton
     import triton.language as tl
-except ImportError:  # no kernels then, only references
+except ImportError:  # then the references run everywhere
     triton = None
 
 
-pretending = False  # memory.py follows the GPU's way on tensors that have neither values nor a GPU
+assumes_gpu = False  # training/memory.py sets it: trace a GPU's way with tensors that have no values
 
 
 def has_kernels(tensor):
-    """Whether the Triton kernels are to be used where `tensor` is."""
-    return pretending or triton is not None and tensor.is_cuda
+    """Whether the Triton kernels run where `tensor` is."""
+    return assumes_gpu or triton is not None and tensor.is_cuda
 
 
 def on_cpu(tensor):
-    return tensor.device.type == "cpu" and not pretending
+    return tensor.device.type == "cpu" and not assumes_gpu
+
+
+def in_eager_inference(tensor):
+    """Whether this is a CPU without gradients or torch.compile: there, chunks keep the logits in cache."""
+    return on_cpu(tensor) and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def has_bf16(device):
-    """Whether the hardware multiplies bfloat16 matrices itself; oneDNN also emulates it, slowly, on AVX-512."""
+    """Whether the hardware itself multiplies bfloat16 matrices; oneDNN also emulates that, slowly."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if platform.machine() in ("x86_64", "AMD64"):
@@ -50,36 +56,44 @@ def has_bf16(device):
 
 
 # ------------------------------------------------------------------------------------- head and loss in one
-# Both losses return (Σ weights·nats, nats): the first in fp32 and differentiable by the hidden states and
+# Both losses return (Σ weights·nats, nats): the first () fp32 and differentiable by the hidden states and
 # the head, the second (C,) fp32 for statistics only.
+
+CPU_ROWS = 128  # rows in a chunk of eager inference on a CPU
 
 
 def linear_cross_entropy(hidden, head, targets, weights, n_vocab):
-    """−log softmax(hidden headᵀ)[target] over the text tokens, in nats, and its weighted sum.
+    """Compute −log softmax(hidden headᵀ)[target] over the text tokens, in nats, and its weighted sum.
 
     hidden (C, D), head (V_padded, D), targets (C,), weights (C,) → () and (C,) fp32.
     """
     if has_kernels(hidden):
-        return head_loss_of(hidden, head, targets, weights, None, None, n_vocab, False)
-    if only_looks(hidden):
-        nats = torch.cat([-head_log_probs(rows, head, n_vocab).gather(1, y[:, None])[:, 0] for rows, y in zip(hidden.split(128), targets.split(128))])
+        return fused_head_loss(hidden, head, targets, weights, None, None, n_vocab, False)
+    if in_eager_inference(hidden):
+        chunks = []
+        for rows, y in zip(hidden.split(CPU_ROWS), targets.split(CPU_ROWS)):
+            chunks.append(-head_log_probs(rows, head, n_vocab).gather(1, y[:, None])[:, 0])
+        nats = torch.cat(chunks)
         return (nats * weights).sum(), nats
     nats = F.cross_entropy(head_logits(hidden, head, n_vocab), targets, reduction="none")
     return (nats * weights).sum(), nats.detach()
 
 
 def linear_uniform_bound(hidden, head, z, x, beta, weights, n_vocab, posterior):
-    """The integrand of the uniform-diffusion bound without its factor −α′/(Vα), in nats (SPEC §6), and its weighted sum.
+    """Compute the integrand of the uniform bound without its factor −α′/(Vα), in nats, and its weighted sum.
 
-    hidden (C, D); z, x (C,) noisy and true tokens; beta (C,) = Vα/(1−α). `posterior`: the network was
-    trained with cross-entropy, so its logits are the full posterior's; the bound wants the
+    docs/math.md §6. hidden (C, D); z, x (C,) noisy and true tokens; beta (C,) = Vα/(1−α). `posterior`: the
+    network was trained with cross-entropy, so its logits are the full posterior's; the bound wants the
     leave-one-out posterior, which lies log(1+β) lower at the noisy token. Returns () and (C,) fp32.
     """
     if has_kernels(hidden):
-        return head_loss_of(hidden, head, x, weights, z, beta, n_vocab, posterior)
-    if only_looks(hidden) and len(hidden) > 128:  # the bound forms several tensors as large as the logits
-        parts = zip(*(t.split(128) for t in (hidden, z, x, beta, weights)))
-        nats = torch.cat([linear_uniform_bound(h, head, z, x, beta, weights, n_vocab, posterior)[1] for h, z, x, beta, weights in parts])
+        return fused_head_loss(hidden, head, x, weights, z, beta, n_vocab, posterior)
+    if in_eager_inference(hidden) and len(hidden) > CPU_ROWS:  # it forms several tensors as large as logits
+        chunks = []
+        for inputs in zip(*(tensor.split(CPU_ROWS) for tensor in (hidden, z, x, beta, weights))):
+            _, nats = linear_uniform_bound(inputs[0], head, *inputs[1:], n_vocab, posterior)
+            chunks.append(nats)
+        nats = torch.cat(chunks)
         return (nats * weights).sum(), nats
     logits = head_logits(hidden, head, n_vocab)
     if posterior:
@@ -89,72 +103,79 @@ def linear_uniform_bound(hidden, head, z, x, beta, weights, n_vocab, posterior):
 
 
 def head_logits(hidden, head, n_vocab):
-    """Logits in fp32 with the excluded columns at -inf. hidden (C, D), head (V_padded, D) → (C, V_padded)."""
-    logits = linear(hidden, head).float()
+    """Compute logits in fp32, excluded columns at −∞. hidden (C, D), head (V_padded, D) → (C, V_padded)."""
+    logits = F.linear(hidden, head).float()
     excluded = torch.arange(logits.shape[-1], device=logits.device) >= n_vocab
     return logits.masked_fill(excluded, float("-inf"))
 
 
-def only_looks(hidden):
-    """Whether nobody will differentiate and no compiler fuses: then a CPU is faster with 128 rows after the other, whose logits stay in its cache."""
-    return on_cpu(hidden) and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
 def head_log_probs(hidden, head, n_vocab):
-    """Log-probabilities of the text tokens in fp32, in the memory of the logits. hidden (C, D) → (C, n_vocab). No gradients."""
-    logits = cpu_product(hidden, head[:n_vocab]).float()
+    """Compute log-probabilities of the text tokens in fp32, over the logits: (C, n_vocab). No gradients."""
+    logits = F.linear(hidden, head[:n_vocab]).float()
     return torch.log_softmax(logits, -1, out=logits)
 
 
-def cpu_product(x, weight):
-    """x weightᵀ without gradients: of 128 rows oneDNN's product is the faster, on every CPU."""
-    if torch.backends.mkldnn.is_available() and on_cpu(x) and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
-        return onednn_product(x, weight)
-    return linear(x, weight)
-
-
 def uniform_bound(probs, z, x, beta):
-    """Σ_j [ r_j log(r_j/ρ_j) − r_j + ρ_j ] for predictions `probs` (C, V); see SPEC §6.
+    """Σ_j [ r_j log(r_j/ρ_j) − r_j + ρ_j ] for predictions `probs` (C, V), by docs/math.md §6. → (C,)
 
-    With u_j = (1−α)(1 + β·x̂_j) the factor (1−α) cancels from every ratio. The bound is left over from terms of order V and β that
-    cancel; they are never formed. Below β = 1 it is written in y − log(1 + y), for it is O(β²) there: right to rounding from α → 0 to α → 1.
+    With u_j = (1−α)(1 + β·x̂_j) the factor (1−α) cancels from every ratio. The bound is left over from terms
+    of order V and β that cancel; they are never formed. Below β = 1 it is written in y − log(1 + y), for it
+    is O(β²) there: right to rounding from α → 0 to α → 1.
     """
-    n_vocab, small = probs.shape[-1], beta < 1
+    V, small = probs.shape[-1], beta < 1
     b = beta[:, None] * probs
-    total = torch.where(small[:, None], excess(b), torch.log1p(b)).sum(-1)  # Σ_j log ũ_j, or β minus that
+    terms = torch.where(small[:, None], x_minus_log1p(b), torch.log1p(b))
+    total = terms.sum(-1)  # Σ_j log ũ_j, or β minus that
     bz, bx = (b.gather(1, token[:, None])[:, 0] for token in (z, x))  # β·x̂_z, β·x̂_x
-    log_z, log_x, log_beta, more_z, more_beta = torch.log1p(bz), torch.log1p(bx), torch.log1p(beta), excess(bz), excess(beta)
-    kept = torch.where(small, (beta - bz) * (beta - n_vocab * bz) / (1 + bz) + (n_vocab - 1) * more_beta + total - n_vocab * more_z,
-                       -(n_vocab - 1) * log_beta - total + n_vocab * log_z + (n_vocab + beta) * (beta - bz) / (1 + bz)) / (1 + beta)
-    moved = torch.where(small, beta * (beta - log_x) - (1 + beta) * more_beta + total + (n_vocab + beta) * (bz * bz / (1 + bz) - more_z),
-                        (1 + beta) * log_beta - total - beta * log_x + (n_vocab + beta) * (log_z - bz / (1 + bz)))
+    log_z, log_x, log_beta = torch.log1p(bz), torch.log1p(bx), torch.log1p(beta)
+    excess_z, excess_beta = x_minus_log1p(bz), x_minus_log1p(beta)
+
+    kept = torch.where(
+        small,
+        (beta - bz) * (beta - V * bz) / (1 + bz) + (V - 1) * excess_beta + total - V * excess_z,
+        -(V - 1) * log_beta - total + V * log_z + (V + beta) * (beta - bz) / (1 + bz),
+    ) / (1 + beta)
+    moved = torch.where(
+        small,
+        beta * (beta - log_x) - (1 + beta) * excess_beta + total
+        + (V + beta) * (bz * bz / (1 + bz) - excess_z),
+        (1 + beta) * log_beta - total - beta * log_x + (V + beta) * (log_z - bz / (1 + bz)),
+    )
     return torch.where(z == x, kept, moved)
 
 
-def excess(y):
-    """y − log(1 + y) for y ≥ 0, to fp32's rounding: below 0.4 by the series of 2·atanh(y/(2 + y)), which begins with y itself."""
-    s = y / (2 + y)
+def x_minus_log1p(x):
+    """x − log(1 + x) for x ≥ 0, to fp32's rounding.
+
+    Below 0.4 by the series of 2·atanh(x/(2 + x)), which begins with x itself.
+    """
+    s = x / (2 + x)
     q = s * s
-    series = s * (y - 2 * q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11))))))
-    return torch.where(y < 0.4, series, y - torch.log1p(y))
+    series = s * (x - 2 * q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11))))))
+    return torch.where(x < 0.4, series, x - torch.log1p(x))
 
 
-# Rows whose logits exist at one time: enough for the matrix products to be efficient, 2.4 GB in bf16 at GPT-2's vocabulary.
-CHUNK = 24_576
+# ------------------------------------------------------------------------------------------- Triton kernels
+
+# Rows whose logits exist at one time: enough for efficient products, 2.4 GB in bf16 at GPT-2's vocabulary.
+GPU_ROWS = 24_576
 
 if triton is not None:
 
     @triton.jit
     def text_logits(logits, column, width: tl.constexpr, n_vocab: tl.constexpr):
-        """Logits of one row in fp32, −∞ beyond the text tokens. The width is a multiple of 64, n_vocab odd as often
-        as not: a load masked by the width goes by 16 bytes, one masked by n_vocab by 2."""
+        """Load logits of one row in fp32, −∞ beyond the text tokens.
+
+        The width is a multiple of 64, n_vocab odd as often as not: a load masked by the width goes by 16
+        bytes, one masked by n_vocab by 2.
+        """
         y = tl.load(logits + column, mask=column < width, other=-float("inf")).to(tl.float32)
         return tl.where(column < n_vocab, y, -float("inf"))
 
     @triton.jit
     def cross_entropy_rows(logits, targets, weights, nats, width: tl.constexpr, n_vocab: tl.constexpr,
                            BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
-        """nats = logsumexp − logit[target] of one row; then, over the logits, weight·(softmax − one-hot)."""
+        """Store a row's nats, logsumexp − logit[target]; then weight·(softmax − one-hot) over its logits."""
         row = tl.program_id(0).to(tl.int64)  # row·width passes 2³¹ near row 42 700 of a GPT-2 vocabulary
         logits += row * width
         lane = tl.arange(0, BLOCK)
@@ -177,32 +198,33 @@ if triton is not None:
                 tl.store(logits + column, gradient.to(logits.dtype.element_ty), mask=column < width)
 
     @triton.jit
-    def more_than_log1p(y):
-        """`excess` of one value or a block."""
-        s = y / (2.0 + y)
+    def tl_x_minus_log1p(x):
+        """`x_minus_log1p` of one value or a block."""
+        s = x / (2.0 + x)
         q = s * s
-        series = s * (y - 2.0 * q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11))))))
-        return tl.where(y < 0.4, series, y - tl.log(1.0 + y))
+        series = s * (x - 2.0 * q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11))))))
+        return tl.where(x < 0.4, series, x - tl.log(1.0 + x))
 
     @triton.jit
-    def log1p(y):
-        """log(1 + y) for y ≥ 0, to rounding (the plain logarithm is coarse near 1)."""
-        return tl.where(y < 0.4, y - more_than_log1p(y), tl.log(1.0 + y))
+    def tl_log1p(x):
+        """log(1 + x) for x ≥ 0, to rounding (the plain logarithm is coarse near 1)."""
+        return tl.where(x < 0.4, x - tl_x_minus_log1p(x), tl.log(1.0 + x))
 
     @triton.jit
-    def uniform_bound_rows(logits, targets, weights, noisy, betas, nats, width: tl.constexpr, n_vocab: tl.constexpr,
-                           POSTERIOR: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
-        """`uniform_bound` of one row; then its gradient over the logits.
+    def uniform_bound_rows(logits, targets, weights, noisy, betas, nats, width: tl.constexpr,
+                           n_vocab: tl.constexpr, POSTERIOR: tl.constexpr, BACKWARD: tl.constexpr,
+                           BLOCK: tl.constexpr):
+        """Store a row's `uniform_bound`; then the gradient over its logits.
 
-        The bound depends on the probabilities p through S = Σ log(1+βp_j) (or β − S), p_z and p_x. With g_j its derivative
-        by p_j, that by logit j is p_j·(g_j − Σ_k p_k g_k). A constant may be left out of g: of S's share
-        β/(1+βp_j), β itself where β is small, so that the difference loses no digits.
+        The bound depends on the probabilities p through S = Σ log(1+βp_j) (or β − S), p_z and p_x. With g_j
+        its derivative by p_j, that by logit j is p_j·(g_j − Σ_k p_k g_k). A constant may be left out of g: of
+        S's share β/(1+βp_j), β itself where β is small, so that the difference loses no digits.
         """
         row = tl.program_id(0).to(tl.int64)
         logits += row * width
         lane = tl.arange(0, BLOCK)
         x, z, beta = tl.load(targets + row), tl.load(noisy + row), tl.load(betas + row)
-        log_beta = log1p(beta)
+        log_beta = tl_log1p(beta)
         shift = log_beta if POSTERIOR else 0.0  # what logit z loses
         top, total = -float("inf"), 0.0
         for start in range(0, n_vocab, BLOCK):
@@ -218,23 +240,34 @@ if triton is not None:
             column = start + lane
             y = text_logits(logits, column, width, n_vocab)
             p = tl.exp(tl.where(column == z, y - shift, y) - top) * norm
-            S += tl.sum(tl.where(beta < 1.0, more_than_log1p(beta * p), log1p(beta * p)), 0)
+            S += tl.sum(tl.where(beta < 1.0, tl_x_minus_log1p(beta * p), tl_log1p(beta * p)), 0)
             T += tl.sum(p * beta * tl.where(beta < 1.0, -beta * p, 1.0) / (1.0 + beta * p), 0)
         pz = tl.exp(tl.load(logits + z).to(tl.float32) - shift - top) * norm
         px = tl.exp(tl.load(logits + x).to(tl.float32) - tl.where(x == z, shift, 0.0) - top) * norm
         bz, bx = beta * pz, beta * px
-        log_z, log_x, more_z, more_beta, V = log1p(bz), log1p(bx), more_than_log1p(bz), more_than_log1p(beta), n_vocab * 1.0
-        kept = tl.where(beta < 1.0, (beta - bz) * (beta - V * bz) / (1.0 + bz) + (V - 1.0) * more_beta + S - V * more_z,
-                        -(V - 1.0) * log_beta - S + V * log_z + (V + beta) * (beta - bz) / (1.0 + bz)) / (1.0 + beta)
-        moved = tl.where(beta < 1.0, beta * (beta - log_x) - (1.0 + beta) * more_beta + S + (V + beta) * (bz * bz / (1.0 + bz) - more_z),
-                         (1.0 + beta) * log_beta - S - beta * log_x + (V + beta) * (log_z - bz / (1.0 + bz)))
+        log_z, log_x, V = tl_log1p(bz), tl_log1p(bx), n_vocab * 1.0
+        excess_z, excess_beta = tl_x_minus_log1p(bz), tl_x_minus_log1p(beta)
+        kept = tl.where(
+            beta < 1.0,
+            (beta - bz) * (beta - V * bz) / (1.0 + bz) + (V - 1.0) * excess_beta + S - V * excess_z,
+            -(V - 1.0) * log_beta - S + V * log_z + (V + beta) * (beta - bz) / (1.0 + bz),
+        ) / (1.0 + beta)
+        moved = tl.where(
+            beta < 1.0,
+            beta * (beta - log_x) - (1.0 + beta) * excess_beta + S
+            + (V + beta) * (bz * bz / (1.0 + bz) - excess_z),
+            (1.0 + beta) * log_beta - S - beta * log_x + (V + beta) * (log_z - bz / (1.0 + bz)),
+        )
         stays = z == x
         tl.store(nats + row, tl.where(stays, kept, moved))
         if BACKWARD:
             tl.debug_barrier()
             by_S = tl.where(stays, -1.0 / (1.0 + beta), -1.0)
-            by_z = tl.where(stays, -beta * beta * (V * (1.0 - pz) + 1.0 + beta) / ((1.0 + beta) * (1.0 + bz) * (1.0 + bz)),
-                            (V + beta) * beta * bz / ((1.0 + bz) * (1.0 + bz)))
+            by_z = tl.where(
+                stays,
+                -beta * beta * (V * (1.0 - pz) + 1.0 + beta) / ((1.0 + beta) * (1.0 + bz) * (1.0 + bz)),
+                (V + beta) * beta * bz / ((1.0 + bz) * (1.0 + bz)),
+            )
             by_x = tl.where(stays, 0.0, -beta * beta / (1.0 + bx))
             mean = by_S * T + pz * by_z + px * by_x  # Σ_k p_k g_k
             weight = tl.load(weights + row)
@@ -244,11 +277,12 @@ if triton is not None:
                 p = tl.exp(tl.where(column == z, y - shift, y) - top) * norm
                 by_p = beta * tl.where(beta < 1.0, -beta * p, 1.0) / (1.0 + beta * p)
                 g = by_S * by_p + tl.where(column == z, by_z, 0.0) + tl.where(column == x, by_x, 0.0)
-                tl.store(logits + column, (weight * p * (g - mean)).to(logits.dtype.element_ty), mask=column < width)
+                gradient = weight * p * (g - mean)
+                tl.store(logits + column, gradient.to(logits.dtype.element_ty), mask=column < width)
 
     @triton.jit
     def greedy_rows(logits, tokens, probs, width: tl.constexpr, n_vocab: tl.constexpr, BLOCK: tl.constexpr):
-        """The likeliest token of one row and its probability; the first of equals."""
+        """Store a row's likeliest token, the first of equals, and its probability."""
         row = tl.program_id(0).to(tl.int64)
         logits += row * width
         lane = tl.arange(0, BLOCK)
@@ -264,64 +298,89 @@ if triton is not None:
         tl.store(probs + row, 1.0 / total)
 
 
-def launch(width):
+def launch_settings(width):
     """Block size and warps for rows of `width` columns."""
     block = min(4096, triton.next_power_of_2(width))
     return dict(BLOCK=block, num_warps=max(1, min(8, block // 512)))
 
 
-@torch.library.custom_op("nanoquokka::head_loss", mutates_args=())
-def head_loss(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, noisy: torch.Tensor | None,
-              beta: torch.Tensor | None, n_vocab: int, posterior: bool, backward: bool,
-              ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Loss, nats and the loss's gradients by `hidden` and `head` (empty without `backward`), a chunk of rows at a time.
+# ------------------------------------------------------------------------------------------------- operators
 
-    The library multiplies; one program per row reduces its logits and writes their gradient over them. The
-    weights are folded in there, before the product that sums over rows. noisy, beta: of the uniform bound.
+
+@torch.library.custom_op("nanoquokka::head_loss", mutates_args=())
+def head_loss(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+    noisy: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    n_vocab: int,
+    posterior: bool,
+    backward: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compute loss, nats and the loss's gradients by `hidden` and `head`, in chunks of rows.
+
+    Gradients are empty without `backward`. The library multiplies; one program per row reduces its logits and
+    writes their gradient over them. The weights are folded in there, before the product that sums over rows.
+    noisy, beta: of the uniform bound.
     """
     rows, width = hidden.shape[0], head.shape[0]
-    targets, weights, noisy, beta = (t if t is None else t.contiguous() for t in (targets, weights, noisy, beta))
-    loss, nats, grad_hidden, grad_head = empty_results(hidden, head, backward)
-    chunk = -(-rows // max(1, -(-rows // CHUNK)))  # chunks of equal size
-    logits = hidden.new_empty(chunk, width)
-    for start in range(0, rows, max(1, chunk)):
-        part = slice(start, min(start + chunk, rows))
-        some = logits[: part.stop - start]
-        torch.mm(hidden[part], head.t(), out=some)
+    targets, weights = targets.contiguous(), weights.contiguous()
+    noisy, beta = (None if t is None else t.contiguous() for t in (noisy, beta))
+    loss, nats, grad_hidden, grad_head = empty_outputs(hidden, head, backward)
+    settings = launch_settings(width)
+    chunk_rows = -(-rows // max(1, -(-rows // GPU_ROWS)))  # chunks of equal size
+    buffer = hidden.new_empty(chunk_rows, width)
+    for start in range(0, rows, max(1, chunk_rows)):
+        part = slice(start, min(start + chunk_rows, rows))
+        logits = buffer[: part.stop - start]
+        grid = (len(logits),)
+        torch.mm(hidden[part], head.t(), out=logits)
         if noisy is None:
-            cross_entropy_rows[(len(some),)](some, targets[part], weights[part], nats[part], width, n_vocab, backward, **launch(width))
+            cross_entropy_rows[grid](
+                logits, targets[part], weights[part], nats[part], width, n_vocab, backward, **settings
+            )
         else:
-            uniform_bound_rows[(len(some),)](some, targets[part], weights[part], noisy[part], beta[part], nats[part],
-                                             width, n_vocab, posterior, backward, **launch(width))
+            uniform_bound_rows[grid](
+                logits, targets[part], weights[part], noisy[part], beta[part], nats[part], width, n_vocab,
+                posterior, backward, **settings
+            )
         if backward:
-            torch.mm(some, head, out=grad_hidden[part])
-            torch.addmm(grad_head, some.t(), hidden[part], beta=float(start > 0), out=grad_head)  # β = 0 ignores what was there
+            torch.mm(logits, head, out=grad_hidden[part])
+            beta_of_sum = float(start > 0)  # 0 ignores what was there
+            torch.addmm(grad_head, logits.t(), hidden[part], beta=beta_of_sum, out=grad_head)
     if backward and rows == 0:
         grad_head.zero_()
     return torch.dot(nats, weights, out=loss), nats, grad_hidden, grad_head
 
 
-def empty_results(hidden, head, backward):
-    return (hidden.new_empty((), dtype=torch.float32), hidden.new_empty(hidden.shape[0], dtype=torch.float32),
-            torch.empty_like(hidden, memory_format=torch.contiguous_format) if backward else hidden.new_empty(0),
-            torch.empty_like(head, memory_format=torch.contiguous_format) if backward else hidden.new_empty(0))
+def empty_outputs(hidden, head, backward):
+    """Memory for what `head_loss` returns."""
+    loss = hidden.new_empty((), dtype=torch.float32)
+    nats = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+    if not backward:
+        return loss, nats, hidden.new_empty(0), hidden.new_empty(0)
+    grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    grad_head = torch.empty_like(head, memory_format=torch.contiguous_format)
+    return loss, nats, grad_hidden, grad_head
 
 
 @head_loss.register_fake
 def _(hidden, head, targets, weights, noisy, beta, n_vocab, posterior, backward):
-    return empty_results(hidden, head, backward)
+    return empty_outputs(hidden, head, backward)
 
 
-def keep_gradients(ctx, inputs, output):
+def save_gradients(ctx, inputs, output):
     ctx.save_for_backward(*output[2:])
 
 
-def scale_gradients(ctx, by_loss, *_):
+def scale_gradients(ctx, grad_loss, *_):
     grad_hidden, grad_head = ctx.saved_tensors
-    return by_loss * grad_hidden, by_loss * grad_head, *(None,) * 7
+    return grad_loss * grad_hidden, grad_loss * grad_head, *(None,) * 7
 
 
-head_loss.register_autograd(scale_gradients, setup_context=keep_gradients)
+head_loss.register_autograd(scale_gradients, setup_context=save_gradients)
 
 
 @register_flop_formula(torch.ops.nanoquokka.head_loss)
@@ -329,133 +388,90 @@ def _(hidden, head, targets, weights, noisy, beta, n_vocab, posterior, backward,
     return 2 * hidden[0] * hidden[1] * head[0] * (3 if backward else 1)
 
 
-def head_loss_of(hidden, head, targets, weights, noisy, beta, n_vocab, posterior):
-    """`head_loss` in autocast's precision, with gradients if anything wants them."""
+def fused_head_loss(hidden, head, targets, weights, noisy, beta, n_vocab, posterior):
+    """Compute (loss, nats) by `head_loss` in autocast's precision, with gradients if any are wanted."""
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, head = hidden.to(dtype), head.to(dtype)
     backward = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
-    loss, nats, *_ = head_loss(hidden, head, targets, weights.float(), noisy, beta, n_vocab, posterior, backward)
+    weights = weights.float()
+    loss, nats, *_ = head_loss(hidden, head, targets, weights, noisy, beta, n_vocab, posterior, backward)
     return loss, nats.detach()
 
 
 def linear_greedy(hidden, head, n_vocab):
-    """The likeliest text token at each position and its probability. hidden (C, D) → (C,) int64 and (C,) fp32. No gradients."""
+    """Find the likeliest text token at each position and its probability. No gradients.
+
+    hidden (C, D), head (V_padded, D) → (C,) int64 and (C,) fp32.
+    """
     if has_kernels(hidden):
         return head_greedy(hidden.detach(), head.detach(), n_vocab)
-    if len(hidden) > 128 and only_looks(hidden):
-        tokens, probs = zip(*(linear_greedy(rows, head, n_vocab) for rows in hidden.split(128)))
+    if len(hidden) > CPU_ROWS and in_eager_inference(hidden):
+        tokens, probs = zip(*(linear_greedy(rows, head, n_vocab) for rows in hidden.split(CPU_ROWS)))
         return torch.cat(tokens), torch.cat(probs)
     logits = head_logits(hidden.detach(), head.detach(), n_vocab)
     top, tokens = logits.max(-1)
     return tokens, (top - logits.logsumexp(-1)).exp()
 
 
-def linear_certainty(hidden, head, n_vocab):
-    """The probability of the likeliest text token at each position. hidden (C, D) → (C,) fp32. No gradients.
+def linear_confidence(hidden, head, n_vocab):
+    """Compute the probability of the likeliest text token at each position. hidden (C, D) → (C,) fp32.
 
-    On a CPU far cheaper than saying which token that is: oneDNN's product of 128 rows and torch's softmax, both vectorized
-    (argmax isn't), one after the other while the logits are in the cache.
+    No gradients. On a CPU far cheaper than finding which token that is: product and softmax are vectorized
+    (argmax isn't), and the logits of a chunk stay in the cache.
     """
     if has_kernels(hidden):
         return head_greedy(hidden.detach(), head.detach(), n_vocab)[1]
-    head, out = head[:n_vocab].detach(), []
-    for rows in hidden.detach().split(128):
-        probs = cpu_product(rows, head).float()
-        out.append(torch.softmax(probs, -1, out=probs).amax(-1))
-    return torch.cat(out)
+    head, chunks = head[:n_vocab].detach(), []
+    for rows in hidden.detach().split(CPU_ROWS):
+        probs = F.linear(rows, head).float()
+        chunks.append(torch.softmax(probs, -1, out=probs).amax(-1))
+    return torch.cat(chunks)
 
 
 @torch.library.custom_op("nanoquokka::head_greedy", mutates_args=())
 def head_greedy(hidden: torch.Tensor, head: torch.Tensor, n_vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`linear_greedy` without ever forming probabilities, a chunk of rows at a time."""
-    tokens, probs = hidden.new_empty(len(hidden), dtype=torch.int64), hidden.new_empty(len(hidden), dtype=torch.float32)
-    for start in range(0, len(hidden), CHUNK):
-        logits = hidden[start : start + CHUNK] @ head.t()
-        greedy_rows[(len(logits),)](logits, tokens[start:], probs[start:], head.shape[0], n_vocab, **launch(head.shape[0]))
+    """`linear_greedy` without ever forming probabilities, in chunks of rows."""
+    rows, width = len(hidden), head.shape[0]
+    tokens = hidden.new_empty(rows, dtype=torch.int64)
+    probs = hidden.new_empty(rows, dtype=torch.float32)
+    for start in range(0, rows, GPU_ROWS):
+        logits = hidden[start : start + GPU_ROWS] @ head.t()
+        grid = (len(logits),)
+        greedy_rows[grid](logits, tokens[start:], probs[start:], width, n_vocab, **launch_settings(width))
     return tokens, probs
 
 
 @head_greedy.register_fake
 def _(hidden, head, n_vocab):
-    return hidden.new_empty(len(hidden), dtype=torch.int64), hidden.new_empty(len(hidden), dtype=torch.float32)
-
-
-# -------------------------------------------------------------------------------------------- matrix products
-
-
-def linear(x, weight):
-    """x weightᵀ. (…, K), (N, K) → (…, N)."""
-    large = x.numel() * weight.shape[0] > 2**20  # calling oneDNN takes 10 µs longer
-    if ONEDNN and large and on_cpu(x) and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
-        return onednn_product(x.flatten(0, -2), weight).view(*x.shape[:-1], weight.shape[0])
-    return F.linear(x, weight)
-
-
-def has_wide_avx512_of_amd():
-    """Whether this is an AMD CPU that computes 512 bits at a time: Zen 5 and later (Zen 4 takes two turns)."""
-    with contextlib.suppress(OSError, ValueError):
-        with open("/proc/cpuinfo") as file:
-            info = dict(map(str.strip, line.split(":", 1)) for line in file if ":" in line)
-        return info.get("vendor_id") == "AuthenticAMD" and int(info.get("cpu family", 0)) >= 26 and torch.cpu._is_avx512_supported()
-    return False
-
-
-# torch multiplies fp32 matrices on x86 CPUs with MKL, which leaves AVX-512 unused on AMD's. Where that is twice as wide as AVX2,
-# a step with oneDNN takes 144 ms instead of 196 (results/cpu_zen5.md); on Zen 4, 337 instead of 350, and small products are slower.
-ONEDNN = torch.backends.mkldnn.is_available() and has_wide_avx512_of_amd()
-
-
-@torch.library.custom_op("nanoquokka::onednn_product", mutates_args=())
-def onednn_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a bᵀ in fp32 on a CPU. (M, K), (N, K), of any strides → (M, N)."""
-    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-
-
-@onednn_product.register_fake
-def _(a, b):
-    return a.new_empty(a.shape[0], b.shape[0])
-
-
-def keep_factors(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def product_gradients(ctx, grad):
-    a, b = ctx.saved_tensors
-    if b.shape[0] > b.shape[1]:  # oneDNN is faster with more columns than rows
-        return onednn_product(grad, b.t()), onednn_product(a.t(), grad.t()).t()
-    return onednn_product(grad, b.t()), onednn_product(grad.t(), a.t())
-
-
-onednn_product.register_autograd(product_gradients, setup_context=keep_factors)
-
-
-@register_flop_formula(torch.ops.nanoquokka.onednn_product)
-def _(a, b, **_):
-    return 2 * a[0] * a[1] * b[0]
+    tokens = hidden.new_empty(len(hidden), dtype=torch.int64)
+    return tokens, hidden.new_empty(len(hidden), dtype=torch.float32)
 
 
 # --------------------------------------------------------------------------------------------- fp8 products
 
 
 def fp8_linear(x, weight):
-    """x weightᵀ with both, and in the backward pass the gradient, in 8 bits: one scale per tensor. (…, K), (N, K) → (…, N).
+    """x weightᵀ in 8 bits: both factors and, in the backward pass, the gradient. (…, K), (N, K) → (…, N).
 
-    e4m3 for values, e5m2 (wider range) for gradients; products accumulate in fp32 and come out as x's type.
-    K, N and the number of rows must be multiples of 16. Pays on Hopper and later, from widths near 1500 on.
+    One scale per tensor. e4m3 for values, e5m2 (wider range) for gradients; products accumulate in fp32 and
+    come out as x's type. K, N and the number of rows must be multiples of 16. Pays on Hopper and later, from
+    widths near 1500 on.
     """
     return Fp8Linear.apply(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
 
 
 def to_fp8(x, dtype):
-    """x·scale in 8 bits, the largest magnitude at the type's own maximum, and 1/scale (), fp32."""
+    """Scale x so that its largest magnitude is the type's maximum → x·scale in 8 bits, 1/scale () fp32."""
     scale = torch.finfo(dtype).max / x.abs().amax().float().clamp_min(1e-12)
     return (x.float() * scale).to(dtype), scale.reciprocal()
 
 
 class Fp8Linear(torch.autograd.Function):
-    """Saves 8 bits per value, half of bf16. The hardware multiplies row-major by column-major matrices only."""
+    """`fp8_linear` of a matrix. It saves 8 bits per value, half of bf16.
+
+    The hardware multiplies row-major by column-major matrices only.
+    """
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -463,34 +479,45 @@ class Fp8Linear(torch.autograd.Function):
         w8, w_unit = to_fp8(weight, torch.float8_e4m3fn)
         ctx.save_for_backward(x8, w8, x_unit, w_unit)
         ctx.weight_dtype = weight.dtype
-        return torch._scaled_mm(x8, w8.t(), scale_a=x_unit, scale_b=w_unit, out_dtype=x.dtype, use_fast_accum=True)
+        return torch._scaled_mm(
+            x8, w8.t(), scale_a=x_unit, scale_b=w_unit, out_dtype=x.dtype, use_fast_accum=True
+        )
 
     @staticmethod
     def backward(ctx, grad):
         x8, w8, x_unit, w_unit = ctx.saved_tensors
         g8, g_unit = to_fp8(grad, torch.float8_e5m2)
-        grad_x = torch._scaled_mm(g8, w8.t().contiguous().t(), scale_a=g_unit, scale_b=w_unit, out_dtype=grad.dtype, use_fast_accum=False)
-        grad_w = torch._scaled_mm(g8.t().contiguous(), x8.t().contiguous().t(), scale_a=g_unit, scale_b=x_unit,
-                                  out_dtype=grad.dtype, use_fast_accum=False)
+        options = dict(out_dtype=grad.dtype, use_fast_accum=False)
+        by_columns = w8.t().contiguous().t()
+        grad_x = torch._scaled_mm(g8, by_columns, scale_a=g_unit, scale_b=w_unit, **options)
+        by_columns = x8.t().contiguous().t()
+        grad_w = torch._scaled_mm(
+            g8.t().contiguous(), by_columns, scale_a=g_unit, scale_b=x_unit, **options
+        )
         return grad_x, grad_w.to(ctx.weight_dtype)
 
 
-# --------------------------------------------------------------------------------------------------- attention
-
+# ------------------------------------------------------------------------------------------------- attention
 
 # On a CPU torch's flash attention is made for long rows: up to these lengths plain products are faster, which
 # torch.compile fuses with the softmax. Those of bf16 run on oneDNN, those inside flash don't.
-PLAIN_ATTENTION_UP_TO = {torch.float32: 64 if torch.cpu._is_avx512_supported() else 128, torch.bfloat16: 512}
+PLAIN_ATTENTION_UP_TO = {
+    torch.float32: 64 if torch.cpu._is_avx512_supported() else 128,
+    torch.bfloat16: 512,
+}
 
 
 def attention(q, k, v, mask, causal, dropout):
-    """Softmax attention. q, k, v (B, H, L, head_dim); mask from `document_mask` or None → (B, H, L, head_dim)."""
+    """Softmax attention. q, k, v (B, H, L, head_dim), mask from `document_mask` or None → as q."""
     L = q.shape[-2]
-    if isinstance(mask, BlockMask):  # by itself, not inside a compiled model, it must be compiled: else it forms all the scores
+    if isinstance(mask, BlockMask):
+        # outside a compiled model it must be compiled by itself: else it forms all the scores
         flex = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
-        return flex(q.contiguous(), k.contiguous(), v.contiguous(), block_mask=mask)  # Inductor's flex for CPUs misreads strides (2.13)
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # on CPUs Inductor's misreads strides (2.13)
+        return flex(q, k, v, block_mask=mask)
     if not on_cpu(q) or L > PLAIN_ATTENTION_UP_TO.get(q.dtype, 0) or dropout:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None, dropout_p=dropout)
+        is_causal = causal and mask is None
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if causal and mask is None:
         mask = torch.ones(L, L, dtype=torch.bool, device=q.device).tril()
@@ -505,21 +532,23 @@ def has_flex(tensor):
 
 
 def document_mask(documents, causal, dropout):
-    """What lets a position attend only within its own document. documents (B, L) ids, equal inside each.
+    """Make the mask that lets a position attend within its own document only. documents (B, L) ids.
 
-    On a GPU FlexAttention skips the blocks that hold no such pair (it has no dropout); elsewhere a mask
+    On a GPU FlexAttention skips the blocks that hold no such pair (it has no dropout); elsewhere the mask is
     (B, 1, L, L) of bool.
     """
     B, L = documents.shape
     if has_flex(documents) and not dropout:
 
-        def allowed(b, h, i, j):
+        def is_visible(b, h, i, j):
             same = documents[b, i] == documents[b, j]
             return same & (i >= j) if causal else same
 
-        return create_block_mask(allowed, B, None, L, L, device=documents.device)
+        return create_block_mask(is_visible, B, None, L, L, device=documents.device)
     same = (documents[:, :, None] == documents[:, None, :])[:, None]
-    return same & torch.ones(L, L, dtype=torch.bool, device=documents.device).tril() if causal else same
+    if not causal:
+        return same
+    return same & torch.ones(L, L, dtype=torch.bool, device=documents.device).tril()
 
 
 @functools.cache
@@ -527,26 +556,36 @@ def compiled_flex_attention():
     return torch.compile(flex_attention, dynamic=False)
 
 
-def preferring_cudnn(device):
+# torch's backends, best first; the first that can compute a case does
+WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def prefer_cudnn_attention(device):
     """A context in which attention goes to cuDNN on Hopper and later: about 1.5× FlashAttention-2 there."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
         return contextlib.nullcontext()
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return sdpa_kernel(order, set_priority=True)
+    return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *WITHOUT_CUDNN], set_priority=True)
 
 
-def of_many_shapes(device):
-    """A context without cuDNN's attention, which plans anew for every shape: where few batches have the same one, planning takes longer than attending."""
+def avoid_cudnn_attention(device):
+    """A context without cuDNN's attention, which plans anew for every shape.
+
+    Where few batches have the same shape, planning takes longer than attending.
+    """
     if device.type != "cuda":
         return contextlib.nullcontext()
-    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)
+    return sdpa_kernel(WITHOUT_CUDNN, set_priority=True)
 
 
 def attention_backend(q, causal, documents=False):
-    """The name of what computes attention for queries, keys and values like q (B, H, L, head_dim), within documents or without mask."""
+    """Name what computes attention for queries, keys and values like q (B, H, L, head_dim).
+
+    documents: within documents, otherwise without a mask.
+    """
     if documents and has_flex(q):
         return "flex_attention"
     if on_cpu(q) and q.shape[-2] <= PLAIN_ATTENTION_UP_TO.get(q.dtype, 0):
         return "plain products"
     choice = torch._fused_sdp_choice(q, q, q, is_causal=causal)  # the very function that the dispatcher asks
-    return next((name for name, backend in SDPBackend.__members__.items() if int(backend) == choice), str(choice)).lower()
+    names = [name for name, backend in SDPBackend.__members__.items() if int(backend) == choice]
+    return names[0].lower() if names else str(choice)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from kernels import attention, document_mask, fp8_linear, linear
+from kernels import attention, document_mask, fp8_linear
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def joint_linear(x, *layers, fp8=False):
     them while it casts them to bf16, which it has to do anyway. (…, D) → (…, Σ out_features).
     """
     weight = torch.cat([layer.weight for layer in layers]) if len(layers) > 1 else layers[0].weight
-    return (fp8_linear if fp8 else linear)(x, weight)
+    return fp8_linear(x, weight) if fp8 else F.linear(x, weight)
 
 
 class Attention(nn.Module):
@@ -176,7 +176,7 @@ def keeping_products(gate_and_up):
 
     def policy(ctx, op, *args, **kwargs):
         name = getattr(op, "__name__", str(op))
-        product = name.startswith(("mm.", "bmm.", "_scaled_mm.", "onednn_product."))
+        product = name.startswith(("mm.", "bmm.", "_scaled_mm."))
         if product and not gate_and_up and args[1].numel() > 4 * args[0].shape[-1] ** 2:  # more than 4 times as wide as its input
             return CheckpointPolicy.PREFER_RECOMPUTE
         kept = product or "_scaled_dot_product" in name or "flex_attention" in name

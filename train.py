@@ -331,7 +331,7 @@ def main():
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")
-            contexts.enter_context(kernels.preferring_cudnn(device))
+            contexts.enter_context(kernels.prefer_cudnn_attention(device))
         watch = contexts.enter_context(watchdog.started(device, cfg.timeout, single=cfg.dry_run))
         code = train(cfg, device, watch)
     if code:

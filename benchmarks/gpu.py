@@ -81,7 +81,7 @@ def head_rivals(cfg, device, D, V, rows, width):
         return (kernels.uniform_bound(probs, noisy, targets, beta) * weights).sum()
 
     def ours(hidden, head, targets, weights, noisy=None, beta=None):
-        return kernels.head_loss_of(hidden, head, targets, weights, noisy, beta, V, False)[0]
+        return kernels.fused_head_loss(hidden, head, targets, weights, noisy, beta, V, False)[0]
 
     def torchs(hidden, head, targets, weights):
         return F.linear_cross_entropy(hidden, head, targets)

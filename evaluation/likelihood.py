@@ -439,7 +439,7 @@ def look(scorer, batch, likeliest):
 
 
 def passed(scorer, batch, likeliest):
-    with scorer.autocast(), kernels.of_many_shapes(scorer.device):
+    with scorer.autocast(), kernels.avoid_cudnn_attention(scorer.device):
         return scorer.objective.nats_at_positions(transfer.to_device(transfer.to_tensors(batch, False), scorer.device), likeliest=likeliest)
 
 

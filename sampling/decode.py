@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import diffusion
 from diffusion import CHANGE, ORDER, START, TOKEN, draws
-from kernels import linear_certainty, linear_greedy
+from kernels import linear_confidence, linear_greedy
 from model import KVCache
 from training.transfer import AsyncCopy
 
@@ -243,7 +243,7 @@ class Reader:
         low_confidence (at temperature 0) and threshold: the probability of the likeliest token; entropy: −H; margin: its lead over the next.
         """
         if self.unrestricted and order in ("low_confidence", "threshold"):
-            return self.of_head(linear_certainty, hidden)
+            return self.of_head(linear_confidence, hidden)
         out = []
         for _, logits in self.logits(hidden, index):
             if order == "entropy":

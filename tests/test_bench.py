@@ -65,7 +65,7 @@ def test_a_part_that_fails_costs_only_itself(tmp_path, monkeypatch):
         entered.append(device)
         yield
 
-    monkeypatch.setattr(bench.kernels, "preferring_cudnn", enter_once)
+    monkeypatch.setattr(bench.kernels, "prefer_cudnn_attention", enter_once)
     monkeypatch.setitem(bench.PARTS, "gpu", dict(a=works, b=breaks, c=works))
     monkeypatch.setattr(bench.Config, "problems", lambda self: [])
     monkeypatch.setattr(sys, "argv", ["bench.py", "--suite=gpu", f"--out={tmp_path}"])

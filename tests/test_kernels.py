@@ -9,305 +9,353 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import kernels as k
+import diffusion
+import kernels
+from model import ModelConfig, Transformer
+from training import transfer
 from training.objective import Objective
 
-pytestmark = pytest.mark.skipif(k.triton is None, reason="triton is not installed: only the references run here")
+NO_TRITON = "triton is not installed: only the references run here"
+pytestmark = pytest.mark.skipif(kernels.triton is None, reason=NO_TRITON)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 V, WIDTH, D = 1003, 1024, 24
 
 
-def inputs(rows, dtype=torch.float32, n_vocab=V, width=WIDTH, seed=0):
+def random_inputs(rows, dtype=torch.float32, n_vocab=V, width=WIDTH, seed=0):
+    """hidden, head, targets, weights, noisy, beta."""
     g = torch.Generator().manual_seed(seed)
     hidden = torch.randn(rows, D, generator=g)
     # a logit of 5 rounded to bf16 is itself off by 1 %: moderate logits there, wide ones in fp32
     head = torch.randn(width, D, generator=g) * (0.5 if dtype == torch.float32 else 0.15)
     targets = torch.randint(0, n_vocab, (rows,), generator=g)
     weights = torch.rand(rows, generator=g) / max(1, rows)
-    z = torch.where(torch.rand(rows, generator=g) < 0.5, targets, torch.randint(0, n_vocab, (rows,), generator=g))
+    is_kept = torch.rand(rows, generator=g) < 0.5
+    noisy = torch.where(is_kept, targets, torch.randint(0, n_vocab, (rows,), generator=g))
     beta = 10 ** (6 * torch.rand(rows, generator=g) - 3)
-    return [t.to(DEVICE, dtype) if t.is_floating_point() and i < 2 else t.to(DEVICE)
-            for i, t in enumerate((hidden, head, targets, weights, z, beta))]
+    others = (t.to(DEVICE) for t in (targets, weights, noisy, beta))
+    return [hidden.to(DEVICE, dtype), head.to(DEVICE, dtype), *others]
 
 
-def reference(hidden, head, targets, weights, z, beta, n_vocab, posterior):
-    """The same loss by autograd in fp64, over the text columns alone, from the formula of SPEC §6 as printed."""
+def inputs_of(loss, rows, **options):
+    """`random_inputs`; the cross-entropy has neither noisy tokens nor beta."""
+    inputs = random_inputs(rows, **options)
+    return inputs if loss == "uniform" else [*inputs[:4], None, None]
+
+
+def reference(hidden, head, targets, weights, noisy, beta, n_vocab, posterior):
+    """The same loss by autograd in fp64, over the text columns alone, from docs/math.md §6 as printed.
+
+    Returns loss, nats, and the loss's gradients by hidden and head.
+    """
     hidden, head = (t.detach().double().requires_grad_() for t in (hidden, head))
     logits = hidden @ head[:n_vocab].T
-    if z is None:
+    if noisy is None:
         nats = -logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
     else:
         beta = beta.double()[:, None]
         if posterior:
-            logits = logits.scatter_add(1, z[:, None], -torch.log1p(beta))
+            logits = logits.scatter_add(1, noisy[:, None], -torch.log1p(beta))
         u, clean = 1 + beta * logits.softmax(-1), 1 + beta * F.one_hot(targets, n_vocab)
-        r, rho = (t / t.gather(1, z[:, None]) for t in (clean, u))
+        r, rho = (t / t.gather(1, noisy[:, None]) for t in (clean, u))
         nats = (r * (r / rho).log() - r + rho).sum(-1)
     loss = (nats * weights.double()).sum()
     return loss, nats, *torch.autograd.grad(loss, (hidden, head))
 
 
 def error(a, b):
+    """The relative error of a, where b is right."""
     return ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-300)).item()
 
 
-def run(hidden, head, targets, weights, z, beta, n_vocab, posterior):
+def run_kernel(hidden, head, targets, weights, noisy, beta, n_vocab, posterior):
+    """Loss, nats, and the loss's gradients by hidden and head."""
     hidden, head = hidden.detach().requires_grad_(), head.detach().requires_grad_()
-    loss, nats = k.head_loss_of(hidden, head, targets, weights, z, beta, n_vocab, posterior)
-    grads = torch.autograd.grad(loss, (hidden, head))
+    loss, nats = kernels.fused_head_loss(hidden, head, targets, weights, noisy, beta, n_vocab, posterior)
+    gradients = torch.autograd.grad(loss, (hidden, head))
     assert not nats.requires_grad and loss.dtype == nats.dtype == torch.float32
-    return loss, nats, *grads
+    return loss, nats, *gradients
 
 
-LOSSES = [pytest.param("entropy", False, id="cross_entropy"), pytest.param("uniform", False, id="uniform"),
-          pytest.param("uniform", True, id="uniform_posterior")]
+LOSSES = [
+    pytest.param("entropy", False, id="cross_entropy"),
+    pytest.param("uniform", False, id="uniform"),
+    pytest.param("uniform", True, id="uniform_posterior"),
+]
+SHAPES = [(1, V, WIDTH), (37, V, WIDTH), (5, 1, 64), (6, 4999, 5056), (9, 64, 64), (4, 63, 64)]
 
 
-@pytest.mark.parametrize("loss,posterior", LOSSES)
+@pytest.mark.parametrize("loss, posterior", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows,n_vocab,width", [(1, V, WIDTH), (37, V, WIDTH), (5, 1, 64), (6, 4999, 5056), (9, 64, 64), (4, 63, 64)])
+@pytest.mark.parametrize("rows, n_vocab, width", SHAPES)
 def test_head_losses_and_gradients(loss, posterior, dtype, rows, n_vocab, width):
-    hidden, head, targets, weights, z, beta = inputs(rows, dtype, n_vocab, width)
-    if loss == "entropy":
-        z = beta = None
-    got = run(hidden, head, targets, weights, z, beta, n_vocab, posterior)
-    want = reference(hidden, head, targets, weights, z, beta, n_vocab, posterior)
+    inputs = inputs_of(loss, rows, dtype=dtype, n_vocab=n_vocab, width=width)
+    results = run_kernel(*inputs, n_vocab, posterior)
+    expected = reference(*inputs, n_vocab, posterior)
     bound = 1e-5 if dtype == torch.float32 else 1e-2
     if n_vocab == 1:  # one token: certain, so loss and gradients are 0
-        assert all(t.abs().max() < 1e-4 for t in got)
+        assert all(t.abs().max() < 1e-4 for t in results)
         return
-    for name, a, b in zip(("loss", "nats", "hidden", "head"), got, want, strict=True):
+    for name, a, b in zip(("loss", "nats", "hidden", "head"), results, expected, strict=True):
         assert error(a, b) < bound, (name, error(a, b))
-    assert (got[3][n_vocab:] == 0).all()
+    assert (results[3][n_vocab:] == 0).all()
 
 
-@pytest.mark.parametrize("loss,posterior", LOSSES)
+def strided(t):
+    """The same values, not contiguous."""
+    if t is None:
+        return None
+    return torch.stack((t, t), -1)[..., 0] if t.dim() == 1 else t.t().contiguous().t()
+
+
+@pytest.mark.parametrize("loss, posterior", LOSSES)
 def test_layouts_rows_and_chunks_do_not_matter(loss, posterior, monkeypatch):
-    """Transposed inputs, several chunks of unequal size and a scaled loss give the same as one plain call."""
-    tensors = inputs(37)
-    if loss == "entropy":
-        tensors[4] = tensors[5] = None
-    whole = run(*tensors, V, posterior)
-    strided = [t if t is None else torch.stack((t, t), -1)[..., 0] if t.dim() == 1 else t.t().contiguous().t() for t in tensors]
-    assert not any(t.is_contiguous() for t in strided if t is not None)
-    monkeypatch.setattr(k, "CHUNK", 10)
-    for a, b in zip(run(*strided, V, posterior), whole, strict=True):
+    """Strided inputs, several chunks of unequal size and a scaled loss give the same as one plain call."""
+    inputs = inputs_of(loss, 37)
+    expected = run_kernel(*inputs, V, posterior)
+    strided_inputs = [strided(t) for t in inputs]
+    assert not any(t.is_contiguous() for t in strided_inputs if t is not None)
+    monkeypatch.setattr(kernels, "GPU_ROWS", 10)
+    for a, b in zip(run_kernel(*strided_inputs, V, posterior), expected, strict=True):
         assert error(a, b) < 2e-6
-    hidden, head = (t.detach().requires_grad_() for t in tensors[:2])
-    for a, b in zip(torch.autograd.grad(3 * k.head_loss_of(hidden, head, *tensors[2:], V, posterior)[0], (hidden, head)), whole[2:]):
+
+    hidden, head = (t.detach().requires_grad_() for t in inputs[:2])
+    scaled = 3 * kernels.fused_head_loss(hidden, head, *inputs[2:], V, posterior)[0]
+    for a, b in zip(torch.autograd.grad(scaled, (hidden, head)), expected[2:]):
         assert error(a, 3 * b) < 2e-6
 
 
-@pytest.mark.parametrize("loss,posterior", LOSSES)
+@pytest.mark.parametrize("loss, posterior", LOSSES)
 def test_no_rows_and_rows_without_weight(loss, posterior):
-    def of(rows):
-        tensors = inputs(rows)
-        tensors[3] = torch.zeros_like(tensors[3])
-        return run(*tensors[:4], *(tensors[4:] if loss == "uniform" else (None, None)), V, posterior)
+    def run_without_weight(rows):
+        inputs = inputs_of(loss, rows)
+        inputs[3] = torch.zeros_like(inputs[3])
+        return run_kernel(*inputs, V, posterior)
 
-    total, nats, grad_hidden, grad_head = of(0)
-    assert total == 0 and nats.shape == (0,) and grad_hidden.shape == (0, D) and (grad_head == 0).all() and grad_head.shape == (WIDTH, D)
-    total, nats, grad_hidden, grad_head = of(5)
+    total, nats, grad_hidden, grad_head = run_without_weight(0)
+    assert total == 0 and nats.shape == (0,) and grad_hidden.shape == (0, D)
+    assert (grad_head == 0).all() and grad_head.shape == (WIDTH, D)
+    total, nats, grad_hidden, grad_head = run_without_weight(5)
     assert total == 0 and (nats > 0).all() and (grad_hidden == 0).all() and (grad_head == 0).all()
 
 
-@pytest.mark.parametrize("loss,posterior", LOSSES)
+@pytest.mark.parametrize("loss, posterior", LOSSES)
 def test_excluded_columns_have_no_influence(loss, posterior):
-    tensors = inputs(7)
-    if loss == "entropy":
-        tensors[4] = tensors[5] = None
-    plain = run(*tensors, V, posterior)
-    tensors[1] = tensors[1].clone()
-    tensors[1][V:] = 1e4
-    for a, b in zip(run(*tensors, V, posterior), plain, strict=True):
+    inputs = inputs_of(loss, 7)
+    expected = run_kernel(*inputs, V, posterior)
+    inputs[1] = inputs[1].clone()
+    inputs[1][V:] = 1e4
+    for a, b in zip(run_kernel(*inputs, V, posterior), expected, strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("beta", [1e-3, 1e-1, 0.999, 1.0, 1e3, 1e8])
 @pytest.mark.parametrize("sharp", [0.01, 1.0, 20.0])
 def test_uniform_bound_keeps_its_precision_from_clean_to_noise(beta, sharp):
-    """Nats and gradients over every α that training meets (β = 1e-3 is its floor of 1e-6 at this V) and from a vague to a certain prediction."""
-    hidden, head, targets, weights, z, _ = inputs(24)
+    """Nats and gradients over every α that training meets, from a vague to a certain prediction.
+
+    beta = 1e-3 is its floor of 1e-6 at this V.
+    """
+    hidden, head, targets, weights, noisy, _ = random_inputs(24)
     hidden = hidden * sharp * 0.2
     beta = torch.full((24,), beta, device=DEVICE)
-    got, want = (f(hidden, head, targets, weights, z, beta, V, False) for f in (run, reference))
+    results, expected = (
+        compute(hidden, head, targets, weights, noisy, beta, V, False) for compute in (run_kernel, reference)
+    )
     # at `sharp` = 20 logits reach ±60 and their own rounding, 4e-6, is in every probability
-    assert error(got[1], want[1]) < 1e-6 and max(error(a, b) for a, b in zip(got[2:], want[2:])) < (1e-6 if sharp <= 1 else 1e-5)
+    bound = 1e-6 if sharp <= 1 else 1e-5
+    assert error(results[1], expected[1]) < 1e-6
+    assert max(error(a, b) for a, b in zip(results[2:], expected[2:])) < bound
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [0, 1, 33])
 def test_greedy(dtype, rows, monkeypatch):
-    hidden, head, *_ = inputs(rows, dtype)
-    monkeypatch.setattr(k, "CHUNK", 8)
-    tokens, probs = k.head_greedy(hidden, head, V)
-    want, indices = ((hidden @ head.T)[:, :V].double().softmax(-1)).max(-1) if rows else (probs, tokens)
-    assert torch.equal(tokens, indices) and error(probs, want) < 1e-5 or rows == 0
-    reference_tokens, reference_probs = k.linear_greedy(hidden.cpu(), head.cpu(), V)
-    assert torch.equal(reference_tokens, tokens.cpu()) and error(reference_probs, probs.cpu()) < (1e-5 if dtype == torch.float32 else 1e-2) or rows == 0
+    hidden, head, *_ = random_inputs(rows, dtype)
+    monkeypatch.setattr(kernels, "GPU_ROWS", 8)
+    tokens, probs = kernels.head_greedy(hidden, head, V)
+    reference_tokens, reference_probs = kernels.linear_greedy(hidden.cpu(), head.cpu(), V)
+    assert len(tokens) == len(reference_tokens) == rows
+    if rows:
+        expected_probs, expected_tokens = (hidden @ head.T)[:, :V].double().softmax(-1).max(-1)
+        assert torch.equal(tokens, expected_tokens) and error(probs, expected_probs) < 1e-5
+        assert torch.equal(reference_tokens, tokens.cpu())
+        assert error(reference_probs, probs.cpu()) < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
-@pytest.mark.parametrize("loss,posterior", LOSSES)
+@pytest.mark.parametrize("loss, posterior", LOSSES)
 @pytest.mark.parametrize("backward", [False, True])
 def test_head_loss_is_a_proper_operator(loss, posterior, backward):
-    hidden, head, targets, weights, z, beta = inputs(6)
-    if loss == "entropy":
-        z = beta = None
-    wants = backward
-    arguments = (hidden.requires_grad_(wants), head.requires_grad_(wants), targets, weights, z, beta, V, posterior, backward)
-    torch.library.opcheck(k.head_loss, arguments)
-    torch.library.opcheck(k.head_greedy, (hidden.detach(), head.detach(), V))
+    hidden, head, *inputs = inputs_of(loss, 6)
+    hidden, head = hidden.requires_grad_(backward), head.requires_grad_(backward)
+    torch.library.opcheck(kernels.head_loss, (hidden, head, *inputs, V, posterior, backward))
+    torch.library.opcheck(kernels.head_greedy, (hidden.detach(), head.detach(), V))
 
 
 def test_without_gradients_none_are_computed():
-    hidden, head, targets, weights, *_ = inputs(6)
-    _, _, *gradients = k.head_loss(hidden, head, targets, weights, None, None, V, False, False)
+    hidden, head, targets, weights, *_ = random_inputs(6)
+    _, _, *gradients = kernels.head_loss(hidden, head, targets, weights, None, None, V, False, False)
     assert all(g.numel() == 0 for g in gradients)
-    seen = []
+
+    backward_flags = []
+
+    def head_loss(*arguments):
+        backward_flags.append(arguments[-1])
+        return torch.zeros(()), torch.zeros(6)
+
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(k, "head_loss", lambda *a: seen.append(a[-1]) or (torch.zeros(()), torch.zeros(6)))
-        k.head_loss_of(hidden.requires_grad_(), head, targets, weights, None, None, V, False)
-    assert seen == [False]
+        patch.setattr(kernels, "head_loss", head_loss)
+        kernels.fused_head_loss(hidden.requires_grad_(), head, targets, weights, None, None, V, False)
+    assert backward_flags == [False]
 
 
-# ------------------------------------------------------------------------------------------ products on a CPU
+@pytest.mark.parametrize("rows", [1, 128, 300])
+@pytest.mark.parametrize("posterior", [False, True])
+def test_eager_inference_computes_the_same_in_chunks(rows, posterior):
+    """On a CPU, without gradients: the nats of both losses and the likeliest tokens, as with gradients."""
+    hidden, head, targets, weights, noisy, beta = (t.cpu() for t in random_inputs(rows))
+
+    def compute():
+        return (
+            *kernels.linear_cross_entropy(hidden, head, targets, weights, V),
+            *kernels.linear_uniform_bound(hidden, head, noisy, targets, beta, weights, V, posterior),
+            *kernels.linear_greedy(hidden, head, V),
+        )
+
+    expected = compute()
+    with torch.no_grad():
+        for a, b in zip(compute(), expected, strict=True):
+            assert error(a, b) < 1e-5
 
 
-@pytest.mark.parametrize("rows, K, N", [(257, 65, 67), (64, 24, 1000), (9, 1000, 240), (1, 1100, 1000)])
-@pytest.mark.parametrize("strided", [False, True])
-def test_products_by_onednn(rows, K, N, strided, monkeypatch):
-    monkeypatch.setattr(k, "ONEDNN", True)  # it works on any CPU; it is only faster on some
-    g = torch.Generator().manual_seed(0)
-    x, w, dy = (torch.randn(*((b, a) if strided else (a, b)), generator=g) for a, b in ((rows, K), (N, K), (rows, N)))
-    if strided:
-        x, w, dy = x.t(), w.t(), dy.t()
-    x, w = x.requires_grad_(), w.requires_grad_()
-    y = k.linear(x, w)
-    got = y, *torch.autograd.grad(y, (x, w), dy)
-    want = x.double() @ w.double().T, dy.double() @ w.double(), dy.double().T @ x.double()
-    for a, b in zip(got, want, strict=True):
-        assert a.shape == b.shape and error(a, b) < 1e-6
-    torch.library.opcheck(k.onednn_product, (x, w))
-    assert error(k.linear(x.expand(3, rows, K), w)[1], want[0]) < 1e-6
-    assert k.linear(x.double(), w.double()).dtype == torch.float64
-    with torch.autocast("cpu", torch.bfloat16):
-        assert k.linear(x, w).dtype == torch.bfloat16
+# -------------------------------------------------------------------------------- inside the training step
 
 
-def test_onednn_is_left_alone_where_it_would_not_help(monkeypatch):
-    monkeypatch.setattr(k, "ONEDNN", True)
-    monkeypatch.setattr(k, "onednn_product", None)
-    for x in (torch.randn(4, 8), torch.randn(0, 8), torch.randn(2000, 8, dtype=torch.float64)):
-        assert torch.equal(k.linear(x, torch.ones(300, 8, dtype=x.dtype)), F.linear(x, torch.ones(300, 8, dtype=x.dtype)))
-
-
-# ------------------------------------------------------------------------------- inside the training step
-
-
-def training_step(objective, n_vocab=500, seq_len=32, rows=16, loss="elbo", seed=0):
+def tiny_objective(objective, n_vocab=500, seq_len=32, rows=16, loss="elbo"):
     """(Objective, batch) of a tiny network."""
-    import numpy as np
-
-    import diffusion as d
-    from model import ModelConfig, Transformer
-    from training import transfer
-
-    torch.manual_seed(seed)
-    config = ModelConfig(2, 2, 1, 8, 16, 64, n_vocab, n_vocab, seq_len, causal=objective == "ar", timed=objective == "uniform", init_std=0.3)
-    process = d.Process(objective, n_vocab, n_vocab, seq_len, loss=loss)
-    step = d.noise_levels(process, 0, rows)
-    x = np.random.default_rng(seed).integers(0, n_vocab, (rows, seq_len + 1))
-    batch = transfer.to_device(transfer.to_tensors(d.make_batch(process, x, step, step.microbatch_rows(0, 1)), False), torch.device(DEVICE))
-    return Objective(Transformer(config).init_weights().to(DEVICE), posterior=loss == "paper"), batch
+    torch.manual_seed(0)
+    config = ModelConfig(n_layer=2, n_head=2, n_kv_head=1, head_dim=8, d_model=16, d_ff=64, n_vocab=n_vocab,
+                         mask_id=n_vocab, seq_len=seq_len, causal=objective == "ar",
+                         timed=objective == "uniform", init_std=0.3)
+    process = diffusion.Process(objective, n_vocab, n_vocab, seq_len, loss=loss)
+    levels = diffusion.noise_levels(process, 0, rows)
+    x = np.random.default_rng(0).integers(0, n_vocab, (rows, seq_len + 1))
+    batch = diffusion.make_batch(process, x, levels, np.arange(rows))
+    batch = transfer.to_device(transfer.to_tensors(batch), torch.device(DEVICE))
+    network = Transformer(config).init_weights().to(DEVICE)
+    return Objective(network, posterior=loss == "paper"), batch
 
 
 STEPS = [("ar", "elbo"), ("masked", "elbo"), ("uniform", "elbo"), ("uniform", "paper")]
+UNCOMPILED = [(*step, False) for step in STEPS]
+COMPILED = [
+    pytest.param("masked", "elbo", True),
+    pytest.param("ar", "elbo", True, marks=pytest.mark.slow),
+    pytest.param("uniform", "elbo", True, marks=pytest.mark.slow),
+    pytest.param("uniform", "paper", True, marks=pytest.mark.slow),
+]
 
 
-@pytest.mark.parametrize("objective,loss,compiled", [(*step, False) for step in STEPS] + [
-    pytest.param(*step, True, marks=[] if step == ("masked", "elbo") else pytest.mark.slow) for step in STEPS])
+@pytest.mark.parametrize("objective, loss, compiled", UNCOMPILED + COMPILED)
 def test_training_step_with_kernels_equals_the_reference(objective, loss, compiled, monkeypatch):
-    """Loss, its parts and every parameter's gradient; compiled with fullgraph=True, so no graph break either."""
-    model, batch = training_step(objective, loss=loss)
+    """All figures and every parameter's gradient; compiled with fullgraph=True, so no graph break either."""
+    model, batch = tiny_objective(objective, loss=loss)
 
-    def step(kernels):
+    def run_step(with_kernels):
         torch._dynamo.reset()
-        monkeypatch.setattr(k, "has_kernels", lambda tensor: kernels)
+        monkeypatch.setattr(kernels, "has_kernels", lambda tensor: with_kernels)
         forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
-        total, parts = forward(batch)
-        return total, parts, *torch.autograd.grad(total, list(model.parameters()))
+        figures = forward(batch)
+        return *figures.values(), *torch.autograd.grad(figures["loss"], list(model.parameters()))
 
-    for a, b in zip(step(True), step(False), strict=True):
+    for a, b in zip(run_step(True), run_step(False), strict=True):
         assert error(a, b) < 3e-5  # two computations in fp32
 
 
-@pytest.mark.parametrize("kernels", [False, True])
-def test_masked_step_never_holds_logits_of_every_position(kernels, monkeypatch):
+class TensorSizes(TorchDispatchMode):
+    """Collects the number of values of every tensor that is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        outputs = out if isinstance(out, (tuple, list)) else [out]
+        self.sizes += [t.numel() for t in outputs if isinstance(t, torch.Tensor)]
+        return out
+
+
+@pytest.mark.parametrize("with_kernels", [False, True])
+def test_masked_step_never_holds_logits_of_every_position(with_kernels, monkeypatch):
     """The largest tensor of a whole training step, forward and backward, is well below B×L×V."""
-    from torch.utils._python_dispatch import TorchDispatchMode
 
-    sizes = []
+    def largest_share(objective):
+        model, batch = tiny_objective(objective, n_vocab=2000)
+        with TensorSizes() as made:
+            model(batch)["loss"].backward()
+        return max(made.sizes) / (16 * 32 * 2048)
 
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            sizes.extend(t.numel() for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, torch.Tensor))
-            return out
-
-    def largest(objective):
-        model, batch = training_step(objective, n_vocab=2000)
-        sizes.clear()
-        with Watch():
-            model(batch)[0].backward()
-        return max(sizes) / (16 * 32 * 2048)
-
-    monkeypatch.setattr(k, "has_kernels", lambda tensor: kernels)
-    monkeypatch.setattr(k, "CHUNK", 160)
-    share = largest("masked")
-    assert share < (0.4 if kernels else 0.65), share  # a chunk; all masked positions
-    assert (largest("ar") < 0.4) == kernels  # and the AR step shows that the measure sees the logits
+    monkeypatch.setattr(kernels, "has_kernels", lambda tensor: with_kernels)
+    monkeypatch.setattr(kernels, "GPU_ROWS", 160)
+    share = largest_share("masked")
+    assert share < (0.4 if with_kernels else 0.65), share  # a chunk; all masked positions
+    assert (largest_share("ar") < 0.4) == with_kernels  # the AR step shows that the measure sees the logits
 
 
-# --------------------------------------------------------------------------------------- without a GPU at hand
+# -------------------------------------------------------------------------------------- without a GPU at hand
 
-
-def test_kernels_compile_for_hopper_with_wide_loads(tmp_path):
-    """Triton and ptxas accept each kernel for compute capability 9.0, and rows are read and written 16 bytes at a time."""
-    script = f"""
+COMPILE_FOR_HOPPER = """
 import json, re, sys
-sys.path.insert(0, {str(ROOT)!r})
+sys.path.insert(0, sys.argv[1])
 import kernels, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-types = dict(logits="*bf16", targets="*i64", weights="*fp32", nats="*fp32", noisy="*i64", betas="*fp32", tokens="*i64", probs="*fp32")
-report = {{}}
+
+types = dict(logits="*bf16", targets="*i64", weights="*fp32", nats="*fp32", noisy="*i64", betas="*fp32",
+             tokens="*i64", probs="*fp32")
+report = {}
 for kernel in (kernels.cross_entropy_rows, kernels.uniform_bound_rows, kernels.greedy_rows):
-    settings = kernels.launch(50304)
+    settings = kernels.launch_settings(50304)
     warps = settings.pop("num_warps")
-    constants = {{n: v for n, v in dict(width=50304, n_vocab=50257, BACKWARD=True, POSTERIOR=True, **settings).items() if n in kernel.arg_names}}
-    signature = {{n: types.get(n, "constexpr") for n in kernel.arg_names}}
-    aligned = {{(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n in types}}
-    built = triton.compile(ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned),
-                           target=GPUTarget("cuda", 90, 32), options=dict(num_warps=warps))
+    constants = dict(width=50304, n_vocab=50257, BACKWARD=True, POSTERIOR=True, **settings)
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    pointers = [i for i, name in enumerate(kernel.arg_names) if name in types]
+    aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=warps))
     ptx = built.asm["ptx"]
-    report[kernel.__name__] = dict(wide_loads=len(re.findall(r"ld\\.global\\S*\\.v4", ptx)), wide_stores=len(re.findall(r"st\\.global\\S*\\.v4", ptx)),
-                                   narrow=len(re.findall(r"ld\\.global\\S*\\.b16", ptx)), cubin=len(built.asm["cubin"]))
+    report[kernel.__name__] = dict(
+        wide_loads=len(re.findall(r"ld\\.global\\S*\\.v4", ptx)),
+        wide_stores=len(re.findall(r"st\\.global\\S*\\.v4", ptx)),
+        narrow=len(re.findall(r"ld\\.global\\S*\\.b16", ptx)),
+        cubin=len(built.asm["cubin"]),
+    )
 print(json.dumps(report))
 """
+
+
+def test_kernels_compile_for_hopper_with_wide_loads(tmp_path):
+    """Triton and ptxas accept each kernel for sm_90; rows are read and written 16 bytes at a time."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", COMPILE_FOR_HOPPER, str(ROOT)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
-    for name, passes, stores in (("cross_entropy_rows", 2, 1), ("uniform_bound_rows", 3, 1), ("greedy_rows", 1, 0)):
-        seen = report[name]
-        assert seen["cubin"] > 0 and seen["wide_loads"] >= 2 * passes and seen["narrow"] <= 3, (name, seen)
-        assert (seen["wide_stores"] >= 2) == bool(stores), (name, seen)
+    cases = (("cross_entropy_rows", 2, True), ("uniform_bound_rows", 3, True), ("greedy_rows", 1, False))
+    for name, passes, stores in cases:
+        counts = report[name]
+        assert counts["cubin"] > 0 and counts["wide_loads"] >= 2 * passes, (name, counts)
+        assert counts["narrow"] <= 3, (name, counts)
+        assert (counts["wide_stores"] >= 2) == stores, (name, counts)
 
 
 # ------------------------------------------------------------------------------------------------- attention
@@ -315,48 +363,61 @@ print(json.dumps(report))
 
 @pytest.mark.parametrize("L", [1, 5, 64, 200])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("documents", [False, True])
-def test_attention_forms_agree(L, causal, documents, monkeypatch):
+@pytest.mark.parametrize("within_documents", [False, True])
+def test_attention_forms_agree(L, causal, within_documents, monkeypatch):
     g = torch.Generator().manual_seed(0)
-    q, key, v = (torch.randn(3, 2, L, 16, generator=g, dtype=torch.float64).to(DEVICE) for _ in range(3))
-    scores, mask = q @ key.transpose(-1, -2) / 16**0.5, None
+    q, k, v = (torch.randn(3, 2, L, 16, generator=g, dtype=torch.float64).to(DEVICE) for _ in range(3))
+    scores, mask = q @ k.transpose(-1, -2) / 16**0.5, None
     if causal:
-        scores = scores.masked_fill(torch.ones(L, L, dtype=torch.bool, device=DEVICE).triu(1), float("-inf"))
-    if documents:
-        ids = torch.randint(0, 5, (3, L), generator=g).sort()[0].to(DEVICE)
-        scores = scores.masked_fill((ids[:, :, None] != ids[:, None, :])[:, None], float("-inf"))
-        mask = k.document_mask(ids, causal, 0.0)
-    want = scores.softmax(-1) @ v
-    if not isinstance(mask, k.BlockMask):  # FlexAttention has no fp64
+        is_later = torch.ones(L, L, dtype=torch.bool, device=DEVICE).triu(1)
+        scores = scores.masked_fill(is_later, float("-inf"))
+    if within_documents:
+        documents = torch.randint(0, 5, (3, L), generator=g).sort()[0].to(DEVICE)
+        differ = (documents[:, :, None] != documents[:, None, :])[:, None]
+        scores = scores.masked_fill(differ, float("-inf"))
+        mask = kernels.document_mask(documents, causal, 0.0)
+    expected = scores.softmax(-1) @ v
+
+    def error_in(dtype):
+        y = kernels.attention(q.to(dtype), k.to(dtype), v.to(dtype), mask, causal, 0.0)
+        return error(y, expected)
+
+    bounds = {torch.float64: 1e-12, torch.float32: 1e-6 if DEVICE == "cpu" else 2e-3, torch.bfloat16: 1e-2}
+    assert error_in(torch.float32) < bounds[torch.float32]
+    if not isinstance(mask, kernels.BlockMask):  # FlexAttention has no fp64
         for longest in (0, 10**9):
-            monkeypatch.setattr(k, "PLAIN_ATTENTION_UP_TO", dict.fromkeys((torch.float64, torch.float32, torch.bfloat16), longest))
-            for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-6 if DEVICE == "cpu" else 2e-3), (torch.bfloat16, 1e-2)):
-                assert error(k.attention(q.to(dtype), key.to(dtype), v.to(dtype), mask, causal, 0.0), want) < bound
-    assert error(k.attention(q.float(), key.float(), v.float(), mask, causal, 0.0), want) < (1e-6 if DEVICE == "cpu" else 2e-3)
+            monkeypatch.setattr(kernels, "PLAIN_ATTENTION_UP_TO", dict.fromkeys(bounds, longest))
+            for dtype, bound in bounds.items():
+                assert error_in(dtype) < bound
+
     if DEVICE == "cpu":
         for longest, name in ((10**9, "plain products"), (0, "flash_attention")):
-            monkeypatch.setattr(k, "PLAIN_ATTENTION_UP_TO", {torch.float32: longest})
-            assert k.attention_backend(q.float(), causal, documents) == name
+            monkeypatch.setattr(kernels, "PLAIN_ATTENTION_UP_TO", {torch.float32: longest})
+            assert kernels.attention_backend(q.float(), causal, within_documents) == name
     else:
-        flex = "flex_attention" if documents else k.attention_backend(q.bfloat16(), causal)
-        assert k.attention_backend(q.bfloat16(), causal, documents) == flex != "math"
+        backend = kernels.attention_backend(q.bfloat16(), causal)
+        name = "flex_attention" if within_documents else backend
+        assert kernels.attention_backend(q.bfloat16(), causal, within_documents) == name != "math"
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 def test_documents_by_flex_attention(compiled, causal, monkeypatch):
-    """The GPU's way through a whole model (on a CPU: forward only, as FlexAttention has no gradients there), without graph breaks."""
-    from model import ModelConfig, Transformer
+    """The GPU's way through a whole model, without graph breaks.
 
+    On a CPU forward only: FlexAttention has no gradients there.
+    """
     torch.manual_seed(0)
-    network = Transformer(ModelConfig(2, 2, 2, 16, 32, 64, 50, 50, 40, causal=causal, init_std=0.2)).init_weights().to(DEVICE)
-    ids, documents = torch.randint(50, (3, 40), device=DEVICE), torch.randint(0, 4, (3, 40), device=DEVICE).sort()[0]
+    config = ModelConfig(2, 2, 2, 16, 32, 64, 50, 50, 40, causal=causal, init_std=0.2)
+    network = Transformer(config).init_weights().to(DEVICE)
+    ids = torch.randint(50, (3, 40), device=DEVICE)
+    documents = torch.randint(0, 4, (3, 40), device=DEVICE).sort()[0]
     results = []
     for flex in (False, True):
-        monkeypatch.setattr(k, "has_flex", lambda tensor, flex=flex: flex)
-        monkeypatch.setattr(k, "on_cpu", lambda tensor, flex=flex: not flex and not tensor.is_cuda)
+        monkeypatch.setattr(kernels, "has_flex", lambda tensor, flex=flex: flex)
+        monkeypatch.setattr(kernels, "on_cpu", lambda tensor, flex=flex: not flex and not tensor.is_cuda)
         torch._dynamo.reset()
-        k.compiled_flex_attention.cache_clear()
+        kernels.compiled_flex_attention.cache_clear()
         forward = torch.compile(network, fullgraph=True, dynamic=False) if compiled and flex else network
         with torch.no_grad():
             results.append(forward(ids, documents=documents))
@@ -364,11 +425,12 @@ def test_documents_by_flex_attention(compiled, causal, monkeypatch):
 
 
 @pytest.mark.parametrize("n_vocab, rows", ((37, 5), (1000, 300)))
-def test_certainty_is_the_largest_probability(n_vocab, rows):
-    """Against softmax in fp64 over the text tokens alone, and what linear_greedy says."""
+def test_confidence_is_the_largest_probability(n_vocab, rows):
+    """Against softmax in fp64 over the text tokens alone, and against linear_greedy."""
     g = torch.Generator().manual_seed(0)
     hidden, head = torch.randn(rows, 16, generator=g), torch.randn(n_vocab + 27, 16, generator=g)
     expected = (hidden.double() @ head[:n_vocab].double().t()).softmax(-1).amax(-1)
-    certainty = k.linear_certainty(hidden, head, n_vocab)
-    torch.testing.assert_close(certainty.double(), expected, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(certainty, k.linear_greedy(hidden, head, n_vocab)[1], rtol=1e-5, atol=1e-7)
+    confidence = kernels.linear_confidence(hidden, head, n_vocab)
+    torch.testing.assert_close(confidence.double(), expected, rtol=1e-5, atol=1e-7)
+    _, probs = kernels.linear_greedy(hidden, head, n_vocab)
+    torch.testing.assert_close(confidence, probs, rtol=1e-5, atol=1e-7)

@@ -62,7 +62,7 @@ def trace(model_config, batch, posterior, dtype, on_gpu, compile="whole", recomp
         partition, more = min_cut_rematerialization_partition, dict(decompositions=select_decomp_table())
     compiler = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=partition, **more)
     torch._dynamo.reset()
-    kernels.pretending = on_gpu
+    kernels.assumes_gpu = on_gpu
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
             if sharded:  # FSDP hands out copies in bf16, where autocast would make them
@@ -77,7 +77,7 @@ def trace(model_config, batch, posterior, dtype, on_gpu, compile="whole", recomp
             loss.backward()
     finally:
         torch.set_default_dtype(torch.float32)
-        kernels.pretending = False
+        kernels.assumes_gpu = False
         torch._dynamo.reset()
     return list(timeline(*graphs, fused=compile != "no"))
 
@@ -207,5 +207,5 @@ def workspace(node):
         return 0
     hidden, head = (source.meta["val"] for source in node.args[:2])
     rows = hidden.shape[0]
-    chunks = max(1, -(-rows // kernels.CHUNK))
+    chunks = max(1, -(-rows // kernels.GPU_ROWS))
     return -(-rows // chunks) * head.shape[0] * hidden.element_size()

@@ -68,7 +68,7 @@ def test_prediction_is_what_a_compiled_step_with_kernels_takes(objective, how, r
         pytest.skip("the kernels need triton")
     config, batch = case(objective)
     need = memory.predict(config, batch, False, torch.float32, True, how, recompute)
-    monkeypatch.setattr(kernels, "pretending", True)
+    monkeypatch.setattr(kernels, "assumes_gpu", True)
     for name in ("cross_entropy_rows", "uniform_bound_rows"):
         monkeypatch.setattr(kernels, name, NoKernel())
     ratio = beyond_weights(need) / measured(config, batch, how, recompute)

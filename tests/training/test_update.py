@@ -58,7 +58,7 @@ def train(config, process, steps=4, accumulation=1, compile="no", device=DEVICE,
 def step_without_values(objective, loss, pretend, monkeypatch, spoil=lambda figures: None, short_rows=0.0):
     """A step on tensors that have shapes but no values: whatever reads one on the host raises."""
     config, process = setting(objective, loss)
-    monkeypatch.setattr(kernels, "pretending", pretend)
+    monkeypatch.setattr(kernels, "assumes_gpu", pretend)
     batch = transfer.to_tensors(next(batches(process, 1, short_rows=short_rows)))
     with FakeTensorMode() as fake:
         network = Transformer(config).use("selective")
