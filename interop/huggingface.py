@@ -1,10 +1,12 @@
-"""Hugging Face's model folders: Qwen3, Qwen2.5 and Llama, the seeds' DiffLM, LLaDA and Dream are read; Qwen3 and DiffLM are written.
+"""Hugging Face's model folders: Qwen3, Qwen2.5, Llama, Mistral, Quokka's DiffLM, LLaDA and Dream are read.
+DiffLM is written for diffusion models, Qwen3 (or Qwen2, Llama) for AR models.
 
     config.json                               the architecture
-    model.safetensors, or several with model.safetensors.index.json; older: pytorch_model.bin, likewise
+    model.safetensors                         the weights; or several files and model.safetensors.index.json;
+                                              older folders: pytorch_model.bin, likewise
     tokenizer.json, tokenizer_config.json     the tokenizer
 
-No code that such a folder brings along is run.
+Code that such a folder brings along is not run.
 """
 
 import json
@@ -12,249 +14,296 @@ import re
 import shutil
 from pathlib import Path
 
-from interop import tensors
+from interop import checks, native, tensors
+from interop.pickles import one_line
+from interop.source import VOCABULARY_TENSORS, Source, fit_vocabulary, weight_shapes, write_json
+from interop.tokenizer_files import write_tokenizer
+from model import ModelConfig
 
-# What `architectures` in config.json may say, and what that means for ModelConfig.
+# What `architectures` in config.json can be, and the settings of ModelConfig that follow from it.
 FAMILIES = {
     "Qwen3ForCausalLM": dict(causal=True),
     "Qwen2ForCausalLM": dict(causal=True, qk_norm=False, qkv_bias=True),
     "LlamaForCausalLM": dict(causal=True, qk_norm=False),
     "MistralForCausalLM": dict(causal=True, qk_norm=False),
-    "DiffLM": {},  # the seeds' models, and ours: attn_mask_type says whether they are causal
-    "CausalLM": dict(causal=True),  # the seeds' AR models
+    "DiffLM": {},  # Quokka's models, and ours: attn_mask_type tells whether they are causal
+    "CausalLM": dict(causal=True),  # Quokka's AR models
     "DreamModel": dict(causal=False, qk_norm=False, qkv_bias=True, shift=True),
     "LLaDAModelLM": dict(causal=False, qk_norm=False),
 }
-LLADA = dict(hidden_size="d_model", num_hidden_layers="n_layers", num_attention_heads="n_heads", num_key_value_heads="n_kv_heads",
-             intermediate_size="mlp_hidden_size", max_position_embeddings="max_sequence_length", tie_word_embeddings="weight_tying", vocab_size="embedding_size")
+# {Qwen's name: LLaDA's} of the settings that LLaDA calls otherwise
+LLADA_NAMES = dict(
+    hidden_size="d_model", num_hidden_layers="n_layers", num_attention_heads="n_heads",
+    num_key_value_heads="n_kv_heads", intermediate_size="mlp_hidden_size",
+    max_position_embeddings="max_sequence_length", tie_word_embeddings="weight_tying",
+    vocab_size="embedding_size")
+LLADA_REQUIRED = dict(block_type="llama", layer_norm_type="rms", activation_type="silu")
+LLADA_FORBIDDEN = ("alibi", "input_emb_norm", "attention_layer_norm", "include_bias", "include_qkv_bias",
+                   "scale_logits", "bias_for_layer_norm", "multi_query_attention", "clip_qkv")
 
 
-def is_one(path):
-    """Whether a folder looks like one of these."""
-    return (Path(path) / "config.json").is_file()
+def is_checkpoint(path):
+    """True if a folder looks like one of Hugging Face's."""
+    return (path / "config.json").is_file()
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def open_source(cfg, path):
+    """The Source in a folder; cfg is convert.Config. Raises ValueError or OSError."""
+    with checks.explain_bad_settings(path / "config.json"):
+        family, settings = read_config(path)
+        shape = network_settings(family, settings)
+    original = {name: tensor for name, tensor in open_weights(path).items() if not name.endswith("inv_freq")}
+    checks.check_shape(path, shape, len(original))
+
+    objective = checks.choose_objective(cfg, "ar" if shape["causal"] else "masked", path)
+    tokenizer = checks.open_tokenizer(cfg, path, settings.get("tokenizer_name", ""))
+    if tokenizer is None and cfg.tokenizer != "none":
+        has_old = (path / "vocab.json").is_file()
+        remedy = " (transformers makes one of its vocab.json: docs/checkpoints.md)" if has_old else ""
+        raise ValueError(f"{path} has no tokenizer.json{remedy}: give --tokenizer, or none (nothing can be "
+                         "sampled or evaluated then)")
+    n_rows = settings["vocab_size"]
+    mask_id = None if shape["causal"] else settings.get("mask_token_id")
+    mask_id = mask_id if cfg.mask_id < 0 else cfg.mask_id
+    n_vocab, mask_id = checks.choose_vocabulary(path, tokenizer, objective, n_rows, n_rows, mask_id)
+    shape["seq_len"] = cfg.seq_len or shape["seq_len"]
+    config = ModelConfig(**shape, n_vocab=n_vocab, mask_id=mask_id)
+
+    shapes = weight_shapes(config)
+    hf_names = {name: hf_name(name, family) for name in shapes}
+    embedding, head = (hf_name(name, family) for name in VOCABULARY_TENSORS)
+    checks.drop_tied_head(path, config, original, head, embedding)
+    for name in VOCABULARY_TENSORS:
+        if name in shapes:
+            shapes[name] = (n_rows, *shapes[name][1:])
+    checks.check_tensors(path, {hf_names[name]: shapes[name] for name in shapes}, original)
+    weights = fit_vocabulary({name: original[hf_names[name]] for name in shapes}, config)
+    return Source("hf", path, config, objective, weights, original, tokenizer, 0)
 
 
 def read_config(folder):
-    """config.json as (family, dict), in Qwen's words whatever the family; raises ValueError."""
+    """(family, settings) of config.json, under Qwen's names whatever the family; raises ValueError."""
     path = Path(folder) / "config.json"
     try:
-        a = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as problem:
-        raise ValueError(f"{path} can't be read: {tensors.first_line(problem)}") from None
-    kinds = a.get("architectures") if isinstance(a, dict) else None
-    if not isinstance(kinds, list) or not kinds or not isinstance(kinds[0], str):
+        raise ValueError(f"{path} can't be read: {one_line(problem)}") from None
+    families = settings.get("architectures") if isinstance(settings, dict) else None
+    if not isinstance(families, list) or not families or not isinstance(families[0], str):
         raise ValueError(f"{path} does not say which architecture it is of: \"architectures\": [\"…\"]")
-    family = kinds[0]
+    family = families[0]
     if family not in FAMILIES:
         raise ValueError(f"{path}: architecture {family} is not supported; {', '.join(FAMILIES)} are")
     if family == "LLaDAModelLM":
-        a = a | {name: a[llada] for name, llada in LLADA.items() if a.get(llada) is not None}
-        wrong = [f"{name}={a[name]}" for name, right in (("block_type", "llama"), ("layer_norm_type", "rms"), ("activation_type", "silu")) if a.get(name, right) != right]
-        wrong += [f"{name}={a[name]}" for name in ("alibi", "input_emb_norm", "attention_layer_norm", "include_bias", "include_qkv_bias", "scale_logits", "bias_for_layer_norm", "multi_query_attention", "clip_qkv") if a.get(name)]
-        if wrong or a.get("rope") is False:
-            raise ValueError(f"{path}: this LLaDA is not ours: {', '.join(wrong) or 'rope=False'}")
-    return family, a
+        check_llada(settings)
+        for name, llada_name in LLADA_NAMES.items():
+            if settings.get(llada_name) is not None:
+                settings[name] = settings[llada_name]
+        settings["hidden_act"] = "silu"
+    return family, settings
 
 
-def shape_of(folder):
-    """(settings of ModelConfig but the vocabulary's, rows of the embedding, the mask's id or None); raises ValueError where our network can't be it."""
-    family, a = read_config(folder)
-    path, means = Path(folder) / "config.json", FAMILIES[family]
-    bias = a.get("attention_bias", False) or a.get("mlp_bias", False)
-    windows = a.get("use_sliding_window") or (family == "MistralForCausalLM" and a.get("sliding_window")) or "sliding_attention" in (a.get("layer_types") or ())
-    act = a.get("hidden_act", "silu") if family != "LLaDAModelLM" else "silu"
-    for what, is_so in (("biases in attention or MLP", bias and family not in ("Qwen2ForCausalLM", "DreamModel")), ("sliding windows", windows),
-                        (f"hidden_act={act}", act != "silu"), ("partly rotary positions", a.get("partial_rotary_factor") not in (None, 1.0)), ("quantized weights", a.get("quantization_config"))):
-        if is_so:
-            raise ValueError(f"{path}: this architecture is not ours: {what}")
+def check_llada(settings):
+    """Raise ValueError for a LLaDA that our network can't be."""
+    wrong = [f"{name}={settings[name]}" for name, value in LLADA_REQUIRED.items()
+             if settings.get(name, value) != value]
+    wrong += [f"{name}={settings[name]}" for name in LLADA_FORBIDDEN if settings.get(name)]
+    if settings.get("rope") is False:
+        wrong.append("rope=False")
+    if wrong:
+        raise ValueError(f"this LLaDA is not ours: {', '.join(wrong)}")
+
+
+def network_settings(family, settings):
+    """The settings of ModelConfig that config.json gives: all but the vocabulary's.
+
+    Raises ValueError where our network can't be it, and whatever settings of strange types cause.
+    """
+    check_supported(family, settings)
     try:
-        n_head, d_model = a["num_attention_heads"], a["hidden_size"]
-        rows, length = a["vocab_size"], a["max_position_embeddings"]
-        shape = dict(n_layer=a["num_hidden_layers"], n_head=n_head, n_kv_head=a.get("num_key_value_heads") or n_head, d_model=d_model,
-                     head_dim=a.get("head_dim") or (128 if family == "Qwen3ForCausalLM" else d_model // n_head), d_ff=a["intermediate_size"])
-    except KeyError as missing:
-        raise ValueError(f"{path} does not say {missing}") from None
-    if wrong := [f"{name}={value}" for name, value in (shape | dict(vocab_size=rows, max_position_embeddings=length)).items() if type(value) is not int or value < 1]:
-        raise ValueError(f"{path} can't be understood: {', '.join(wrong)}")
-    if wrong := [f"{name}={a[name]!r}" for name in ("tie_word_embeddings", "qk_norm", "qkv_bias", "shift") if not isinstance(a.get(name), bool | None)]:
-        raise ValueError(f"{path}: {wrong[0]} is neither true nor false")
-    rope = a.get("rope_parameters") or {}
-    scaling = a.get("rope_scaling") or rope
+        n_head, d_model = settings["num_attention_heads"], settings["hidden_size"]
+        qwen3_default = 128 if family == "Qwen3ForCausalLM" else None
+        shape = dict(
+            n_layer=settings["num_hidden_layers"], n_head=n_head, d_model=d_model,
+            d_ff=settings["intermediate_size"], n_kv_head=settings.get("num_key_value_heads") or n_head,
+            head_dim=settings.get("head_dim") or qwen3_default or d_model // n_head,
+            seq_len=settings["max_position_embeddings"])
+        n_rows = settings["vocab_size"]
+    except KeyError as name:
+        raise ValueError(f"it does not say {name}") from None
+    wrong = [f"{name}={value}" for name, value in (shape | dict(vocab_size=n_rows)).items()
+             if type(value) is not int or value < 1]
+    if wrong:
+        raise ValueError(f"its settings can't be understood: {', '.join(wrong)}")
+    for name in ("tie_word_embeddings", "qk_norm", "qkv_bias", "shift"):
+        if not isinstance(settings.get(name), bool | None):
+            raise ValueError(f"{name}={settings[name]!r} is neither true nor false")
+
+    rope = settings.get("rope_parameters") or {}
+    eps = settings.get("rms_norm_eps")
+    shape |= dict(
+        tied=bool(settings.get("tie_word_embeddings", False)), norm_eps=1e-6 if eps is None else float(eps),
+        rope_base=float(rope.get("rope_theta") or settings.get("rope_theta") or 10_000.0),
+        rope_stretch=rope_stretch(settings))
+    if family == "DiffLM":
+        stretch = settings.get("rope_stretch") or shape["rope_stretch"]
+        shape |= dict(
+            qk_norm=settings.get("qk_norm", True), qkv_bias=settings.get("qkv_bias", False),
+            shift=settings.get("shift", False), rope_stretch=tuple(map(float, stretch)),
+            causal=settings.get("attn_mask_type") == "causal")
+    return shape | FAMILIES[family]
+
+
+def check_supported(family, settings):
+    """Raise ValueError for an architecture that our network can't be."""
+    has_bias = settings.get("attention_bias", False) or settings.get("mlp_bias", False)
+    is_mistral = family == "MistralForCausalLM"
+    has_windows = (settings.get("use_sliding_window") or is_mistral and settings.get("sliding_window")
+                   or "sliding_attention" in (settings.get("layer_types") or ()))
+    act = settings.get("hidden_act", "silu")
+    unsupported = {
+        "biases in attention or MLP": has_bias and family not in ("Qwen2ForCausalLM", "DreamModel"),
+        "sliding windows": has_windows,
+        f"hidden_act={act}": act != "silu",
+        "partly rotary positions": settings.get("partial_rotary_factor") not in (None, 1.0),
+        "quantized weights": settings.get("quantization_config"),
+    }
+    for feature, is_there in unsupported.items():
+        if is_there:
+            raise ValueError(f"this architecture is not ours: {feature}")
+
+
+def rope_stretch(settings):
+    """ModelConfig's rope_stretch: Llama 3.1's four numbers, or (); raises ValueError for other positions."""
+    scaling = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    stretch = ()
-    if kind == "llama3":
-        stretch = tuple(float(scaling[key]) for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
-    elif kind != "default":
-        raise ValueError(f"{path}: this architecture is not ours: rotary positions of type {kind}")
-    causal = a.get("attn_mask_type") == "causal" if "causal" not in means else means["causal"]
-    own = dict(qk_norm=a.get("qk_norm", True), qkv_bias=a.get("qkv_bias", False), shift=a.get("shift", False), rope_stretch=tuple(map(float, a.get("rope_stretch") or stretch))) if family == "DiffLM" else {}
-    shape |= dict(seq_len=length, tied=bool(a.get("tie_word_embeddings", False)), rope_base=float(rope.get("rope_theta") or a.get("rope_theta") or 10000.0),
-                  norm_eps=float(1e-6 if a.get("rms_norm_eps") is None else a["rms_norm_eps"]), rope_stretch=stretch) | means | own | dict(causal=causal)
-    return shape, rows, None if causal else a.get("mask_token_id")
+    if kind == "default":
+        return ()
+    if kind != "llama3":
+        raise ValueError(f"this architecture is not ours: rotary positions of type {kind}")
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    return tuple(float(scaling[name]) for name in names)
 
 
-# ------------------------------------------------------------------------------------------------------- reading
-
-
-def their_name(name, family=""):
-    """What one of our tensors is called there."""
+def hf_name(name, family=""):
+    """The name of one of our tensors in a folder of a family."""
     if family == "LLaDAModelLM":
-        ends = {"embed.weight": "wte.weight", "norm.weight": "ln_f.weight", "lm_head.weight": "ff_out.weight"}
-        parts = {"attn.o_proj": "attn_out", "mlp_norm": "ff_norm", "mlp.gate_proj": "ff_proj", "mlp.up_proj": "up_proj", "mlp.down_proj": "ff_out"}
-        if name in ends:
-            return "model.transformer." + ends[name]
-        _, i, rest = name.split(".", 2)
-        part, _, kind = rest.rpartition(".")
-        return f"model.transformer.blocks.{i}.{parts.get(part, part.removeprefix('attn.'))}.{kind}"
+        return llada_name(name)
     if name == "lm_head.weight":
         return name
-    for ours, theirs in (("embed.", "embed_tokens."), ("blocks.", "layers."), (".attn_norm.", ".input_layernorm."), (".mlp_norm.", ".post_attention_layernorm."), (".attn.", ".self_attn.")):
-        name = re.sub("^" + re.escape(ours) if not ours.startswith(".") else re.escape(ours), theirs, name)
+    name = re.sub(r"^embed\.", "embed_tokens.", name)
+    name = re.sub(r"^blocks\.", "layers.", name)
+    for own, theirs in ((".attn_norm.", ".input_layernorm."), (".mlp_norm.", ".post_attention_layernorm."),
+                        (".attn.", ".self_attn.")):
+        name = name.replace(own, theirs)
     return "model." + name
 
 
-def read(folder):
-    """{their name: Lazy} of all weight files of a folder; raises ValueError or OSError."""
-    folder, out = Path(folder), {}
-    for whole, index, of in (("model.safetensors", "model.safetensors.index.json", tensors.of_safetensors), ("pytorch_model.bin", "pytorch_model.bin.index.json", tensors.of_torch)):
-        if (folder / index).is_file():
-            try:
-                listed = json.loads((folder / index).read_text())["weight_map"]
-                files = sorted(set(listed.values()))
-            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as problem:
-                raise ValueError(f"{folder / index} can't be read: {tensors.first_line(problem)}") from None
-            for file in files:
-                if not isinstance(file, str) or Path(file).name != file:
-                    raise ValueError(f"{folder / index} names {file}, which is not in its folder")
-                if not (folder / file).is_file():
-                    raise FileNotFoundError(f"{folder / file}, which {index} lists, is not there")
-                out |= of(folder / file)
-            if lacking := [name for name in listed if name not in out]:
-                raise ValueError(f"{folder}: {lacking[0]}, which {index} lists, is in no file")
-            return out
-        if (folder / whole).is_file():
-            return of(folder / whole)
+def llada_name(name):
+    ends = {"embed.weight": "wte.weight", "norm.weight": "ln_f.weight", "lm_head.weight": "ff_out.weight"}
+    modules = {
+        "attn.q_proj": "q_proj", "attn.k_proj": "k_proj", "attn.v_proj": "v_proj", "attn.o_proj": "attn_out",
+        "attn_norm": "attn_norm", "mlp_norm": "ff_norm", "mlp.gate_proj": "ff_proj", "mlp.up_proj": "up_proj",
+        "mlp.down_proj": "ff_out"}
+    if name in ends:
+        return "model.transformer." + ends[name]
+    _, layer, rest = name.split(".", 2)
+    module, _, kind = rest.rpartition(".")
+    return f"model.transformer.blocks.{layer}.{modules[module]}.{kind}"
+
+
+def open_weights(folder):
+    """{their name: LazyTensor} of a folder's weight files; raises ValueError or OSError."""
+    formats = (("model.safetensors", tensors.open_safetensors), ("pytorch_model.bin", tensors.open_torch))
+    for file, open_file in formats:
+        index = folder / f"{file}.index.json"
+        if index.is_file():
+            return open_indexed(folder, index, open_file)
+        if (folder / file).is_file():
+            return open_file(folder / file)
     raise FileNotFoundError(f"{folder} has no model.safetensors and no pytorch_model.bin")
 
 
-# ------------------------------------------------------------------------------------------------------- writing
-
-
-def config_of(config, objective, eos_id):
-    """config.json for our weights, as a dict; raises ValueError where no such folder can hold them."""
-    c = config
-    if c.timed:
-        raise ValueError("a uniform model needs its time, and its own sampler: transformers has neither; use sample.py")
-    if objective == "ar" and c.qk_norm and c.qkv_bias:
-        raise ValueError("no stock architecture has both QK-norm and biases")
-    kind = "Qwen3" if c.qk_norm else "Qwen2" if c.qkv_bias else "Llama"
-    out = dict(hidden_size=c.d_model, intermediate_size=c.d_ff, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head,
-               head_dim=c.head_dim, max_position_embeddings=c.seq_len, rms_norm_eps=c.norm_eps, rope_theta=c.rope_base, hidden_act="silu",
-               tie_word_embeddings=c.tied, attention_dropout=0.0, initializer_range=c.init_std, use_cache=objective == "ar", eos_token_id=eos_id, bos_token_id=None)
-    if c.rope_stretch and objective == "ar":
-        factor, low, high, length = c.rope_stretch
-        out["rope_scaling"] = dict(rope_type="llama3", factor=factor, low_freq_factor=low, high_freq_factor=high, original_max_position_embeddings=int(length))
-    if objective == "ar":
-        return dict(architectures=[f"{kind}ForCausalLM"], model_type=kind.lower(), vocab_size=c.n_vocab, attention_bias=False, use_sliding_window=False) | out
-    own = dict(AutoConfig="modeling_nanoquokka.DiffLMConfig", AutoModel="modeling_nanoquokka.DiffLM", AutoModelForCausalLM="modeling_nanoquokka.DiffLM")
-    return dict(architectures=["DiffLM"], model_type="nanoquokka", auto_map=own, vocab_size=c.padded_vocab, text_tokens=c.n_vocab, mask_token_id=c.mask_id,
-                attn_mask_type="bidirectional", qk_norm=c.qk_norm, qkv_bias=c.qkv_bias, shift=c.shift, rope_stretch=list(c.rope_stretch) or None) | out
-
-
-def from_ours(config, objective, ours):
-    """{their name: Lazy}; AR models are written without the rows that are no text."""
-    rows = config.n_vocab if objective == "ar" else config.padded_vocab
-
-    return {their_name(name): value.with_rows(rows) if name in ("embed.weight", "lm_head.weight") else value for name, value in ours.items()}
-
-
-def write_beside(folder, config, objective, tokens, dtype):
-    """Everything but the weights: config, tokenizer, and a diffusion model's modeling file. Raises ValueError or OSError."""
-    folder, about = Path(folder), config_of(config, objective, tokens.eos_id if tokens else None)
-    about["torch_dtype"] = str(dtype).removeprefix("torch.")
-    if tokens and not hasattr(tokens, "path"):
-        about["tokenizer_name"] = tokens.name  # so that `convert.py` finds it again
-    put(folder / "config.json", about)
-    generation = dict(eos_token_id=tokens.eos_id) if tokens else {}
-    put(folder / "generation_config.json", generation if objective == "ar" else dict(generation, mask_token_id=config.mask_id))
-    if objective != "ar":
-        shutil.copyfile(Path(__file__).with_name("modeling_nanoquokka.py"), folder / "modeling_nanoquokka.py")
-    if tokens:
-        write_tokenizer(folder, tokens, config.mask_id if objective != "ar" else None, config.seq_len)
-
-
-def put(path, values):
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-MASK = "<|mask|>"
-
-
-def write_tokenizer(folder, tokens, mask_id, length):
-    """tokenizer.json and its settings, so that AutoTokenizer gives the ids the model was trained with. Raises ValueError."""
-    if hasattr(tokens, "path"):  # a tokenizer.json already: it stays as it is, byte for byte, because it is known by its digest
-        shutil.copyfile(tokens.path, folder / "tokenizer.json")
-        eos = tokens.eos
-    else:
-        layout, eos = layout_of(tokens)
-        put(folder / "tokenizer.json", layout)
-    settings = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=eos, pad_token=eos, padding_side="left", model_max_length=length, clean_up_tokenization_spaces=False)
-    if mask_id is not None:
-        mask = next((name for name, i in tokens.specials.items() if i == mask_id), None)
-        while mask is None or tokens.specials.get(mask, mask_id) != mask_id:  # a name that is still free
-            mask = MASK if mask is None else f"<{mask}>"
-        settings |= dict(mask_token=mask, added_tokens_decoder={str(mask_id): special(mask)})
-    put(folder / "tokenizer_config.json", settings)
-
-
-def special(content):
-    return dict(content=content, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-
-
-def layout_of(tokens):
-    """(tokenizer.json's contents, the separator) of one of tiktoken's encodings, or of bytes. Raises ValueError."""
+def open_indexed(folder, index, open_file):
+    """{their name: LazyTensor} of the weight files that an index lists; raises ValueError or OSError."""
     try:
-        import tokenizers
-    except ImportError:
-        raise ValueError("writing a tokenizer.json needs: pip install '.[hf]'") from None
-    letters = {byte: letter for byte, letter in zip(*byte_letters())}
-    split = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    if hasattr(tokens, "encoding"):
-        ranks = tokens.encoding._mergeable_ranks
-        pieces = {token: "".join(letters[byte] for byte in token) for token in ranks}
-        model = tokenizers.models.BPE({pieces[token]: rank for token, rank in ranks.items()}, merges_of(ranks, pieces), fuse_unk=False)
-        pattern = tokenizers.pre_tokenizers.Split(tokenizers.Regex(tokens.encoding._pat_str), behavior="isolated", invert=False)
-        split = tokenizers.pre_tokenizers.Sequence([pattern, split])
+        weight_map = json.loads(index.read_text())["weight_map"]
+        files = sorted(set(weight_map.values()))
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as problem:
+        raise ValueError(f"{index} can't be read: {one_line(problem)}") from None
+    weights = {}
+    for file in files:
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(f"{index} names {file}, which is not in its folder")
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder / file}, which {index.name} lists, is not there")
+        weights |= open_file(folder / file)
+    missing = [name for name in weight_map if name not in weights]
+    if missing:
+        raise ValueError(f"{folder}: {missing[0]}, which {index.name} lists, is in no file")
+    return weights
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+
+
+def write(folder, source, weights, on_progress):
+    """Write a model folder: a stock architecture for AR models, DiffLM and its code for diffusion models.
+
+    weights: {our name: LazyTensor}, the source's, maybe in another dtype. Raises ValueError or OSError.
+    """
+    config, tokenizer, is_ar = source.config, source.tokenizer, source.objective == "ar"
+    settings = config_json(config, source.objective, tokenizer.eos_id if tokenizer else None)
+    settings["torch_dtype"] = str(weights["embed.weight"].dtype).removeprefix("torch.")
+    if tokenizer and not hasattr(tokenizer, "path"):
+        settings["tokenizer_name"] = tokenizer.name  # so that convert.py finds it again
+    generation = dict(eos_token_id=tokenizer.eos_id) if tokenizer else {}
+    if not is_ar:
+        generation["mask_token_id"] = config.mask_id
+    write_json(folder / "config.json", settings)
+    write_json(folder / "generation_config.json", generation)
+    if not is_ar:
+        shutil.copyfile(Path(__file__).with_name("modeling_nanoquokka.py"), folder / "modeling_nanoquokka.py")
+    if tokenizer:
+        write_tokenizer(folder, tokenizer, None if is_ar else config.mask_id, config.seq_len)
+    n_rows = config.n_vocab if is_ar else config.padded_vocab  # stock classes would draw ids that are no text
+    hf_weights = {hf_name(name): tensor.with_rows(n_rows) if name in VOCABULARY_TENSORS else tensor
+                  for name, tensor in weights.items()}
+    native.write_weights(folder, hf_weights, on_progress)
+
+
+def config_json(config, objective, eos_id):
+    """config.json of a network, as a dict; raises ValueError where transformers has no such architecture."""
+    c, is_ar = config, objective == "ar"
+    if c.timed:
+        raise ValueError("a uniform model needs its time, and its own sampler: transformers has neither; use "
+                         "sample.py")
+    if is_ar and c.qk_norm and c.qkv_bias:
+        raise ValueError("no stock architecture has both QK-norm and biases")
+    settings = dict(
+        hidden_size=c.d_model, intermediate_size=c.d_ff, num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.head_dim,
+        max_position_embeddings=c.seq_len, rms_norm_eps=c.norm_eps, rope_theta=c.rope_base, hidden_act="silu",
+        tie_word_embeddings=c.tied, attention_dropout=0.0, initializer_range=c.init_std, use_cache=is_ar,
+        eos_token_id=eos_id, bos_token_id=None)
+    if not is_ar:
+        classes = dict(AutoConfig="modeling_nanoquokka.DiffLMConfig", AutoModel="modeling_nanoquokka.DiffLM",
+                       AutoModelForCausalLM="modeling_nanoquokka.DiffLM")
+        return dict(
+            architectures=["DiffLM"], model_type="nanoquokka", auto_map=classes, vocab_size=c.padded_vocab,
+            text_tokens=c.n_vocab, mask_token_id=c.mask_id, attn_mask_type="bidirectional", qk_norm=c.qk_norm,
+            qkv_bias=c.qkv_bias, shift=c.shift, rope_stretch=list(c.rope_stretch) or None) | settings
+    if c.rope_stretch:
+        factor, low, high, length = c.rope_stretch
+        settings["rope_scaling"] = dict(
+            rope_type="llama3", factor=factor, low_freq_factor=low, high_freq_factor=high,
+            original_max_position_embeddings=int(length))
+    if c.qk_norm:
+        kind = "Qwen3"
     else:
-        model = tokenizers.models.BPE({letters[byte]: byte for byte in range(256)}, [])
-    specials = {name: i for name, i in tokens.specials.items() if i < tokens.n_vocab}
-    eos = next(name for name, i in specials.items() if i == tokens.eos_id)
-    inner = tokenizers.Tokenizer(model)
-    inner.pre_tokenizer, inner.decoder = split, tokenizers.decoders.ByteLevel()
-    layout = json.loads(inner.to_str())
-    layout["added_tokens"] = [dict(id=i) | special(name) for name, i in sorted(specials.items(), key=lambda item: item[1])]
-    return layout, eos
-
-
-def byte_letters():
-    """GPT-2's letters for the 256 bytes, in which byte-level vocabularies are spelled: (bytes, letters)."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return plain + others, [chr(byte) for byte in plain] + [chr(256 + i) for i in range(len(others))]
-
-
-def merges_of(ranks, pieces):
-    """The pairs that byte-pair encoding joins, in order: each token of several bytes is the last pair it is made of by its predecessors' merges."""
-    out = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [bytes([byte]) for byte in token]
-        while len(parts) > 2:
-            pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
-            best = min(pairs)
-            if best >= rank:
-                break
-            at = pairs.index(best)
-            parts[at : at + 2] = [parts[at] + parts[at + 1]]
-        if len(parts) == 2:
-            out.append((pieces[parts[0]], pieces[parts[1]]))
-    return out
+        kind = "Qwen2" if c.qkv_bias else "Llama"
+    return dict(architectures=[f"{kind}ForCausalLM"], model_type=kind.lower(), vocab_size=c.n_vocab,
+                attention_bias=False, use_sliding_window=False) | settings

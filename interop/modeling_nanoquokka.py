@@ -1,9 +1,12 @@
-"""A masked-diffusion language model for transformers: load it with AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).
+"""A masked-diffusion language model for transformers.
 
-    out = model.generate(**tokenizer(["The "], return_tensors="pt"), max_new_tokens=64, sample_steps=64)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    inputs = tokenizer(["The "], return_tensors="pt", padding_side="left", padding=True)
+    ids = model.generate(**inputs, max_new_tokens=64, sample_steps=64)
 
-The network is Qwen3's dense block with bidirectional attention: RMSNorm, rotary positions, SwiGLU; QK-norm, biases of query, key and
-value, and predictions shifted by one position as config.json says. This file stands alone and was written by nanoquokka's convert.py.
+The network is Qwen3's dense block with bidirectional attention: RMSNorm, rotary positions, SwiGLU; QK-norm,
+biases of query, key and value, and predictions shifted by one position as config.json says. This file stands
+alone; it was written by nanoquokka's convert.py.
 """
 
 import math
@@ -16,29 +19,48 @@ from transformers.modeling_outputs import MaskedLMOutput
 
 
 class DiffLMConfig(PretrainedConfig):
+    """The architecture, under Qwen's names where it has them.
+
+    text_tokens: ids from here on are never predicted. rope_stretch: Llama 3.1's factor, low and high
+    frequency factor, and original length.
+    """
+
     model_type = "nanoquokka"
 
-    def __init__(self, vocab_size=50304, text_tokens=None, mask_token_id=50257, hidden_size=768, intermediate_size=2048, num_hidden_layers=12,
-                 num_attention_heads=12, num_key_value_heads=None, head_dim=None, max_position_embeddings=2048, rms_norm_eps=1e-6,
-                 rope_theta=10000.0, rope_stretch=None, qk_norm=True, qkv_bias=False, shift=False, attn_mask_type="bidirectional",
-                 tie_word_embeddings=True, initializer_range=0.02, **more):
-        self.vocab_size, self.mask_token_id = vocab_size, mask_token_id
-        self.text_tokens = text_tokens or mask_token_id  # ids from here on are never predicted
-        self.hidden_size, self.intermediate_size, self.num_hidden_layers = hidden_size, intermediate_size, num_hidden_layers
-        self.num_attention_heads, self.num_key_value_heads = num_attention_heads, num_key_value_heads or num_attention_heads
+    def __init__(
+        self, vocab_size=50304, text_tokens=None, mask_token_id=50257, hidden_size=768,
+        intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=None,
+        head_dim=None, max_position_embeddings=2048, rms_norm_eps=1e-6, rope_theta=10000.0, rope_stretch=None,
+        qk_norm=True, qkv_bias=False, shift=False, attn_mask_type="bidirectional", tie_word_embeddings=True,
+        initializer_range=0.02, **others,
+    ):
+        self.vocab_size = vocab_size
+        self.text_tokens = text_tokens or mask_token_id
+        self.mask_token_id = mask_token_id
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads or num_attention_heads
         self.head_dim = head_dim or hidden_size // num_attention_heads
-        self.max_position_embeddings, self.rms_norm_eps = max_position_embeddings, rms_norm_eps
-        theta = (more.pop("rope_parameters", None) or {}).get("rope_theta")
-        self.rope_theta, self.rope_stretch = rope_theta if theta is None else theta, rope_stretch  # Llama 3.1's: factor, low, high, length
-        self.qk_norm, self.qkv_bias, self.shift, self.attn_mask_type = qk_norm, qkv_bias, shift, attn_mask_type
+        self.max_position_embeddings = max_position_embeddings
+        self.rms_norm_eps = rms_norm_eps
+        theta = (others.pop("rope_parameters", None) or {}).get("rope_theta")  # where transformers 5 puts it
+        self.rope_theta = rope_theta if theta is None else theta
+        self.rope_stretch = rope_stretch
+        self.qk_norm = qk_norm
+        self.qkv_bias = qkv_bias
+        self.shift = shift
+        self.attn_mask_type = attn_mask_type
         self.initializer_range = initializer_range
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **more)
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **others)
 
 
 class RMSNorm(nn.Module):
     def __init__(self, dim, eps):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
 
     def forward(self, x):
         y = x.float()
@@ -46,6 +68,7 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x, cos, sin):
+    """Rotary positions, half rotation; x (B, H, L, head_dim)."""
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
@@ -58,17 +81,15 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=c.qkv_bias)
         self.o_proj = nn.Linear(self.heads * c.head_dim, c.hidden_size, bias=False)
-        if c.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps), RMSNorm(c.head_dim, c.rms_norm_eps)
-        else:
-            self.q_norm = self.k_norm = nn.Identity()
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x, cos, sin, mask):
         B, L, _ = x.shape
-        q, k, v = (part.view(B, L, -1, self.head_dim) for part in (self.q_proj(x), self.k_proj(x), self.v_proj(x)))
+        q, k, v = (y.view(B, L, -1, self.head_dim) for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x)))
         q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        k, v = (part.repeat_interleave(self.heads // self.kv_heads, dim=1) for part in (k, v))
+        k, v = (y.repeat_interleave(self.heads // self.kv_heads, dim=1) for y in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, L, -1))
 
@@ -87,8 +108,10 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.input_layernorm, self.self_attn = RMSNorm(c.hidden_size, c.rms_norm_eps), Attention(c)
-        self.post_attention_layernorm, self.mlp = RMSNorm(c.hidden_size, c.rms_norm_eps), MLP(c)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c)
 
     def forward(self, x, cos, sin, mask):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
@@ -114,7 +137,7 @@ class DiffLM(PreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         if config.attn_mask_type != "bidirectional":
-            raise ValueError(f"attn_mask_type={config.attn_mask_type}: only bidirectional models are diffusion models")
+            raise ValueError(f"attn_mask_type={config.attn_mask_type}: diffusion models are bidirectional")
         self.model = Trunk(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -134,115 +157,156 @@ class DiffLM(PreTrainedModel):
     def angles(self, position_ids):
         """cos and sin, (B or 1, 1, L, head_dim/2) each."""
         c = self.config
-        frequency = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float64, device="cpu") / c.head_dim)
+        exponents = torch.arange(0, c.head_dim, 2, dtype=torch.float64, device="cpu") / c.head_dim
+        frequency = c.rope_theta**-exponents
         if c.rope_stretch:
             factor, low, high, length = c.rope_stretch
             kept = ((length * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
             frequency = kept * frequency + (1 - kept) * frequency / factor
         angle = position_ids[..., None].double().cpu() * frequency
-        return angle.cos().float().to(position_ids.device)[:, None], angle.sin().float().to(position_ids.device)[:, None]
+        cos, sin = angle.cos().float(), angle.sin().float()
+        return cos.to(position_ids.device)[:, None], sin.to(position_ids.device)[:, None]
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, labels=None, return_dict=None, **ignored):
-        """Logits (B, L, vocab_size) of what stands at each position; ids that are no text have −inf. attention_mask (B, L): 0 is padding.
-        labels (B, L): the loss is their mean cross-entropy, −100 is left out."""
+    def forward(
+        self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, labels=None,
+        return_dict=None, **ignored,
+    ):
+        """Logits (B, L, vocab_size) of the token at each position; −inf for ids that are no text.
+
+        attention_mask (B, L): 0 is padding. labels (B, L): the loss is their mean cross-entropy (−100: none).
+        """
         x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        B, L, _ = x.shape
-        if position_ids is None:
-            if attention_mask is None:
-                position_ids = torch.arange(L, device=x.device)[None]
-            else:
-                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        if position_ids is None and attention_mask is None:
+            position_ids = torch.arange(x.shape[1], device=x.device)[None]
+        elif position_ids is None:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         cos, sin = self.angles(position_ids)
         mask = None
         if attention_mask is not None and not bool(attention_mask.all()):
-            real = attention_mask.bool()
-            mask = (real[:, None, :] == real[:, :, None])[:, None]  # padding sees padding: no row without a key
+            is_text = attention_mask.bool()
+            mask = (is_text[:, None, :] == is_text[:, :, None])[:, None]  # padding sees padding, or NaN
         for layer in self.model.layers:
             x = layer(x, cos, sin, mask)
         x = self.model.norm(x)
-        if self.config.shift:  # a position is predicted from the one before it; the first from itself
-            first = torch.zeros(B, L, dtype=torch.bool, device=x.device)
-            first[:, 0] = True
-            if attention_mask is not None:
-                first[:, 1:] = attention_mask[:, 1:] != attention_mask[:, :-1]
-            x = torch.where(first[..., None], x, torch.cat((x[:, :1], x[:, :-1]), dim=1))
+        if self.config.shift:
+            x = shift_states(x, attention_mask)
         logits = self.lm_head(x).float()
         logits[..., self.config.text_tokens :] = float("-inf")
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100) if labels is not None else None
-        return MaskedLMOutput(loss=loss, logits=logits) if return_dict is not False else ((loss, logits) if labels is not None else (logits,))
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+        if return_dict is not False:
+            return MaskedLMOutput(loss=loss, logits=logits)
+        return (logits,) if loss is None else (loss, logits)
 
     @torch.no_grad()
-    def generate(self, inputs=None, input_ids=None, attention_mask=None, generation_config=None, max_new_tokens=None, max_length=None, sample_steps=None,
-                 inference_block_size=None, temperature=None, top_p=None, top_k=None, cfg=0.0, remasking="low_confidence", verbose=False, generator=None, **more):
-        """Write max_new_tokens after each prompt, in blocks from left to right, `sample_steps` denoising steps in all.
+    def generate(
+        self, inputs=None, input_ids=None, attention_mask=None, generation_config=None, max_new_tokens=None,
+        max_length=None, sample_steps=None, inference_block_size=None, temperature=None, top_p=None,
+        top_k=None, cfg=0.0, remasking="low_confidence", verbose=False, generator=None, **others,
+    ):
+        """Write max_new_tokens after each prompt, in blocks from left to right, in sample_steps steps in all.
 
-        remasking: low_confidence writes at each step what the model is surest of, random writes anywhere. temperature 0 takes the
-        likeliest token. cfg = w: un + (w + 1)·(cond − un), un with the prompt masked. attention_mask (B, L): 0 is padding, on the left.
-        Returns ids (B, L + max_new_tokens).
+        remasking: low_confidence writes at each step the likeliest tokens, random writes anywhere.
+        temperature: 0 takes the likeliest token of a position. cfg = w: un + (w + 1)·(cond − un), un with the
+        prompt masked. attention_mask (B, L): 0 is padding, on the left. Returns ids (B, L + max_new_tokens).
         """
-        ignored = {"use_cache", "pad_token_id", "eos_token_id", "do_sample", "return_dict_in_generate", "tokenizer", "token_type_ids", "synced_gpus"}
-        if wrong := set(more) - ignored:
-            raise TypeError(f"generate does not know {', '.join(sorted(wrong))}")
-        given = generation_config or getattr(self, "generation_config", None)
-        temperature = getattr(given, "temperature", None) if temperature is None else temperature
+        ignored = {"use_cache", "pad_token_id", "eos_token_id", "do_sample", "return_dict_in_generate",
+                   "tokenizer", "token_type_ids", "synced_gpus"}
+        unknown = set(others) - ignored
+        if unknown:
+            raise TypeError(f"generate does not know {', '.join(sorted(unknown))}")
+        if remasking not in ("low_confidence", "random"):
+            raise ValueError(f"remasking={remasking}: choose low_confidence or random")
+        defaults = generation_config or getattr(self, "generation_config", None)
+        if temperature is None:
+            temperature = getattr(defaults, "temperature", None)
         temperature = 1.0 if temperature is None else temperature
         prompt = input_ids if input_ids is not None else inputs
-        mask_id = self.config.mask_token_id
         if prompt is None:
             prompt = torch.empty(1, 0, dtype=torch.long, device=self.device)
         B, L = prompt.shape
-        limit = max_length or getattr(given, "max_length", None) if generation_config else max_length
-        new = getattr(generation_config, "max_new_tokens", None) if max_new_tokens is None else max_new_tokens
-        new = (limit or self.config.max_position_embeddings) - L if new is None else new
-        block = new if inference_block_size is None else inference_block_size
-        if new < 1 or block < 1 or L + new > self.config.max_position_embeddings:
-            raise ValueError(f"{L} + {new} tokens do not fit into {self.config.max_position_embeddings}")
-        if new % block:
-            raise ValueError(f"max_new_tokens={new} must be a multiple of inference_block_size={block}")
-        steps = new if sample_steps is None else sample_steps
-        if steps < 1 or steps % (new // block):
-            raise ValueError(f"sample_steps={steps} must be a multiple of the {new // block} blocks")
-        if remasking not in ("low_confidence", "random"):
-            raise ValueError(f"remasking={remasking}: choose low_confidence or random")
-        steps = min(steps // (new // block), block)
+        n_new = self.n_new_tokens(L, max_new_tokens, max_length, generation_config)
+        block, steps = split_into_blocks(n_new, inference_block_size, sample_steps)
+
+        mask_id = self.config.mask_token_id
+        x = torch.cat((prompt, prompt.new_full((B, n_new), mask_id)), dim=1)
+        is_prompt = F.pad(torch.ones_like(prompt, dtype=torch.bool), (0, n_new))
         if attention_mask is not None:
-            attention_mask = F.pad(attention_mask, (0, new), value=1)
-        x = torch.cat((prompt, prompt.new_full((B, new), mask_id)), dim=1)
-        known = F.pad(torch.ones_like(prompt, dtype=torch.bool), (0, new))  # the prompt
-        if attention_mask is not None:
-            known &= attention_mask.bool()
-        for start in range(L, L + new, block):
-            here = slice(start, start + block)
+            attention_mask = F.pad(attention_mask, (0, n_new), value=1)
+            is_prompt &= attention_mask.bool()
+        for start in range(L, L + n_new, block):
+            window = slice(start, start + block)
             for step in range(steps):
-                count = block // steps + (step < block % steps)
-                logits = self(x, attention_mask=attention_mask).logits[:, here]
+                n_tokens = block // steps + (step < block % steps)
+                logits = self(x, attention_mask=attention_mask).logits[:, window]
                 if cfg:
-                    without = self(torch.where(known, mask_id, x), attention_mask=attention_mask).logits[:, here]
-                    logits = torch.where(logits == float("-inf"), logits, without + (cfg + 1) * (logits - without))
-                open_ = x[:, here] == mask_id
-                sure, token = logits.double().softmax(-1).max(-1)
+                    without_prompt = torch.where(is_prompt, mask_id, x)
+                    unconditional = self(without_prompt, attention_mask=attention_mask).logits[:, window]
+                    guided = unconditional + (cfg + 1) * (logits - unconditional)
+                    logits = torch.where(logits == float("-inf"), logits, guided)
+                probs = logits.double().softmax(-1)
+                confidence, tokens = probs.max(-1)
                 if temperature:
-                    token = draw(logits, temperature, top_p, top_k, generator)
-                    sure = logits.double().softmax(-1).gather(-1, token[..., None])[..., 0]
+                    tokens = draw(logits, temperature, top_p, top_k, generator)
+                    confidence = probs.gather(-1, tokens[..., None])[..., 0]
                 if remasking == "random":
-                    sure = torch.rand(sure.shape, device=sure.device, generator=generator)
-                chosen = sure.masked_fill(~open_, float("-inf")).topk(count, dim=-1).indices
-                part = x[:, here]
-                part.scatter_(1, chosen, token.gather(1, chosen))  # a view: x itself changes
+                    confidence = torch.rand(confidence.shape, device=confidence.device, generator=generator)
+                is_masked = x[:, window] == mask_id
+                chosen = confidence.masked_fill(~is_masked, float("-inf")).topk(n_tokens, dim=-1).indices
+                x[:, window].scatter_(1, chosen, tokens.gather(1, chosen))  # into a view of x
                 if verbose:
-                    print(f"block {(start - L) // block + 1}/{new // block}, step {step + 1}/{steps}: {int((x == mask_id).sum())} masks left", flush=True)
+                    n_masks = int((x == mask_id).sum())
+                    print(f"block {(start - L) // block + 1}/{n_new // block}, step {step + 1}/{steps}: "
+                          f"{n_masks} masks left", flush=True)
         return x
+
+    def n_new_tokens(self, n_prompt, max_new_tokens, max_length, generation_config):
+        """How many tokens `generate` writes; raises ValueError where they don't fit."""
+        longest = self.config.max_position_embeddings
+        if generation_config:
+            max_length = max_length or getattr(generation_config, "max_length", None)
+            if max_new_tokens is None:
+                max_new_tokens = getattr(generation_config, "max_new_tokens", None)
+        n_new = (max_length or longest) - n_prompt if max_new_tokens is None else max_new_tokens
+        if n_new < 1 or n_prompt + n_new > longest:
+            raise ValueError(f"{n_prompt} + {n_new} tokens do not fit into {longest}")
+        return n_new
+
+
+def split_into_blocks(n_new, block, sample_steps):
+    """(tokens of a block, steps of a block) for the arguments of `generate`; raises ValueError."""
+    block = n_new if block is None else block
+    if block < 1 or n_new % block:
+        raise ValueError(f"max_new_tokens={n_new} must be a multiple of inference_block_size={block}")
+    n_blocks = n_new // block
+    steps = n_new if sample_steps is None else sample_steps
+    if steps < 1 or steps % n_blocks:
+        raise ValueError(f"sample_steps={steps} must be a multiple of the {n_blocks} blocks")
+    return block, min(steps // n_blocks, block)
+
+
+def shift_states(x, attention_mask):
+    """The state that predicts each position: that of the position before it; the first has but its own."""
+    is_first = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+    is_first[:, 0] = True
+    if attention_mask is not None:
+        is_first[:, 1:] = attention_mask[:, 1:] != attention_mask[:, :-1]
+    return torch.where(is_first[..., None], x, torch.cat((x[:, :1], x[:, :-1]), dim=1))
 
 
 def draw(logits, temperature, top_p, top_k, generator):
-    """Tokens from the softmax at a temperature, of the likeliest top_k or top_p only. Exact: drawn in float64 from the running sum. (B, L, V) → (B, L)."""
+    """Draw tokens from the softmax at a temperature, among the likeliest top_k or top_p; (B, L, V) → (B, L).
+
+    Exact: drawn in float64 from the running sum.
+    """
     probs = (logits.double() / temperature).softmax(-1)
-    ordered, ids = probs.sort(-1, descending=True)
+    probs, ids = probs.sort(-1, descending=True)
     if top_k:
-        ordered[..., top_k:] = 0
+        probs[..., top_k:] = 0
     if top_p is not None and top_p < 1:
-        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0)  # the token that crosses stays
-    total = ordered.cumsum(-1)
-    u = torch.rand(total.shape[:-1], dtype=torch.float64, device=total.device, generator=generator)[..., None] * total[..., -1:]
-    at = torch.searchsorted(total, u, right=True).clamp(max=total.shape[-1] - 1)
-    return ids.gather(-1, at)[..., 0]
+        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)  # the token that crosses top_p stays
+    total = probs.cumsum(-1)
+    u = torch.rand(total.shape[:-1], dtype=torch.float64, device=total.device, generator=generator)
+    i = torch.searchsorted(total, u[..., None] * total[..., -1:], right=True).clamp(max=total.shape[-1] - 1)
+    return ids.gather(-1, i)[..., 0]

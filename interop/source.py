@@ -1,0 +1,55 @@
+"""A checkpoint that is being converted, in our words whatever its format."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from interop.tensors import LazyTensor
+from model import ModelConfig, Transformer
+
+VOCABULARY_TENSORS = ("embed.weight", "lm_head.weight")  # a row for each id
+
+
+class Source(NamedTuple):
+    """A checkpoint; its tensors stay on disk until they are read."""
+
+    format: str  # ours, hf or megatron
+    folder: Path
+    config: ModelConfig
+    objective: str  # masked, uniform or ar
+    weights: dict[str, LazyTensor]  # under our names
+    original: dict[str, LazyTensor]  # under the names, and in the layout, of its own format
+    tokenizer: Any  # as corpus.tokenizers makes them; None without
+    step: int
+
+
+def weight_shapes(config):
+    """{our name: shape} of a network's weights."""
+    network = meta_network(dataclasses.replace(config, seq_len=1))  # without long tables of angles
+    return {name: tuple(p.shape) for name, p in network.named_parameters()}
+
+
+def meta_network(config):
+    """The network without memory for its weights."""
+    with torch.device("meta"):
+        return Transformer(config)
+
+
+def cast_weights(weights, dtype):
+    """{name: LazyTensor} in the dtype of that name, or as they are for "source"."""
+    if dtype == "source":
+        return weights
+    return {name: tensor.cast(getattr(torch, dtype), name) for name, tensor in weights.items()}
+
+
+def fit_vocabulary(weights, config):
+    """The weights with as many rows of the vocabulary as our network: spare go, missing are zeros."""
+    return {name: tensor.with_rows(config.padded_vocab) if name in VOCABULARY_TENSORS else tensor
+            for name, tensor in weights.items()}
+
+
+def write_json(path, values):
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
