@@ -173,7 +173,8 @@ class DiffLM(PreTrainedModel):
     ):
         """Logits (B, L, vocab_size) of the token at each position; −inf for ids that are no text.
 
-        attention_mask (B, L): 0 is padding. labels (B, L): the loss is their mean cross-entropy (−100: none).
+        attention_mask (B, L): 0 is padding. labels (B, L): the loss is their mean cross-entropy, of which those
+        that are −100 are left out.
         """
         x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None and attention_mask is None:
@@ -184,7 +185,8 @@ class DiffLM(PreTrainedModel):
         mask = None
         if attention_mask is not None and not bool(attention_mask.all()):
             is_text = attention_mask.bool()
-            mask = (is_text[:, None, :] == is_text[:, :, None])[:, None]  # padding sees padding, or NaN
+            # padding sees padding: a row without any key would become NaN
+            mask = (is_text[:, None, :] == is_text[:, :, None])[:, None]
         for layer in self.model.layers:
             x = layer(x, cos, sin, mask)
         x = self.model.norm(x)

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-for folder in ("corpus", "processes", "sampling", "training"):  # a few tests share what stands beside others
+for folder in ("corpus", "interop", "processes", "sampling", "training"):  # a few tests share what stands beside others
     sys.path.append(str(ROOT / "tests" / folder))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job that a script starts in the background ignores it, and so would what it starts
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
@@ -48,3 +48,14 @@ def corpus(tmp_path_factory):
     (folder / "words.txt").write_text("".join(f"{i} squared is {i * i}, and its double is {2 * i}.\n" for i in range(1500)))
     prepared(folder / "words", folder / "words.txt")
     return folder / "words"
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Networks this small gain nothing from threads, and lose much where the cores are shared."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
