@@ -26,6 +26,7 @@ from tiny_checkpoints import (
     write_tokenizer_file,
 )
 
+import convert
 from interop import megatron, tensors
 from model import ModelConfig
 
@@ -38,25 +39,26 @@ RANK_0 = "iter_0000042/mp_rank_00/model_optim_rng.pt"
 
 
 def test_as_a_command(tmp_path):
-    """From a terminal: there and back, each with one line about the source and one about the result."""
+    """From a terminal: one line about the source, one about the result."""
     make_run(tmp_path / "ours")
-    for source, out, start in (("ours", "hf", "ours, masked, "), ("hf", "back", "hf, masked, ")):
-        command = [sys.executable, "convert.py", f"--source={tmp_path / source}", f"--out={tmp_path / out}"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        about, result = done.stdout.splitlines()
-        assert f"{source}: {start}" in about.replace("/step_00000007", "")
-        assert result.startswith(f"{tmp_path / out}: 0.00 GB in")
-    assert f"try: python sample.py --run_dir={tmp_path / 'back'}" in result
+    command = [sys.executable, "convert.py", f"--source={tmp_path / 'ours'}", f"--out={tmp_path / 'hf'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    about, result = done.stdout.splitlines()
+    assert about.startswith(f"{tmp_path / 'ours/step_00000007'}: ours, masked, 30,")
+    assert result.startswith(f"{tmp_path / 'hf'}: 0.00 GB in")
+    text = convert_ok(tmp_path / "hf", tmp_path / "back")
+    assert f"try: python sample.py --run_dir={tmp_path / 'back'}" in text
     assert_same_weights(tmp_path / "back", tmp_path / "ours")
 
 
-def test_help():
-    done = subprocess.run([sys.executable, "convert.py", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "--pipeline_parallel" in done.stdout
-    done = subprocess.run(
-        [sys.executable, "convert.py", "download", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "--revision" in done.stdout
+@pytest.mark.parametrize("arguments, setting", ((["--help"], "--pipeline_parallel"),
+                                                (["download", "--help"], "--revision")))
+def test_help(monkeypatch, capsys, arguments, setting):
+    monkeypatch.setattr(sys, "argv", ["convert.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        convert.main()
+    assert stop.value.code == 0 and setting in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
