@@ -1,4 +1,5 @@
-# Qwen3-0.6B goes on as masked diffusion, the way of DiffuLLaMA and Dream: shifted predictions, attention annealed.
+# Qwen3-0.6B goes on as masked diffusion, the way of DiffuLLaMA and Dream: shifted predictions, attention
+# annealed.
 # Hardware: one H100/H200 or more. Expect nothing in particular yet: not measured here.
 #
 #     python convert.py download Qwen/Qwen3-0.6B --out=ckpts/qwen3

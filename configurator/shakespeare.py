@@ -1,6 +1,7 @@
 # Masked diffusion on tiny Shakespeare in bytes, with nanoGPT's Shakespeare shape: 6 layers, 384 wide.
-# Hardware: a GPU (10.7M parameters, 82M tokens; not timed yet). Expect, so far, only this: on one CPU thread, 80 steps of 8 rows
-# (164K tokens, five minutes) went from 5.69 to 3.34 nats per byte, which is what byte frequencies alone give.
+# Hardware: a GPU (10.7M parameters, 82M tokens; not timed yet). Expect, so far, only this: on one CPU thread,
+# 80 steps of 8 rows (164K tokens, five minutes) went from 5.69 to 3.34 nats per byte, which is what byte
+# frequencies alone give.
 # Corpus: python data.py shakespeare
 run_dir = "runs/shakespeare"
 corpus = "corpora/shakespeare"

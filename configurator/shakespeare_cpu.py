@@ -1,4 +1,5 @@
-# Masked diffusion on tiny Shakespeare in bytes, large enough to see what samplers do: 4 layers, 128 wide, 512 bytes of context.
+# Masked diffusion on tiny Shakespeare in bytes, large enough to see what samplers do: 4 layers, 128 wide, 512
+# bytes of context.
 # Hardware: two CPU cores, about twenty minutes (18M tokens). Expect 1.81 nats per byte of validation NELBO.
 # Corpus: python data.py shakespeare
 from configurator.quickstart import *

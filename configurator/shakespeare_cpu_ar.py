@@ -1,4 +1,5 @@
-# The autoregressive twin of shakespeare_cpu: same network, same text. It learns sooner, so a third of the steps.
+# The autoregressive twin of shakespeare_cpu: same network, same text. It learns sooner, so a third of the
+# steps.
 # Hardware: two CPU cores, about seven minutes. Expect 1.46 nats per byte.
 from configurator.shakespeare_cpu import *
 

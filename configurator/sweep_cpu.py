@@ -1,9 +1,11 @@
-# What every run of results/sweep_cpu starts from: byte-level models of Python source on a CPU (`scaling.py sweep` sets size, length and objective).
-# Hardware: two CPU cores; a run takes seconds to minutes. Expect what results/sweep_cpu/README.md lists; by itself, this file
-# trains the width that its learning rate is for, masked, on 2M bytes: about 2.1 nats per byte. How to prepare the corpus is there, too.
+# What every run of results/sweep_cpu starts from: byte-level models of Python source on a CPU (`scaling.py
+# sweep` sets size, length and objective).
+# Hardware: two CPU cores; a run takes seconds to minutes. Expect what results/sweep_cpu/README.md lists; by
+# itself, this file trains the width that its learning rate is for, masked, on 2M bytes: about 2.1 nats per
+# byte. How to prepare the corpus is there, too.
 #
-# The quickstart's findings, but with a tied embedding, so that the number of parameters is the paper's N, and as many
-# key heads as heads. Heads are 16 wide at every width. The learning rate is that of width 128.
+# The quickstart's findings, but with a tied embedding, so that the number of parameters is the paper's N, and
+# as many key heads as heads. Heads are 16 wide at every width. The learning rate is that of width 128.
 
 run_dir = "runs/sweep_cpu"
 corpus = "corpora/python"
