@@ -1,6 +1,6 @@
 # The ablation baseline on one GPU: 51M parameters of the paper's ladder, masked diffusion, 4.5B tokens (the
 # paper's 89 per parameter).
-# Hardware: one H100; 6ND = 6 · 50.7e6 · 4.53e9 = 1.4e18 FLOPs (--estimate, with attention and the head where
+# Hardware: one H100; 6ND = 6 · 50.7e6 · 4.53e9 = 1.4e18 FLOPs (--dry_run, with attention and the head where
 # it is needed: 320 MFLOP per token, 1.45e18), an hour if MFU is 40 %, which is assumed, not measured; AR 1.1,
 # uniform 1.3 hours. 12 GiB of memory, predicted.
 # Expect: nothing measured yet; the paper's law (eq. 13) says 4.4 nats per GPT-2 token for this size and these
