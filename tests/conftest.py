@@ -7,12 +7,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-for folder in ("corpus", "interop", "processes", "sampling", "training"):  # a few tests share what stands beside others
+# a few tests share what stands beside others
+for folder in ("corpus", "interop", "processes", "sampling", "training"):
     sys.path.append(str(ROOT / "tests" / folder))
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a job that a script starts in the background ignores it, and so would what it starts
+
+# a job that a script starts in the background ignores it, and so would what it starts
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as scaling.py does
-if not os.path.exists("/dev/nvidiactl"):  # before triton is imported: without a GPU its interpreter runs the kernels
+if not os.path.exists("/dev/nvidiactl"):  # without a GPU triton's interpreter runs the kernels
     os.environ.setdefault("TRITON_INTERPRET", "1")
 if (ROOT / "../shared/tiktoken").is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(ROOT / "../shared/tiktoken"))
@@ -29,7 +32,7 @@ def prepared(folder, *names, **settings):
 
 
 def call_main(monkeypatch, *argv):
-    """train.main() in this process, which gets its signal handlers back."""
+    """Call train.main() in this process, which gets its signal handlers back."""
     import train
 
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
@@ -41,13 +44,107 @@ def call_main(monkeypatch, *argv):
             signal.signal(signum, handler)
 
 
+def prepare_words(folder):
+    """Prepare a small corpus of regular sentences, in bytes; returns its folder."""
+    lines = [f"{i} squared is {i * i}, and its double is {2 * i}.\n" for i in range(1500)]
+    (folder / "words.txt").write_text("".join(lines))
+    prepared(folder / "words", folder / "words.txt")
+    return folder / "words"
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """A small corpus of regular sentences, in bytes."""
-    folder = tmp_path_factory.mktemp("corpora")
-    (folder / "words.txt").write_text("".join(f"{i} squared is {i * i}, and its double is {2 * i}.\n" for i in range(1500)))
-    prepared(folder / "words", folder / "words.txt")
-    return folder / "words"
+    return prepare_words(tmp_path_factory.mktemp("corpora"))
+
+
+@pytest.fixture
+def run_main(monkeypatch, corpus, tmp_path):
+    """Call train.main() in this process with the tiny settings; returns the run's folder.
+
+    The loss curve is not drawn, unless `draw`: that takes as long as such a run.
+    """
+    from runs import TINY
+
+    import train
+
+    def call(*flags, run="run", draw=False):
+        with monkeypatch.context() as patch:
+            if not draw:
+                patch.setattr(train, "draw_losses", lambda run_dirs, picture: None)
+            call_main(patch, *TINY, f"--corpus={corpus}", f"--run_dir={tmp_path / run}", *flags)
+        return tmp_path / run
+
+    return call
+
+
+@pytest.fixture
+def refused(run_main, capsys):
+    """Call train.main(), which must end with code 2 and no traceback; returns what it says on stderr."""
+
+    def call(*flags, run="run"):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            run_main(*flags, run=run)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and "Traceback" not in error
+        return error
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def group(tmp_path_factory):
+    """A group of so many ranks, which do one job after the other: runs.Group."""
+    from runs import Group
+
+    groups = {}
+
+    def of(world):
+        if world not in groups:
+            groups[world] = Group(tmp_path_factory.mktemp(f"group{world}"), world)
+        return groups[world]
+
+    yield of
+    for started in groups.values():
+        started.stop()
+
+
+@pytest.fixture(scope="session")
+def train_on(group):
+    """Train on so many ranks with the tiny settings, one in this process; returns what rank 0 printed."""
+    from runs import TINY
+
+    def call(world, *flags, **job):
+        flags = [*TINY, *map(str, flags)]
+        if world > 1:
+            return group(world).do(flags=flags, **job)
+        with pytest.MonkeyPatch.context() as patch:
+            call_main(patch, *flags)
+
+    return call
+
+
+@pytest.fixture
+def without_codegen(monkeypatch):
+    """Let torch.compile trace, guard and cut graphs apart, but leave out the C++ that takes most of its time.
+
+    Call it with one of the compiler's backends that stop there; returns torch's counters of graphs.
+    """
+    import torch
+
+    compile = torch.compile
+
+    def choose(backend="aot_eager"):
+        def compile_with(module, options=None, **settings):
+            return compile(module, backend=backend, **settings)
+
+        monkeypatch.setattr(torch, "compile", compile_with)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        return torch._dynamo.utils.counters
+
+    return choose
 
 
 @pytest.fixture(scope="module")

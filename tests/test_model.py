@@ -2,11 +2,7 @@
 
 import csv
 import dataclasses
-import json
 import math
-import os
-import pickle
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -19,17 +15,6 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 import kernels
 from configurator.ladder import LADDER, ladder, ladder_params, swiglu_width
 from model import ModelConfig, Transformer, rotate
-from training import update
-from training.checkpoint import (
-    Saver,
-    checkpoints,
-    file_digest,
-    load_model,
-    load_newest,
-    read_checkpoint,
-    record_digest,
-)
-from training.distributed import SINGLE
 
 PAPER = Path(__file__).resolve().parent.parent / "../shared/paper"
 needs_paper = pytest.mark.skipif(not PAPER.is_dir(), reason="the paper's tables are not on this machine")
@@ -69,7 +54,7 @@ def tokens(*shape, seed=1):
     return torch.randint(101, shape, generator=torch.Generator().manual_seed(seed))  # the mask's id among them
 
 
-# Qwen3 ------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------ Qwen3
 
 
 def qwen3(model):
@@ -133,7 +118,7 @@ def test_bidirectional_logits_are_those_of_qwen3_without_its_mask(heads):
     close(F.linear(model(ids), model.head), qwen3(model)(ids, attention_mask=torch.zeros(2, 1, 16, 16)).logits)
 
 
-# Who sees whom ----------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------- Who sees whom
 
 
 def dependence(model, ids, documents=None):
@@ -206,7 +191,7 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(model(ids), model(ids))
 
 
-# Rotary positions -------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------- Rotary positions
 
 
 def turned(x, positions, base):
@@ -240,7 +225,7 @@ def test_scores_depend_on_relative_positions_only():
     assert abs(score(0, 1) - score(1, 0)) > 0.1 and abs(score(0, 1) - score(0, 7)) > 0.1  # direction and distance count
 
 
-# The ladder -------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------- The ladder
 
 
 def read(name):
@@ -324,7 +309,7 @@ def test_ladder_params_count_the_network():
     assert swiglu_width(1792) == 4736  # MegaDLMs' gpt2_1b
 
 
-# Initial weights --------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------- Initial weights
 
 
 @pytest.mark.parametrize("scaled", (True, False))
@@ -356,7 +341,7 @@ def test_initial_weights_are_a_function_of_the_generator():
     assert 0.0045 < narrow.embed.weight.std() < 0.0055
 
 
-# Counting parameters and FLOPs ------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------ Counting parameters and FLOPs
 
 
 def test_n_params():
@@ -393,7 +378,7 @@ def test_flops_are_those_of_forward_and_backward(heads, share, more):
     assert model.flops_per_token(share) == model.flops_per_token(share, causal=model.config.causal)
 
 
-# The head excludes whatever is no text ----------------------------------------------------------------------
+# ---------------------------------------------------------------------- The head excludes whatever is no text
 
 
 @pytest.mark.parametrize("n_vocab,padded", ((100, 128), (63, 64), (64, 128), (127, 128)))
@@ -422,7 +407,7 @@ def test_padding_covers_a_mask_id_beyond_the_text():
     assert config(n_vocab=50_257, mask_id=50_304).padded_vocab == 50_368
 
 
-# Time -------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------- Time
 
 
 @torch.no_grad()
@@ -461,138 +446,7 @@ def test_a_timed_network_runs_in_any_dtype(dtype):
     assert build(timed=True, dtype=dtype)(tokens(2, 16), torch.tensor([0.1, 0.9])).dtype == dtype
 
 
-# Weights on disk --------------------------------------------------------------------------------------------
-
-
-def save(run, model, steps=(1, 2), keep=5):
-    """Checkpoints as training writes them, one real optimizer step between each two."""
-    run.mkdir(exist_ok=True)
-    optimizer = update.make_optimizer(model, 0.1, (0.9, 0.95), 0.1)
-    for number in steps:
-        time = torch.full((2,), 0.5) if model.config.timed else None
-        model(tokens(2, 16), time).square().sum().backward()
-        if model.lm_head is not None:
-            model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
-        optimizer.step()
-        saver = Saver(run, model, optimizer, SINGLE, keep)
-        saver.save(number, dict(model=asdict(model.config)))
-        saver.wait()
-        assert not saver.failure
-
-
-@torch.no_grad()
-def same(a, b):
-    time = torch.tensor([0.2, 0.7])
-    return torch.equal(F.linear(a(tokens(2, 16), time), a.head), F.linear(b(tokens(2, 16), time), b.head))
-
-
-@pytest.mark.parametrize("more", (dict(), dict(tied=False, causal=True, n_kv_head=2), dict(timed=True, rope_base=50.0)))
-def test_a_checkpoint_gives_the_network_back(tmp_path, more):
-    model = build(**more)
-    with torch.enable_grad():
-        save(tmp_path / "run", model)
-    folder, record = load_newest(tmp_path / "run", pytest.fail)
-    assert folder.name == "step_00000002" and record["step"] == 2
-    again = load_model(folder, record).eval()
-    assert again.config == model.config and same(again, model)
-    assert not same(load_model(tmp_path / "run/step_00000001", record).eval(), model)
-
-
-def flip(path, where):
-    """Change one bit of a file, at a fraction of its length."""
-    content = bytearray(path.read_bytes())
-    content[min(int(where * len(content)), len(content) - 1)] ^= 1
-    path.write_bytes(content)
-
-
-def cut(path, where):
-    path.write_bytes(path.read_bytes()[: int(where * path.stat().st_size)])
-
-
-FILES = ("model.safetensors", "optimizer/shard-00001-model-00001-of-00001.safetensors", "checkpoint.json")
-DAMAGE = [(name, harm, where) for name in FILES[:2]
-          for harm, where in ((flip, 0.0), (flip, 0.5), (flip, 1.0), (cut, 0.0), (cut, 0.99))]
-DAMAGE += [("checkpoint.json", cut, 0.0), ("checkpoint.json", cut, 0.5), ("checkpoint.json", cut, 0.98)]
-DAMAGE += [("checkpoint.json", lambda path, size: path.write_bytes(bytes(size)), 500)]  # zeros, as after a power cut
-DAMAGE += [(name, lambda path, _: path.unlink(), 0) for name in FILES]
-
-
-def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path):
-    model = build()
-    save(tmp_path, model)
-    newest = tmp_path / "step_00000002"
-    for name, harm, where in DAMAGE:
-        intact = (newest / name).read_bytes()
-        harm(newest / name, where)
-        with pytest.raises(ValueError, match="step_00000002"):
-            read_checkpoint(newest)
-        warnings = []
-        folder, record = load_newest(tmp_path, warnings.append)
-        assert (folder.name, record["step"]) == ("step_00000001", 1)
-        assert len(warnings) == 1 and "step_00000002" in warnings[0] and "falling back" in warnings[0]
-        (newest / name).write_bytes(intact)
-        assert load_newest(tmp_path, pytest.fail)[0] == newest  # it was the damage, and only that
-
-
-@pytest.mark.parametrize("text", ("[]", "null", '{"sha256": null}', '{"sha256": {}}', '{"record_sha256": "0"}'))
-def test_a_record_of_another_form_is_damage_too(tmp_path, text):
-    (tmp_path / "checkpoint.json").write_text(text)
-    with pytest.raises(ValueError):
-        read_checkpoint(tmp_path)
-
-
-def test_no_usable_checkpoint_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        load_newest(tmp_path / "nowhere", pytest.fail)
-    save(tmp_path, build())
-    for folder in checkpoints(tmp_path):
-        flip(folder / "model.safetensors", 0.5)
-    warnings = []
-    with pytest.raises(FileNotFoundError):
-        load_newest(tmp_path, warnings.append)
-    assert len(warnings) == 2
-
-
-def test_checkpoints_are_sorted_by_number_and_unfinished_ones_ignored(tmp_path):
-    for name in ("step_00000009", "step_99999999", "step_100000000", ".step_00000011", "step_00000012.tmp", "step_x"):
-        (tmp_path / name).mkdir()
-    assert [p.name for p in checkpoints(tmp_path)] == ["step_100000000", "step_99999999", "step_00000009"]
-
-
-def test_only_the_newest_checkpoints_are_kept(tmp_path):
-    save(tmp_path, build(), steps=(5, 20, 100, 101), keep=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000100", "step_00000101"]
-
-
-class Bomb:
-    """Unpickling this makes a folder."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-@pytest.mark.parametrize("dump", (lambda bomb, path: path.write_bytes(pickle.dumps(bomb)), torch.save))
-def test_a_pickle_in_disguise_runs_no_code(tmp_path, dump):
-    save(tmp_path / "run", build())
-    folder, weights = tmp_path / "run/step_00000002", tmp_path / "run/step_00000002/model.safetensors"
-    dump(Bomb(tmp_path / "bang"), weights)
-    record = json.loads((folder / "checkpoint.json").read_text())
-    record["sha256"]["model.safetensors"] = file_digest(weights)  # its maker knows how to hash
-    del record["record_sha256"]
-    (folder / "checkpoint.json").write_text(json.dumps(record | {"record_sha256": record_digest(record)}))
-    assert load_newest(tmp_path / "run", pytest.fail)[0] == folder
-    with pytest.raises(ValueError, match="weights can.t be read"):
-        load_model(folder, record)
-    assert not (tmp_path / "bang").exists()
-    with open(weights, "rb") as file:  # torch.load, too, heeds the suffix of a path
-        torch.load(file, weights_only=False) if dump is torch.save else pickle.load(file)
-    assert (tmp_path / "bang").exists()  # the bomb is live: another loader would have set it off
-
-
-# local_init -------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------- local_init
 
 
 @pytest.mark.parametrize("causal, offsets", ((False, (-1, 1, -2, 2)), (True, (-1, -2, -3, -4))))

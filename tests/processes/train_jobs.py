@@ -1,63 +1,131 @@
-"""Several runs of train.py one after the other in one set of ranks: starting processes costs more than such short runs.
+"""A group of ranks that does one job after the other: starting processes takes longer than runs this short.
 
-    torchrun --nproc_per_node=4 tests/processes/train_jobs.py jobs.json        (a list of argument lists)
+    torchrun --nproc_per_node=4 tests/processes/train_jobs.py FOLDER
+
+FOLDER/0.json, 1.json, … are jobs, done as they appear; what rank 0 prints goes into 0.out, and 0.done says
+that it is done. A file called stop ends the group. tests/runs.py (Group) is the other side.
 """
 
+import contextlib
+import gc
 import json
-import os
 import sys
 import threading
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/training")]
 
 import configurator  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
-from training import (
-    checkpoint,  # noqa: E402
-    distributed,  # noqa: E402
-    update,  # noqa: E402
-    watchdog,  # noqa: E402
-)
+from training import checkpoint, distributed, memory, transfer, update, watchdog  # noqa: E402
+from training.objective import Objective, compile_and_wrap  # noqa: E402
 
-if __name__ == "__main__":
-    jobs = json.loads(Path(sys.argv[1]).read_text())
-    device = torch.device("cpu")
-    ranks = distributed.init_distributed(device, 60)
-    stop = threading.Event()
-    watch = watchdog.Watchdog(ranks, 60, stop)
-    checkpoint.FILE_BYTES = float(os.environ.get("FILE_BYTES", checkpoint.FILE_BYTES))
-    if os.environ.get("NO_ROOM_FOR") and ranks.rank == 0:
+CPU = torch.device("cpu")
+
+
+def disturbances(job, rank):
+    """The patches under which a job runs: what goes wrong in it, on this rank."""
+    if "file_bytes" in job:
+        yield patch.object(checkpoint, "FILE_BYTES", job["file_bytes"])
+    if "no_room_for" in job and rank == 0:
         mkdir = Path.mkdir
 
-        def refuse(path, *arguments, **more):
-            if path.name == os.environ["NO_ROOM_FOR"]:
+        def refuse(path, *arguments, **settings):
+            if path.name == job["no_room_for"]:
                 raise OSError(28, "No space left on device")
-            return mkdir(path, *arguments, **more)
+            return mkdir(path, *arguments, **settings)
 
-        Path.mkdir = refuse
-    if os.environ.get("SLOW_RANK") == str(ranks.rank):
+        yield patch.object(Path, "mkdir", refuse)
+    if job.get("slow_rank") == rank:
         compute = model.Block.compute
-        model.Block.compute = lambda *arguments: time.sleep(0.02) or compute(*arguments)
-    if os.environ.get("GRADIENTS_TIMES"):
-        step = update.optimizer_step
 
-        def scaled(objective, *arguments):
-            for p in objective.parameters():
-                if not p._backward_hooks:
-                    p.register_hook(lambda grad: grad * float(os.environ["GRADIENTS_TIMES"]))
-            return step(objective, *arguments)
+        def slowly(*arguments):
+            time.sleep(0.02)
+            return compute(*arguments)
 
-        update.optimizer_step = scaled
+        yield patch.object(model.Block, "compute", slowly)
+
+
+def train_once(job, ranks, watch):
+    """train.train() with the job's flags; it may end with an error only if the job `may_fail`."""
+    torch._dynamo.reset()
+    with contextlib.ExitStack() as contexts:
+        for disturbance in disturbances(job, ranks.rank):
+            contexts.enter_context(disturbance)
+        try:
+            code = train.train(configurator.load(train.Config, job["flags"]), CPU, watch)
+        except SystemExit as stop:
+            code = 0 if job.get("may_fail") else stop.code
+    assert code == 0, job
+
+
+def measure_memory(job, ranks):
+    """Print, as JSON, what a step of a sharded network allocates on rank 0, and what was predicted."""
+    from steps import bare_run, step
+    from test_memory import case, peak_allocated
+
+    layout, accumulation = job["measure_memory"], job["accumulation"]
+    config, arrays = case("masked", **job["shape"])
+    batch = transfer.to_tensors(arrays)
+    with torch.device("meta"):
+        network = model.Transformer(config)
+    objective = compile_and_wrap(Objective(network, False), "no", ranks, layout, 0, torch.float32, CPU)
+    network.init_weights()
+    optimizer = update.make_optimizer(network, 1e-3, (0.9, 0.95), 0.1)
+
+    def work():
+        step(objective, optimizer, iter([batch] * accumulation), bare_run(accumulation, ranks=ranks))
+
+    work()
+    gc.collect()
+    gc.disable()  # what others have left is not to be freed in between
+    peak = peak_allocated(work)
+    gc.enable()
+    parameters = [p.to_local() for p in network.parameters()]
+    moments = [value.to_local() for value in update.state_tensors(network, optimizer).values()]
+    need = memory.predict(
+        config, arrays, False, torch.float32, False, "no", layout=layout, shards=ranks.world,
+        accumulating=accumulation > 1)
+    sizes = dict(
+        parameters=sum(4 * p.numel() for p in parameters), optimizer=sum(4 * m.numel() for m in moments))
+    print(json.dumps(dict(sizes, beyond=peak, predicted=need._asdict())), flush=True)
+
+
+def jobs(folder, watch):
+    """Yield (path, job) as they appear, until the folder has a file called stop."""
+    for number in range(1_000_000):
+        path = folder / f"{number}.json"
+        while not path.is_file():
+            if (folder / "stop").exists():
+                return
+            watch.alive()
+            time.sleep(0.02)
+        yield path, json.loads(path.read_text())
+
+
+def main():
+    folder = Path(sys.argv[1])
+    ranks = distributed.init_distributed(CPU, 60)
+    watch = watchdog.Watchdog(ranks, 60, threading.Event())
     with watchdog.guarded(ranks, watch):
-        for job in jobs:
-            try:
-                code = train.train(configurator.load(train.Config, job), device, ranks, watch, stop)
-            except SystemExit:
-                code = 0 if os.environ.get("MAY_FAIL") else 1
-            assert code == 0, job
+        for path, job in jobs(folder, watch):
+            with open(path.with_suffix(".out") if ranks.rank == 0 else "/dev/null", "w") as out:
+                with contextlib.redirect_stdout(out):
+                    if "measure_memory" in job:
+                        measure_memory(job, ranks)
+                    else:
+                        train_once(job, ranks, watch)
+            torch.distributed.barrier(group=ranks.control)
+            if ranks.rank == 0:
+                path.with_suffix(".done").touch()
         distributed.shut_down(ranks)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,11 +1,10 @@
 """Predicted memory against what a real step allocates, and what the gathered head saves."""
 
-import contextlib
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from steps import bare_run, step
 
 import diffusion
 import kernels
@@ -15,32 +14,43 @@ from training.objective import Objective, compile_and_wrap
 
 
 def case(objective, n_layer=3, d_model=64, n_vocab=1000, seq_len=64, rows=8):
-    config = ModelConfig(n_layer, 2, 2, 32, d_model, 192, n_vocab, n_vocab, seq_len, causal=objective == "ar", timed=objective == "uniform")
+    """A network's ModelConfig, and a batch of arrays for it."""
+    config = ModelConfig(
+        n_layer, 2, 2, 32, d_model, 192, n_vocab, n_vocab, seq_len, causal=objective == "ar",
+        timed=objective == "uniform")
     process = diffusion.Process(objective, n_vocab, n_vocab, seq_len)
     levels = diffusion.noise_levels(process, 0, rows)
     x = np.random.default_rng(0).integers(0, n_vocab, (rows, seq_len + 1))
     return config, diffusion.make_batch(process, x, levels, levels.microbatch_rows(0, 1))
 
 
-def measured(config, batch, how, recompute):
+def peak_allocated(work):
+    """Most bytes that exist at a time of what `work()` allocates on the CPU."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        work()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return int(max(np.cumsum([event.nbytes() for event in events])))
+
+
+def measured(config, arrays, compile, recompute):
     """Most bytes that a real step on the CPU allocates beyond its weights, moments and batch."""
     torch._dynamo.reset()
     network = Transformer(config).init_weights().use(recompute)
-    objective = compile_and_wrap(Objective(network, False), how)
+    objective = compile_and_wrap(Objective(network, False), compile)
     optimizer = update.make_optimizer(network, 1e-3, (0.9, 0.95), 0.1)
-    batch, record = transfer.to_tensors(batch, False), torch.zeros(2)
+    batch = transfer.to_tensors(arrays)
 
-    def run():
-        update.optimizer_step(objective, optimizer, iter([batch]), 1, record, 1.0, contextlib.nullcontext)
+    def work():
+        step(objective, optimizer, iter([batch]), bare_run())
 
-    run()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    events = sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
-    return max(np.cumsum([e.nbytes() for e in events]))
+    work()
+    return peak_allocated(work)
 
 
 def beyond_weights(need):
+    """Bytes of a MemoryNeed that a step allocates."""
     return need.peak - need.parameters - need.optimizer
 
 
@@ -56,59 +66,74 @@ class NoKernel:
 def test_prediction_is_what_an_eager_step_takes(objective, recompute):
     config, batch = case(objective)
     need = memory.predict(config, batch, False, torch.float32, False, "no", recompute)
-    assert beyond_weights(need) == pytest.approx(measured(config, batch, "no", recompute), rel=0.01 if recompute == "no" else 0.08)
+    tolerance = 0.01 if recompute == "no" else 0.08
+    assert beyond_weights(need) == pytest.approx(measured(config, batch, "no", recompute), rel=tolerance)
 
 
-@pytest.mark.parametrize("how, recompute, below", [("whole", "no", 0.01), pytest.param("blocks", "no", 0.01, marks=pytest.mark.slow),
-                                                   pytest.param("blocks", "selective", 0.1, marks=pytest.mark.slow),
-                                                   pytest.param("blocks", "full", 0.1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("objective", ["masked", pytest.param("uniform", marks=pytest.mark.slow), pytest.param("ar", marks=pytest.mark.slow)])
-def test_prediction_is_what_a_compiled_step_with_kernels_takes(objective, how, recompute, below, monkeypatch):
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("compile, recompute, below", [
+    ("whole", "no", 0.01), slow("blocks", "no", 0.01), slow("blocks", "selective", 0.1),
+    slow("blocks", "full", 0.1)])
+@pytest.mark.parametrize("objective", ["masked", slow("uniform"), slow("ar")])
+def test_prediction_is_what_a_compiled_step_with_kernels_takes(
+        objective, compile, recompute, below, monkeypatch):
     if kernels.triton is None:
         pytest.skip("the kernels need triton")
     config, batch = case(objective)
-    need = memory.predict(config, batch, False, torch.float32, True, how, recompute)
+    need = memory.predict(config, batch, False, torch.float32, True, compile, recompute)
     monkeypatch.setattr(kernels, "assumes_gpu", True)
     for name in ("cross_entropy_rows", "uniform_bound_rows"):
         monkeypatch.setattr(kernels, name, NoKernel())
-    ratio = beyond_weights(need) / measured(config, batch, how, recompute)
+    ratio = beyond_weights(need) / measured(config, batch, compile, recompute)
     assert 1 - below <= ratio <= 1.01
 
 
 def test_gradients_count_where_they_last():
     config, batch = case("masked")
-    once, lasting = (memory.predict(config, batch, False, torch.float32, True, lasting_gradients=lasts) for lasts in (False, True))
+    moments = memory.trace(config, batch, False, torch.float32, True)
+    once, lasting = (memory.weigh(moments, config, torch.float32, True, lasts) for lasts in (False, True))
     weights = 4 * sum(p.numel() for p in Transformer(config).parameters())
-    assert (once.parameters, once.optimizer) == (weights, 2 * weights) and lasting == once._replace(
-        gradients=once.gradients + weights, peak=once.peak + weights)
+    assert (once.parameters, once.optimizer) == (weights, 2 * weights)
+    assert lasting == once._replace(gradients=once.gradients + weights, peak=once.peak + weights)
     for need in (once, lasting):
         assert sum(need[:-1]) == need.peak >= 4 * weights
-    config, batch = case("masked", rows=1, seq_len=8, n_vocab=64, d_model=256)  # hardly any activations: the last gradient is the peak
+
+    # hardly any activations: the last gradient is the peak
+    config, batch = case("masked", rows=1, seq_len=8, n_vocab=64, d_model=256)
     need = memory.predict(config, batch, False, torch.float32, True)
     assert need.gradients > 0.8 * need.parameters and need.peak < 4.6 * need.parameters
 
 
-def plain_loss(hidden, head, batch, n_vocab, posterior=False):
+def plain_loss(hidden, head, batch, weights, n_vocab, posterior=False):
     """Cross-entropy the plain way: fp32 logits at every position."""
-    nats = F.cross_entropy(F.linear(hidden.flatten(0, -2), head).float(), batch.targets, reduction="none")
-    return (nats * batch.weights[:, 0]).sum(), (nats.detach()[:, None] * batch.weights).sum(0)
+    logits = F.linear(hidden.flatten(0, -2), head).float()
+    nats = F.cross_entropy(logits, batch.targets, reduction="none")
+    return (nats * weights).sum(), nats.detach()
 
 
 @pytest.mark.slow
 def test_masked_step_at_135m_needs_under_half_of_the_plain_full_logits_step(monkeypatch):
-    """On a GPU, in bf16, 32 rows of 2048: ours as it is, against the plain step (fp32 logits everywhere, not compiled), and with
-    `elementwise` recomputation against the plain one compiled. At equal compilation and recomputation it is about three quarters."""
+    """On a GPU, in bf16, 32 rows of 2048: the gathered head against a plain one with fp32 logits everywhere.
+
+    Ours as it is against the plain step not compiled, and with `elementwise` recomputation against the plain
+    one compiled. At equal compilation and recomputation it is about three quarters.
+    """
     process = diffusion.Process("masked", 50257, 50257, 2048)
     config = ModelConfig(14, 14, 14, 64, 896, 2368, 50257, 50257, 2048, causal=False)
     levels = diffusion.noise_levels(process, 0, 32)
-    gathered = diffusion.make_batch(process, np.zeros((32, 2049), np.int64), levels, levels.microbatch_rows(0, 1))
-    everywhere = diffusion.Batch(gathered.tokens, np.zeros(32 * 2048, np.int64), np.zeros((32 * 2048, 1), np.float32))
+    tokens = np.zeros((32, 2049), np.int64)
+    gathered = diffusion.make_batch(process, tokens, levels, levels.microbatch_rows(0, 1))
+    n = 32 * 2048
+    everywhere = diffusion.Batch(gathered.tokens, np.zeros(n, np.int64), np.zeros((n, 1), np.float32))
 
-    def peak(batch, *how):
-        return memory.predict(config, batch, False, torch.bfloat16, True, *how).peak
+    def peak(batch, *settings):
+        return memory.predict(config, batch, False, torch.bfloat16, True, *settings).peak
 
     ours, thrifty = peak(gathered), peak(gathered, "whole", "elementwise")
-    monkeypatch.setattr(diffusion, "loss_and_parts", plain_loss)
+    monkeypatch.setattr(diffusion, "loss_and_nats", plain_loss)
     plain, compiled = peak(everywhere, "no"), peak(everywhere)
     assert ours < 0.4 * plain and ours < 0.78 * compiled and thrifty < 0.5 * compiled
-    assert compiled - ours > 2 * 32 * 2048 * 50304 * 2 * 0.75  # logits and their gradient in bf16, but for one chunk
+    assert compiled - ours > 2 * n * 50304 * 2 * 0.75  # logits and their gradient in bf16, but for one chunk

@@ -1,0 +1,281 @@
+"""Stopping, dying and going on: a run that was cut off ends, bit for bit, as if it had not been."""
+
+import itertools
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from conftest import call_main, prepared
+from runs import TINY, assert_close_figures, equal_runs, event_names, events, figures, steps_saved
+
+import train
+from configurator.renamed import RECORD, SETTINGS
+from training import checkpoint, checks
+from training.checkpoint import checkpoints, read_checkpoint, record_digest
+from training.distributed import STOPPED
+from training.log import read_metrics
+
+FLAGS = ["--steps=40", "--save_every=20"]
+
+
+@pytest.fixture(scope="module")
+def trained(corpus, tmp_path_factory):
+    """A run of 40 steps, saved at 20 and 40. Do not change it: copy it."""
+    folder = tmp_path_factory.mktemp("trained") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        call_main(patch, *TINY, f"--corpus={corpus}", f"--run_dir={folder}", *FLAGS)
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of it, where `run_main` trains."""
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def modification_times(folder):
+    """{path: when it was changed} of all in a run's folder but its lock."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
+
+
+def edit_record(folder, edit):
+    """Change a checkpoint's record, with the digest that it then needs; edit(record) → the new one."""
+    path = folder / "checkpoint.json"
+    record = json.loads(path.read_text())
+    del record["record_sha256"]
+    record = edit(record)
+    path.write_text(json.dumps(record | {"record_sha256": record_digest(record)}))
+
+
+# -------------------------------------------------------------------------------------------- killed, stopped
+
+
+def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(run_main):
+    flags = ["--steps=100", "--save_every=30", "--keep=9", "--eval_every=50", "--time=iid", "--dropout=0.1"]
+    whole = run_main(*flags, run="whole")
+    killed = whole.with_name("killed")  # after step 77, in the middle of writing a line and a checkpoint
+    shutil.copytree(whole, killed)
+    for step in (90, 100):
+        shutil.rmtree(killed / f"step_{step:08d}")
+    shutil.copytree(whole / "step_00000090", killed / ".step_00000090")
+    lines = [json.dumps(m) for m in read_metrics(whole) if m["step"] <= 77]
+    (killed / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 8')
+    run_main(*flags, "--resume=auto", run="killed")
+    assert equal_runs(killed, whole) and not list(killed.glob(".step*"))
+
+
+def test_killed_before_its_first_checkpoint_starts_over(trained, run_main, tmp_path):
+    (tmp_path / "run").mkdir()
+    shutil.copyfile(trained / "metrics.jsonl", tmp_path / "run/metrics.jsonl")  # all that was left
+    assert equal_runs(run_main(*FLAGS, "--resume=auto"), trained)
+
+
+def stopped(call, signum, patch, owner, name, number=1):
+    """`call()` when a signal comes with a function's call of this number → its exit code."""
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    def with_signal(*arguments):
+        if next(calls) == number:
+            signal.raise_signal(signum)
+        return function(*arguments)
+
+    with patch.context() as inside, pytest.raises(SystemExit) as stop:
+        inside.setattr(owner, name, with_signal)
+        call()
+    return stop.value.code
+
+
+def test_a_stop_signal_saves_and_the_line_in_progress_is_completed(run_main, monkeypatch, capsys):
+    flags = ["--steps=60", "--log_every=7"]
+    run = run_main(*flags, run="whole").with_name("run")
+    code = stopped(lambda: run_main(*flags), signal.SIGTERM, monkeypatch, train, "training_step", 38)
+    assert code == STOPPED == 75
+    assert "stopped by a signal after step 38; continue with --resume=auto" in capsys.readouterr().out
+    assert event_names(run) == ["stopped"] and steps_saved(run) == [38]
+    run_main(*flags, "--resume=yes")
+    assert equal_runs(run, run.with_name("whole"))
+
+
+def test_a_signal_while_starting_up_is_heard(run_main, monkeypatch, capsys, tmp_path):
+    """The handlers stand before anything is written."""
+    call = stopped(lambda: run_main("--steps=100000"), signal.SIGINT, monkeypatch, checks, "lock_run_folder")
+    assert call == STOPPED and "stopped by a signal" in capsys.readouterr().out
+    assert steps_saved(tmp_path / "run") == [1]
+
+
+# ---------------------------------------------------------------------------------------- damaged checkpoints
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+
+
+SHARD = "optimizer/shard-00001-model-00001-of-00001.safetensors"
+
+
+@pytest.mark.parametrize("name, harm, damage", (
+    (SHARD, flip, "is missing or damaged"), ("model.safetensors", cut, "is missing or damaged"),
+    ("checkpoint.json", Path.unlink, "FileNotFoundError")))
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+        run, trained, run_main, capsys, name, harm, damage):
+    harm(run / "step_00000040" / name)
+    run_main(*FLAGS, "--resume=auto")
+    captured = capsys.readouterr()
+    assert "step_00000040" in captured.err and damage in captured.err and "falling back" in captured.err
+    assert f"resumed from {run}/step_00000020" in captured.out
+    assert (run / "latest").read_text() == "step_00000040\n"
+    assert equal_runs(run, trained) and read_checkpoint(run / "step_00000040")["step"] == 40
+
+
+@pytest.mark.parametrize("harm", (flip, cut, Path.unlink))
+def test_nothing_depends_on_the_pointer_to_the_newest_checkpoint(run, trained, run_main, harm):
+    harm(run / "latest")
+    run_main(*FLAGS, "--resume=auto")
+    assert equal_runs(run, trained)
+
+
+def test_a_damaged_later_checkpoint_never_costs_a_good_one(run, run_main):
+    (run / "step_00000040/model.safetensors").write_bytes(b"")
+    run_main("--steps=30", "--resume=auto", "--keep=1")
+    assert steps_saved(run) == [30]
+
+
+def test_an_unfinished_checkpoint_is_no_checkpoint(run, run_main):
+    shutil.copytree(run / "step_00000040", run / ".step_00000050")  # what a crash while writing leaves
+    assert steps_saved(run) == [40, 20]
+    run_main("--steps=50", "--resume=auto", "--keep=1")
+    assert [path.name for path in run.glob("*step_*")] == ["step_00000050"]
+    assert (run / "latest").read_text() == "step_00000050\n"
+
+
+def test_what_cannot_be_read_is_not_taken_for_damaged(run, refused, monkeypatch):
+    """A network file system may fail for a moment: then nothing is resumed, and nothing dropped."""
+    file_digest = checkpoint.file_digest
+
+    def stale(path):
+        if "00000040" in str(path):
+            raise OSError(116, "Stale file handle")
+        return file_digest(path)
+
+    monkeypatch.setattr(checkpoint, "file_digest", stale)
+    assert "can't be read: [Errno 116] Stale file handle" in refused("--steps=50", "--resume=auto")
+    assert steps_saved(run) == [40, 20]
+
+
+# ------------------------------------------------------------------------------------ checkpoints not written
+
+
+@pytest.mark.parametrize("owner, name", (
+    (checkpoint, "file_digest"), (checkpoint, "flush_to_disk"), (Path, "rename")))
+def test_a_checkpoint_that_cannot_be_written_costs_nothing_but_itself(
+        run_main, refused, monkeypatch, tmp_path, owner, name):
+    flags = ["--steps=20", "--save_every=5", "--keep=1"]
+    whole = run_main(*flags, run="whole")
+    working = getattr(owner, name)
+
+    def broken_for(step):
+        def fails(path, *arguments):
+            if f"step_{step:08d}" in str(path):
+                raise OSError(28, "No space left on device")
+            return working(path, *arguments)
+
+        return fails
+
+    with monkeypatch.context() as patch:  # training goes on
+        patch.setattr(owner, name, broken_for(15))
+        run = run_main(*flags, run="third")
+    assert event_names(run) == ["not saved"] and equal_runs(run, whole) and steps_saved(run) == [20]
+    assert "No space left on device" in events(run)[0]["why"]
+
+    last = tmp_path / "last"
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, broken_for(20))
+        assert "the last checkpoint could not be written" in refused(*flags, run="last")
+    assert event_names(last) == ["not saved"] and figures(last) == figures(whole)
+    assert [path.name for path in last.glob("*step_*")] == ["step_00000015"]
+    run_main(*flags, "--resume=auto", run="last")
+    assert equal_runs(last, whole)
+
+
+def test_every_nth_checkpoint_stays(run_main):
+    run = run_main("--steps=60", "--save_every=5", "--keep=2", "--keep_every=20", "--save_at=7")
+    assert steps_saved(run) == [60, 55, 50, 40, 20, 7]
+
+
+# --------------------------------------------------------------------------------------------- folders in use
+
+
+def test_a_run_folder_in_use(run, refused):
+    before = modification_times(run)
+    assert "is not empty; continue it with --resume=auto" in refused("--steps=5")
+    error = refused("--steps=5", "--resume=auto", "--d_model=64")
+    assert "another architecture: head_dim 16 → 32, d_model 32 → 64" in error
+    assert modification_times(run) == before
+
+
+def test_nothing_to_do_changes_nothing(run, run_main, capsys):
+    def texts():
+        return {path.name: path.read_text() for path in run.iterdir() if path.suffix in (".json", ".jsonl")}
+
+    before = texts()
+    run_main("--steps=40", "--resume=auto")
+    assert "nothing to do" in capsys.readouterr().out and texts() == before
+
+
+def test_resuming_on_another_corpus(run, refused, tmp_path):
+    (tmp_path / "other.txt").write_text("something else entirely " * 100)
+    prepared(tmp_path / "other", tmp_path / "other.txt")
+    flags = ("--steps=50", "--resume=auto", f"--corpus={tmp_path / 'other'}")
+    assert "another corpus: train_sha256" in refused(*flags)
+
+
+def test_resuming_with_another_seed_is_said_aloud(run, run_main, capsys):
+    run_main("--steps=41", "--resume=auto", "--seed=7")
+    captured = capsys.readouterr()
+    assert "another seed: the data order changes here" in captured.err
+    assert "seed 1337 → 7" in captured.out
+
+
+# ------------------------------------------------------------------------------------------ older checkpoints
+
+
+def test_a_checkpoint_of_an_older_format_is_refused_in_one_line(run, refused):
+    def edit(record):
+        return {name: value for name, value in record.items() if name not in ("updates", "bad_in_a_row")}
+
+    edit_record(run / "step_00000040", edit)
+    assert "an older format" in refused("--steps=50", "--resume=auto")
+
+
+def test_a_record_with_older_names_is_read_and_goes_on(run_main):
+    """Settings, samples and bad steps had other names, and figures that are in no line yet were lists."""
+    flags = ["--steps=20", "--log_every=8", "--save_at=12", "--objective=uniform", "--loss=paper"]
+    whole = run_main(*flags, run="whole")
+    old = whole.with_name("old")
+    shutil.copytree(whole, old)
+    shutil.rmtree(old / "step_00000020")
+
+    def edit(record):
+        assert len(record["pending"]) == 4
+        before = {new: name for name, new in {**RECORD, **SETTINGS}.items()}
+        record = {before.get(name, name): value for name, value in record.items()}
+        for part in ("settings", "model"):
+            record[part] = {before.get(name, name): value for name, value in record[part].items()}
+        rows = [[row["noisy"] / 2, row["clean"] / 2, row["grad_norm"]] for row in record["pending"]]
+        return record | dict(pending=rows)
+
+    edit_record(old / "step_00000012", edit)
+    record = json.loads((old / "step_00000012/checkpoint.json").read_text())
+    assert {"samples", "passed", "streak"} < record.keys() and "block_len" in record["settings"]
+    run_main(*flags, "--resume=yes", run="old")
+    assert_close_figures(old, whole, 1e-6)  # halves added up are not the loss's own bits
+    assert read_checkpoint(checkpoints(old)[0])["next_sample"] == 160
