@@ -360,6 +360,11 @@ def figure_names(p):
     return ["loss", "noisy", "clean"] if p.loss == "paper" else ["loss"]
 
 
+def total_loss(figures):
+    """The loss among figures on the host; the paper's is the mean of its parts, exactly as they are logged."""
+    return (figures["noisy"] + figures["clean"]) / 2 if "clean" in figures else figures["loss"]
+
+
 def loss_figures(hidden, head, batch, n_vocab, posterior=False):
     """The named figures of a forward pass, () fp32 each: "loss", which has gradients, and what it is made of.
 

@@ -290,7 +290,8 @@ class StepLog:
         if self.guard.accepts(figures["grad_norm"]):
             self.state.pending.append(figures)
             return
-        loss, norm, in_a_row = figures["loss"], figures["grad_norm"], self.state.bad_in_a_row
+        loss, norm = diffusion.total_loss(figures), figures["grad_norm"]
+        in_a_row = self.state.bad_in_a_row
         warn(self.run.ranks, f"step {step}: skipped, its gradient's norm is {norm:.4g} (loss {loss:.4g}; "
                              f"{in_a_row} in a row)")
         first_sample = self.state.samples_at(step - 1, self.run.cfg.batch_size)
@@ -301,6 +302,7 @@ class StepLog:
         """Log and print one line of progress, from the means of what is pending."""
         rows = [list(figures.values()) for figures in self.state.pending]
         figures = dict(zip(self.state.pending[0], np.mean(rows, axis=0).tolist()))
+        figures["loss"] = diffusion.total_loss(figures)
         self.state.pending.clear()
         text = f"step {step:>6}/{self.run.steps}  loss {figures['loss']:.4f}  norm {figures['grad_norm']:.2f}"
         text += f"  lr {line.lr:.2e}"
