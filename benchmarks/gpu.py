@@ -61,17 +61,11 @@ def head_of_width(cfg, device, D, V, rows):
 
 def head_rivals(cfg, device, D, V, rows, width):
     """[(what is computed, for how many rows, by how many products, {name: function})] at one width."""
-    g = torch.Generator(device).manual_seed(0)
+    hidden, head, targets, weights, noisy, beta = head_inputs(device, D, V, rows, width)
+    half = -(-rows * 33 // 64 // 64) * 64  # what `capacity` gives for 32 rows
+    few = rows // 8 if not cfg.smoke else rows  # uncompiled, the bound forms many fp32 tensors of rows × V
 
-    def random(draw, *size):
-        return draw(size, generator=g, device=device)
-
-    head = (random(torch.randn, width, D) * 0.02).bfloat16().requires_grad_()
-    hidden = random(torch.randn, rows, D).bfloat16().requires_grad_()
-    targets, noisy = (torch.randint(V, (rows,), generator=g, device=device) for _ in range(2))
-    weights = random(torch.rand, rows) / rows
-    beta = 10 ** (4 * random(torch.rand, rows) - 1)
-
+    # what they compute
     def entropy(hidden, head, targets, weights):
         logits = kernels.head_logits(hidden, head, V)
         return (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
@@ -94,6 +88,7 @@ def head_rivals(cfg, device, D, V, rows, width):
     def our_greedy(hidden, head):
         return kernels.head_greedy(hidden, head, V)
 
+    # how they are called
     def gradients(loss, count, *inputs):
         total = loss(hidden[:count], head, *(t[:count] for t in inputs))
         torch.autograd.grad(total, (hidden, head))
@@ -102,8 +97,7 @@ def head_rivals(cfg, device, D, V, rows, width):
         with torch.no_grad():
             function(hidden[: rows // 2], head)
 
-    half = -(-rows * 33 // 64 // 64) * 64  # what `capacity` gives for 32 rows
-    few = rows // 8 if not cfg.smoke else rows  # uncompiled, the bound forms many fp32 tensors of rows × V
+    # who competes with whom
     entropy_inputs, bound_inputs = (targets, weights), (targets, weights, noisy, beta)
     by_entropy = {
         "reference": partial(gradients, entropy, half, *entropy_inputs),
@@ -133,6 +127,21 @@ def head_rivals(cfg, device, D, V, rows, width):
         ("uniform bound", few, 3, by_bound_of_few),
         ("greedy", rows // 2, 1, by_greedy),
     ]
+
+
+def head_inputs(device, D, V, rows, width):
+    """Random hidden states, head, targets, weights, noisy tokens and beta of the losses."""
+    g = torch.Generator(device).manual_seed(0)
+
+    def random(draw, *size):
+        return draw(size, generator=g, device=device)
+
+    head = (random(torch.randn, width, D) * 0.02).bfloat16().requires_grad_()
+    hidden = random(torch.randn, rows, D).bfloat16().requires_grad_()
+    targets, noisy = (torch.randint(V, (rows,), generator=g, device=device) for _ in range(2))
+    weights = random(torch.rand, rows) / rows
+    beta = 10 ** (4 * random(torch.rand, rows) - 1)
+    return hidden, head, targets, weights, noisy, beta
 
 
 def peak_of(function, device):
