@@ -1,7 +1,7 @@
-"""One Transformer for causal and bidirectional use (SPEC §1): Qwen3's dense block.
+"""One Transformer for causal and bidirectional use: Qwen3's dense block (docs/math.md §1).
 
 Pre-norm, RMSNorm, rotary positions (half rotation), QK-norm, SwiGLU, no biases. `Transformer.forward`
-returns hidden states, so that the LM head and the loss can be fused over just the rows that count.
+returns hidden states, so that the LM head and the loss can be fused over just the positions that count.
 Weights that convert.py brings from elsewhere may lack the QK-norm (Llama) and have biases instead (Qwen2.5).
 """
 
@@ -19,7 +19,7 @@ from kernels import attention, document_mask, fp8_linear
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The architecture: everything needed to build the network and to read its weights back."""
+    """The architecture: all that is needed to build the network and to read its weights back."""
 
     n_layer: int
     n_head: int
@@ -41,11 +41,11 @@ class ModelConfig:
     local_init: bool = False  # heads start out looking at neighbouring positions
     qk_norm: bool = True
     qkv_bias: bool = False
-    rope_stretch: tuple = ()  # Llama 3.1's, of the long wavelengths: factor, low and high frequency factor, original length
+    rope_stretch: tuple = ()  # Llama 3.1's: factor, low and high frequency factor, original length
     shift: bool = False  # position i is predicted from i − 1, as an AR model's would be (Dream, DiffuLLaMA)
 
     def __post_init__(self):
-        object.__setattr__(self, "rope_stretch", tuple(self.rope_stretch))  # JSON has but lists
+        object.__setattr__(self, "rope_stretch", tuple(self.rope_stretch))  # JSON has lists only
 
     @property
     def padded_vocab(self):
@@ -54,6 +54,8 @@ class ModelConfig:
 
 
 class RMSNorm(nn.Module):
+    """x / RMS(x) · weight, computed in fp32."""
+
     def __init__(self, dim, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
@@ -65,23 +67,23 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions: pairs (i, i + head_dim/2) turn by position·base^(−2i/head_dim). x (B, H, L, head_dim)."""
+    """Turn the pairs (i, i + head_dim/2) by position·base^(−2i/head_dim). x (B, H, L, head_dim)."""
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
 def joint_linear(x, *layers, fp8=False):
-    """The outputs of several bias-free linear layers side by side, by one larger and faster matrix product.
+    """Compute several bias-free linear layers by one larger and faster product. (…, D) → (…, Σ out_features).
 
     The weights stay separate parameters (names and checkpoints of Qwen3); under autocast Inductor joins
-    them while it casts them to bf16, which it has to do anyway. (…, D) → (…, Σ out_features).
+    them while it casts them to bf16, which it has to do anyway.
     """
     weight = torch.cat([layer.weight for layer in layers]) if len(layers) > 1 else layers[0].weight
     return fp8_linear(x, weight) if fp8 else F.linear(x, weight)
 
 
 class Attention(nn.Module):
-    fp8 = False  # `Transformer.use` sets it
+    fp8 = False  # set by `Transformer.use`
 
     def __init__(self, c):
         super().__init__()
@@ -90,7 +92,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c.d_model, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.d_model, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
         self.o_proj = nn.Linear(c.n_head * c.head_dim, c.d_model, bias=False)
-        self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity() for _ in "qk")
+        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x, cos, sin, mask, index, recall=None):
         B, L, _ = x.shape
@@ -99,7 +102,7 @@ class Attention(nn.Module):
         if c.qkv_bias:
             qkv = qkv + torch.cat((self.q_proj.bias, self.k_proj.bias, self.v_proj.bias)).to(qkv.dtype)
         q, k, v = qkv.view(B, L, -1, c.head_dim).split((c.n_head, c.n_kv_head, c.n_kv_head), dim=2)
-        q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)  # (B, H, L, head_dim)
+        q, k, v = (x.transpose(1, 2) for x in (self.q_norm(q), self.k_norm(k), v))  # (B, H, L, head_dim)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if recall is not None:
             y = recall.attend(q, k, v, mask)
@@ -143,21 +146,26 @@ class LayerCache:
 
 
 def pick(x, index):
-    """Positions `index` (C,) of a flattened batch; all of them if it is None. (B, L, D) → (C, D)."""
+    """Pick the positions `index` (C,) of a flattened batch (None: all of it). (B, L, D) → (C, D)."""
     return x if index is None else x.flatten(0, 1).index_select(0, index)
 
 
 def predecessors(index, length, documents):
-    """The positions before `index` (C,) in a flattened batch of rows of `length`; the first of a row or document stays itself. (C,)"""
+    """The positions before `index` (C,) in a flattened batch of rows of `length`. → (C,)
+
+    The first position of a row or document stays itself. documents (B, L) ids, or None.
+    """
     before = torch.where(index % length == 0, index, index - 1)
     if documents is None:
         return before
-    of = documents.flatten()
-    return torch.where(of[before] == of[index], before, index)
+    document = documents.flatten()
+    return torch.where(document[before] == document[index], before, index)
 
 
 class MLP(nn.Module):
-    fp8 = False
+    """SwiGLU: down(silu(gate(x))·up(x))."""
+
+    fp8 = False  # set by `Transformer.use`
 
     def __init__(self, c):
         super().__init__()
@@ -209,7 +217,7 @@ class Block(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """t ∈ [0, 1] → sinusoidal features → two-layer MLP. (B,) → (B, 1, D)."""
+    """Embed t ∈ [0, 1] by sinusoidal features and a two-layer MLP. (B,) → (B, 1, D)."""
 
     def __init__(self, d_model, features=256):
         super().__init__()
@@ -219,16 +227,19 @@ class TimeEmbedding(nn.Module):
     def forward(self, t):
         half = torch.arange(self.features // 2, device=t.device, dtype=torch.float32)
         angle = 1000 * t[:, None].float() * torch.exp(-math.log(10_000) * half / len(half))
-        return self.down(F.silu(self.up(torch.cat((angle.cos(), angle.sin()), dim=-1).to(self.up.weight.dtype))))[:, None]
+        features = torch.cat((angle.cos(), angle.sin()), dim=-1).to(self.up.weight.dtype)
+        return self.down(F.silu(self.up(features)))[:, None]
 
 
 def shard_like(values, parameter):
-    """The whole `values` on the parameter's device, or if that is divided over ranks this rank's share of them."""
+    """The values on the parameter's device; if that is sharded over ranks, this rank's share of them."""
+    values = values.to(parameter.device)
     if not hasattr(parameter, "placements"):  # no DTensor, a type that takes seconds to import
-        return values.to(parameter.device)
+        return values
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(values.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)  # no communication
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(values, mesh, placements, src_data_rank=None)  # None: no communication
 
 
 class Transformer(nn.Module):
@@ -244,14 +255,21 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(c.d_model, c.norm_eps)
         self.lm_head = None if c.tied else nn.Linear(c.d_model, c.padded_vocab, bias=False)
         for name in ("cos", "sin"):
-            self.register_buffer(name, torch.empty(c.seq_len, c.head_dim // 2, dtype=torch.float32), persistent=False)
+            table = torch.empty(c.seq_len, c.head_dim // 2, dtype=torch.float32)
+            self.register_buffer(name, table, persistent=False)
         self.tables()
 
     def tables(self):
-        """Fill the rotary tables, (L, head_dim/2) each; a network that began on the meta device has none yet. Returns self."""
+        """Fill the rotary tables, (L, head_dim/2) each. Returns self.
+
+        A network that began on the meta device has none yet.
+        """
         c = self.config
-        frequency = c.rope_base ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float64, device="cpu") / c.head_dim)
-        if c.rope_stretch:  # waves that turn less than `low` times in the original length become `factor` times longer, more than `high` times stay
+        even = torch.arange(0, c.head_dim, 2, dtype=torch.float64, device="cpu")
+        frequency = c.rope_base ** (-even / c.head_dim)
+        if c.rope_stretch:
+            # waves that turn less than `low` times in the original length become `factor` times longer, those
+            # that turn more than `high` times stay
             factor, low, high, length = c.rope_stretch
             kept = ((length * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
             frequency = kept * frequency + (1 - kept) * frequency / factor
@@ -262,10 +280,10 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator=None):
-        """N(0, init_std) everywhere, residual outputs smaller, norms 1, biases 0; then `local_init`. Returns self.
+        """Draw weights: N(0, init_std), residual outputs smaller, norms 1, biases 0; then `local_init`.
 
-        Drawn on the CPU, whole parameter by whole parameter: the same on every device and however the network is divided,
-        and never more than one parameter whole on a rank that holds shards.
+        Returns self. Drawn on the CPU, whole parameter by whole parameter: the same on every device and
+        however the network is sharded, and never more than one parameter whole on a rank that holds shards.
         """
         c = self.config
         for name, p in self.named_parameters():
@@ -274,7 +292,8 @@ class Transformer(nn.Module):
             else:
                 residual = c.scaled_init and name.endswith(("o_proj.weight", "down_proj.weight"))
                 std = c.init_std / math.sqrt(2 * c.n_layer) if residual else c.init_std
-                p.copy_(shard_like(torch.empty(p.shape, device="cpu").normal_(std=std, generator=generator), p))
+                values = torch.empty(p.shape, device="cpu").normal_(std=std, generator=generator)
+                p.copy_(shard_like(values, p))
         if c.local_init:
             self.point_heads_at_neighbours(generator)
         return self
@@ -358,24 +377,29 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def use(self, recompute="no", fp8=False):
-        """How to train: what the backward pass computes again to save memory (no; elementwise: all but attention
-        and matrix products; selective: gate and up, too; full: the blocks), and whether blocks multiply in fp8. Returns self."""
+        """Choose how to train. Returns self.
+
+        recompute: what the backward pass computes again to save memory: no; elementwise (all but attention
+        and matrix products); selective (gate and up, too); full (the blocks). fp8: whether blocks multiply
+        in 8 bits.
+        """
         for block in self.blocks:
-            block.recompute, block.attn.fp8, block.mlp.fp8 = recompute, fp8, fp8
+            block.recompute = recompute
+            block.attn.fp8 = block.mlp.fp8 = fp8
         return self
 
     def logits(self, hidden):
-        """Logits over the text tokens, in fp32. hidden (…, D) → (…, n_vocab)."""
+        """Compute logits over the text tokens, in fp32. hidden (…, D) → (…, n_vocab)."""
         return F.linear(hidden, self.head[: self.config.n_vocab]).float()
 
     def n_params(self, embeddings=True):
-        """Parameters; without `embeddings`, neither the embedding nor an untied head counts."""
+        """Count parameters; without `embeddings`, neither the embedding nor an untied head."""
         total = sum(p.numel() for p in self.parameters())
         vocabulary = self.config.padded_vocab * self.config.d_model
         return total if embeddings else total - vocabulary * (1 if self.lm_head is None else 2)
 
     def flops_per_token(self, share=1.0, causal=None):
-        """Training FLOPs (forward and backward) per token of a full block, of what is really computed.
+        """Count training FLOPs, forward and backward, per token of a full row, of what is really computed.
 
         6 per weight of a matrix product and attention's two L×L products, of which `causal` (default: the
         model's own) counts half; what follows the last attention, for `share` of the tokens only.
