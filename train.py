@@ -306,10 +306,11 @@ def validate(run, objective, alive):
     process = likelihood.validation_process(run.process, cfg.schedule)
     read = partial(data.read_batch, cfg, run.eos_id)
 
+    scorer = likelihood.RowScorer(
+        objective, run.val_sequences, read, run.micro_batch, run.ranks, run.device, run.autocast)
+
     def measure(process):
-        return likelihood.evaluate(
-            objective, process, run.val_sequences, run.eval_rows, run.micro_batch, run.ranks, run.device,
-            run.autocast, read, show=alive)
+        return likelihood.evaluate(scorer, process, run.eval_rows, on_progress=alive)
 
     measured = measure(process)
     error, _ = likelihood.standard_error(measured, exact=cfg.objective == "ar")

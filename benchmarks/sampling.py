@@ -23,8 +23,7 @@ import configurator
 import diffusion
 from benchmarks.common import processor, take_turns
 from configurator import setting
-from evaluation import likelihood
-from evaluation.likelihood import Question, Scorer
+from evaluation.answers import Question, Scorer, score
 from model import ModelConfig, Transformer
 from sampling import decode
 from sampling.decode import DecodeConfig
@@ -274,7 +273,7 @@ def answers(cfg, device):
         return [score_as_published(network, q.context, q.answer, batch=batch) for q in questions]
 
     def ours(questions):
-        return likelihood.answers(scorer, questions, 0)[0]
+        return score(scorer, questions, 0)[0]
 
     def one_by_one(questions):
         return [ours([question])[0] for question in questions]

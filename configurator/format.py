@@ -28,3 +28,9 @@ def human_seconds(seconds):
         if seconds < size * limit:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds / SECONDS[-1][1]:.1e} years"
+
+
+def with_error(value, error, digits=4):
+    """1.2345 ± 0.0123; without the error where it is not known."""
+    text = f"{value:.{digits}f}"
+    return f"{text} ± {error:.{digits}f}" if math.isfinite(error) else text

@@ -1,9 +1,10 @@
-"""Runs side by side: one table with differences and whether they exceed their error, and the loss curves.
+"""Compare runs: one table with differences and whether they exceed their error, and the loss curves.
 
     python eval.py compare runs/a runs/b runs/c --out=runs/compared
 
-Losses are what eval.py measured, if it did so for all alike and of their last step, else the last validations. On the same text, differences are
-taken row by row: the same blocks under the same noise, so that they are far better known than either loss.
+Losses are what eval.py measured, if it did so for all alike and of their last step, else the last
+validations. On the same text, differences are taken row by row: the same rows under the same noise, so that
+they are far better known than either loss.
 """
 
 import json
@@ -17,6 +18,8 @@ import torch
 import configurator
 import diffusion
 from configurator import setting
+from configurator.format import human_seconds, with_error
+from configurator.renamed import SETTINGS, renamed, renamed_record
 from evaluation import likelihood
 from model import ModelConfig, Transformer
 from training import dryrun
@@ -29,134 +32,200 @@ class Config:
     sigmas: float = setting(2.0, "a difference counts from this many standard errors on", above=0)
 
 
-SAME = ("text", "seq_len", "passes")  # of what rows have in common if their differences mean anything
+# --------------------------------------------------------------------------------------------------- the runs
+
+EVALUATION, VALIDATION = "evaluation.npz", "validation.npz"  # of eval.py, and of training
+SAME = ("text", "seq_len", "passes")  # what rows have in common if their differences mean anything
 
 
 class Run:
-    """What a run folder says of itself. Raises ValueError."""
+    """A run folder's settings, metrics and losses row by row. Raises ValueError."""
 
     def __init__(self, folder):
         self.folder, self.name = Path(folder), Path(folder).name
-        self.metrics = [{k: number(v) if k in ("loss", "val_loss", "val_error", "val_bpb") else v for k, v in m.items()} for m in read_metrics(folder) if "event" not in m]
+        self.metrics = [with_numbers(m) for m in read_metrics(folder) if "event" not in m]
         validations = [m for m in self.metrics if "val_loss" in m]
         if not validations or not (self.folder / "settings.json").is_file():
             raise ValueError(f"{folder} has no validation: is it a run folder, and has the run got that far?")
-        self.settings, self.last = json.loads((self.folder / "settings.json").read_text()), validations[-1]
-        places = {"evaluation.npz": self.folder / f"eval_{self.last['step']:08d}", "validation.npz": self.folder}
-        self.measured = {name: rows for name, place in places.items() if (rows := read_rows(place, name)) and rows[0]["step"] == self.last["step"]}
-        self.model, self.flops_per_token = self.shape(), math.nan
-        if self.model:
-            c, s = self.model.config, self.settings
-            process = diffusion.Process(s["objective"], c.n_vocab, c.mask_id, c.seq_len, s["seed"], s["loss"], s["estimator"], s["schedule"], s["time"], s["time_sigma"])
-            self.flops_per_token = self.model.flops_per_token(dryrun.noisy_share(process))
-        spent, before, self.seconds = 0.0, 0, {}
-        for m in self.metrics:
-            if "tokens_per_s" in m:  # of training alone: validations and checkpoints are not counted
-                spent, before = spent + (m["tokens"] - before) / m["tokens_per_s"], m["tokens"]
-                self.seconds[m["tokens"]] = spent
+        self.settings = renamed(json.loads((self.folder / "settings.json").read_text()), SETTINGS)
+        self.last = validations[-1]
+        self.rows = {}  # file → (about, ids, losses), of the last step
+        evaluation = self.folder / f"eval_{self.last['step']:08d}"
+        for name, place in ((EVALUATION, evaluation), (VALIDATION, self.folder)):
+            rows = read_rows(place, name)
+            if rows and rows[0]["step"] == self.last["step"]:
+                self.rows[name] = rows
+        self.model = read_shape(self.folder)
+        self.flops_per_token = self.model.flops_per_token(self.noisy_share()) if self.model else math.nan
+        self.seconds = training_seconds(self.metrics)
 
-    def shape(self):
-        """The network, without values; None if there is no checkpoint to tell its vocabulary."""
-        for record in sorted(self.folder.glob("step_*/checkpoint.json"))[-1:]:
-            with torch.device("meta"):
-                return Transformer(ModelConfig(**json.loads(record.read_text())["model"]))
+    def noisy_share(self):
+        """The share of its tokens that the LM head reads."""
+        shape, s = self.model.config, self.settings
+        return dryrun.noisy_share(diffusion.Process(
+            s["objective"], shape.n_vocab, shape.mask_id, shape.seq_len, s["seed"], s["loss"], s["estimator"],
+            s["schedule"], s["time"], s["time_sigma"]))
 
     def loss(self, source):
         """(nats per token, standard error, bits per byte) as eval.py or the last validation has it."""
-        if source == "evaluation.npz":
-            about, _, values = self.measured[source]
-            return float(values.mean()), about["error"], float(values.mean()) / math.log(2) / about["bytes_per_token"]
+        if source == EVALUATION:
+            about, _, losses = self.rows[source]
+            nats = float(losses.mean())
+            return nats, about["error"], nats / math.log(2) / about["bytes_per_token"]
         return self.last["val_loss"], self.last.get("val_error", math.nan), self.last["val_bpb"]
 
-    def spent(self, tokens):
-        """Seconds of training up to that many tokens, between two lines of progress in proportion; nan after the last."""
+    def seconds_until(self, tokens):
+        """Seconds of training up to so many tokens, in proportion between two lines; nan after the last."""
         known = [0, *self.seconds]
-        return float(np.interp(tokens, known, [0.0, *self.seconds.values()])) if tokens <= known[-1] else math.nan
+        if tokens > known[-1]:
+            return math.nan
+        return float(np.interp(tokens, known, [0.0, *self.seconds.values()]))
 
-    def at(self, tokens, axis):
-        return {"tokens": tokens, "FLOPs": tokens * self.flops_per_token, "training time, s": self.spent(tokens)}[axis]
+    def position(self, tokens, axis):
+        """Where on an axis of the curves the run is after so many tokens."""
+        if axis == "tokens":
+            return tokens
+        return tokens * self.flops_per_token if axis == "FLOPs" else self.seconds_until(tokens)
 
 
-def number(value):
-    """A figure of metrics.jsonl, where what isn't finite is text."""
-    return float(value) if isinstance(value, str) else value
+def with_numbers(metrics):
+    """A line of metrics.jsonl; its losses that are not finite stand there as text."""
+    losses = ("loss", "val_loss", "val_error", "val_bpb")
+    return {name: float(value) if name in losses else value for name, value in metrics.items()}
+
+
+def read_shape(folder):
+    """The network of a run's newest checkpoint without values, None if there is none."""
+    for record in sorted(folder.glob("step_*/checkpoint.json"))[-1:]:
+        with torch.device("meta"):
+            return Transformer(ModelConfig(**renamed_record(json.loads(record.read_text()))["model"]))
+
+
+def training_seconds(metrics):
+    """{tokens: seconds of training until then} at each line of progress; validations don't count."""
+    seconds, total, before = {}, 0.0, 0
+    for m in metrics:
+        if "tokens_per_s" in m:
+            total += (m["tokens"] - before) / m["tokens_per_s"]
+            before = m["tokens"]
+            seconds[before] = total
+    return seconds
+
+
+# -------------------------------------------------------------------------------------------------- the table
 
 
 def source_of(runs):
-    """What the table is about: eval.py's measurements if all runs have them, of their last step, of the same text; else the validations of training."""
-    return "evaluation.npz" if all("evaluation.npz" in run.measured for run in runs) and len({alike(run, "evaluation.npz") for run in runs}) == 1 else "validation.npz"
+    """The file whose losses the table is about.
+
+    eval.py's measurements if all runs have them of their last step and alike, else the validations of
+    training.
+    """
+    if not all(EVALUATION in run.rows for run in runs):
+        return VALIDATION
+    return EVALUATION if len({conditions(run, EVALUATION) for run in runs}) == 1 else VALIDATION
 
 
-def alike(run, source):
-    """What must be equal for rows to be the same text under the same noise: which text, cut how, how many rows, how often."""
-    about, blocks, _ = run.measured[source]
-    return *(about[name] for name in SAME), len(blocks)
+def conditions(run, source):
+    """What must be equal for rows to be the same text under the same noise."""
+    about, ids, _ = run.rows[source]
+    return *(about[name] for name in SAME), len(ids)
 
 
-def compared(first, other, source):
-    """(difference in nats per token, its standard error) row by row, of the same blocks under the same noise; None where there is no such thing."""
-    if source in first.measured and source in other.measured and alike(first, source) == alike(other, source):
-        return likelihood.difference(other.measured[source][1:], first.measured[source][1:])
-    return None
+def difference_of(first, other, source):
+    """(other's loss − first's in nats per token, its standard error), from rows that both have, else None."""
+    if source not in first.rows or source not in other.rows:
+        return None
+    if conditions(first, source) != conditions(other, source):
+        return None
+    return likelihood.paired_difference(other.rows[source][1:], first.rows[source][1:])
 
 
 def table(runs, sigmas):
-    """The table as markdown, and a line on what it is about and on each thing that keeps runs from being compared."""
-    source = source_of(runs)
-    head = ["run", "objective", "parameters (in blocks)", "tokens", "training FLOPs", "time", "nats/token", "bits/byte", f"against {runs[0].name}", f"beyond {sigmas:g} errors"]
-    lines, notes = [], ["Losses: " + ("what eval.py measured" if source == "evaluation.npz" else "the last validations of training") + ", ± one standard error."]
+    """(the table as markdown, notes on it): on the losses, and on runs that can't be compared row by row."""
+    source, first = source_of(runs), runs[0]
+    head = ["run", "objective", "parameters (in blocks)", "tokens", "training FLOPs", "time", "nats/token",
+            "bits/byte", f"against {first.name}", f"beyond {sigmas:g} errors"]
+    losses = "what eval.py measured" if source == EVALUATION else "the last validations of training"
+    notes = [f"Losses: {losses}, ± one standard error."]
+    lines = []
     for run in runs:
-        m, (nats, error, bits) = run.last, run.loss(source)
-        n = f"{run.model.n_params() / 1e6:.2f}M ({run.model.n_params(False) / 1e6:.2f}M)" if run.model else "?"
-        spent = run.spent(max(run.seconds, default=0)) if run.seconds else math.nan
         difference = verdict = ""
-        if run is not runs[0]:
-            if found := compared(runs[0], run, source):
-                d, error_of_it = found
-                difference = f"{d:+.4f} ± {error_of_it:.4f} nats/token"
-                verdict = "?" if math.isnan(d) else ("yes, " + ("worse" if d > 0 else "better")) if abs(d) > sigmas * error_of_it else "no"
-            else:
-                difference, verdict = f"{bits - runs[0].loss(source)[2]:+.4f} bits/byte", "?"
-                notes.append(f"{run.name} and {runs[0].name} have no rows of their last step in common (other text, other blocks, too few, or a run of an older version): bits/byte, without an error. "
-                             "eval.py on both, with one --corpus, makes them comparable.")
-        loss = "diverged" if math.isnan(nats) else f"{nats:.4f}" + (f" ± {error:.4f}" if math.isfinite(error) else "")
-        lines.append([run.name, m["objective"] + ("" if m["objective"] == "ar" else " (bound)"), n, f"{m['tokens']:,}", f"{m['tokens'] * run.flops_per_token:.3g}", clock(spent), loss,
-                      f"{bits:.4f}", difference, verdict])
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *lines)), notes
+        if run is not first:
+            difference, verdict, note = versus(first, run, source, sigmas)
+            notes += [note] if note else []
+        lines.append([*describe(run, source), difference, verdict])
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows), notes
 
 
-def clock(seconds):
-    if math.isnan(seconds):
-        return "?"
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+def describe(run, source):
+    """The table's columns on a run by itself."""
+    nats, error, bits = run.loss(source)
+    tokens = run.last["tokens"]
+    bound = "" if run.last["objective"] == "ar" else " (bound)"
+    parameters = "?"
+    if run.model:
+        parameters = f"{run.model.n_params() / 1e6:.2f}M ({run.model.n_params(False) / 1e6:.2f}M)"
+    seconds = max(run.seconds.values(), default=math.nan)
+    return [run.name, run.last["objective"] + bound, parameters, f"{tokens:,}",
+            f"{tokens * run.flops_per_token:.3g}", human_seconds(seconds),
+            "diverged" if math.isnan(nats) else with_error(nats, error), f"{bits:.4f}"]
+
+
+def versus(first, run, source, sigmas):
+    """(difference, whether it exceeds its error, a note or None) of a run against the first one."""
+    paired = difference_of(first, run, source)
+    if paired is None:
+        bits = run.loss(source)[2] - first.loss(source)[2]
+        note = (f"{run.name} and {first.name} have no rows of their last step in common (other text, other "
+                "rows, too few, or a run of an older version): bits/byte, without an error. eval.py on both, "
+                "with one --corpus, makes them comparable.")
+        return f"{bits:+.4f} bits/byte", "?", note
+    difference, error = paired
+    verdict = "no"
+    if math.isnan(difference):
+        verdict = "?"
+    elif abs(difference) > sigmas * error:
+        verdict = "yes, worse" if difference > 0 else "yes, better"
+    return f"{difference:+.4f} ± {error:.4f} nats/token", verdict, None
+
+
+# ------------------------------------------------------------------------------------------------- the curves
 
 
 def draw(runs, path):
-    """Training loss faint, validation with error bars, against tokens, FLOPs and time; PNG."""
-    import matplotlib
+    """Draw training loss faint, validation with error bars, against tokens, FLOPs and time, as .png."""
+    from matplotlib.figure import Figure  # it takes half a second
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 3, figsize=(15, 4.6), sharey=True)
+    figure = Figure(figsize=(15, 4.6), layout="tight")
+    panels = figure.subplots(1, 3, sharey=True)
     for axes, axis in zip(panels, ("tokens", "FLOPs", "training time, s")):
         for k, run in enumerate(runs):
-            train = [(run.at(m["tokens"], axis), m["loss"]) for m in run.metrics if "loss" in m]
-            val = [(run.at(m["tokens"], axis), m["val_loss"], m.get("val_error")) for m in run.metrics if "val_loss" in m]
-            val = [(x, y, e if isinstance(e, float) and math.isfinite(e) else 0.0) for x, y, e in val if not math.isnan(x)]
-            if train:
-                axes.plot(*zip(*train), color=f"C{k}", alpha=0.3, lw=1)
-            if val:
-                x, y, e = zip(*val)
-                axes.errorbar(x, y, e, color=f"C{k}", marker="o", ms=3, capsize=2, label=run.name)
+            draw_run(axes, run, axis, f"C{k}")
         axes.set(xlabel=axis)
         axes.ticklabel_format(axis="x", scilimits=(-3, 4))
         axes.grid(alpha=0.3)
     panels[0].set(ylabel="validation loss, nats per token (training: faint)")
     panels[0].legend()
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
+
+
+def draw_run(axes, run, axis, color):
+    """Draw one run's curves."""
+    train = [(run.position(m["tokens"], axis), m["loss"]) for m in run.metrics if "loss" in m]
+    if train:
+        axes.plot(*zip(*train), color=color, alpha=0.3, lw=1)
+    validation = []
+    for m in run.metrics:
+        if "val_loss" not in m:
+            continue
+        x, error = run.position(m["tokens"], axis), m.get("val_error", math.nan)
+        if not math.isnan(x):
+            validation.append((x, m["val_loss"], error if math.isfinite(error) else 0.0))
+    if validation:
+        x, y, error = zip(*validation)
+        axes.errorbar(x, y, error, color=color, marker="o", ms=3, capsize=2, label=run.name)
 
 
 def main(argv):
@@ -165,7 +234,7 @@ def main(argv):
     if len(folders) < 2:
         configurator.fail("compare needs at least two run folders")
     if len({Path(folder).name for folder in folders}) < len(folders):
-        configurator.fail("two of the runs have the same name: " + ", ".join(folders))
+        configurator.fail(f"two of the runs have the same name: {', '.join(folders)}")
     try:
         runs = [Run(folder) for folder in folders]
         text, notes = table(runs, cfg.sigmas)

@@ -1,20 +1,21 @@
-"""Speed against quality of a model's sampling: every order, number of steps and temperature, judged by another model.
+"""Speed against quality of a model's sampling: each order, number of steps and temperature, under a judge.
 
-    python sample.py --frontier --run_dir=runs/quickstart --judge=runs/quickstart_ar
-    python sample.py --frontier --run_dir=runs/quickstart --judge=runs/quickstart_ar --orders=low_confidence,threshold --block=16 --caches=no,dual
+    python eval.py frontier --run_dir=runs/quickstart --judge=runs/quickstart_ar
+    python eval.py frontier --judge=runs/quickstart_ar --orders=margin,threshold --block=16 --caches=no,dual
 
-For each way of decoding: tokens/s, tokens per pass that a sample alone would have needed (in a batch all wait for the slowest), the judge's exact NLL of the samples in nats per token with its standard error, and
-the samples' entropy, without which the NLL says nothing: a sampler that repeats itself has a low one. Held-out text and
-samples of the judge itself, which it likes best, stand beside. Writes frontier.json and frontier.png into the run folder.
+For each way of decoding: tokens/s; tokens per pass that a sample alone would have needed (in a batch all
+wait for the slowest); the judge's exact NLL of the samples in nats per token with its standard error; and
+the samples' entropy, without which the NLL says nothing: a sampler that repeats itself has a low one.
+Held-out text and samples of the judge itself, which it likes best, stand beside. Writes frontier.json and
+frontier.png into the run folder.
 """
 
 import json
 import math
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,221 +24,310 @@ import configurator
 import data
 from configurator import setting, split
 from corpus import tokenfiles
+from evaluation.texts import entropy, judge_nll, open_judge
 from sampling.decode import CONFIDENT, PLANNED, DecodeConfig
+from sampling.generator import Generator
+
+REMASKING = ("capped", "rescaled", "confidence")
+CACHES = ("no", "prefix", "dual")
 
 
 @dataclass
 class Config:
+    # who writes, who judges
     run_dir: str = setting("runs/quickstart", "the run or checkpoint that writes")
-    judge: str = setting("", "the autoregressive run or checkpoint that judges; same tokenizer, best never seen by the writer")
-    corpus: str = setting("", "where the held-out text beside the samples comes from (empty: the writer's corpus, none: without)")
-    orders: str = setting("", "of decoding, with commas; ancestral:capped, :rescaled and :confidence mask again (empty: all that suit the model)")
-    steps: str = setting("", "with commas (empty: 1/16, 1/8, 1/4, 1/2 of the tokens and all of them; with remasking twice as many, too)")
+    judge: str = setting(
+        "", "the autoregressive run or checkpoint that judges; same tokenizer, best never seen by the writer")
+    corpus: str = setting(
+        "", "of the held-out text beside the samples (empty: the writer's, none: without)")
+    # ways of decoding
+    orders: str = setting(
+        "", "of decoding, with commas; ancestral:capped, :rescaled and :confidence mask again "
+        "(empty: all that suit the model)")
+    steps: str = setting(
+        "", "with commas (empty: 1/16, 1/8, 1/4, 1/2 of the tokens and all of them; "
+        "with remasking twice as many, too)")
     thresholds: str = setting("0.3,0.5,0.7,0.9", "of order=threshold, with commas")
-    beside: Literal["random", "surest"] = setting("random", "of order=threshold: what opens beside what is sure enough")
+    beside: Literal["random", "surest"] = setting(
+        "random", "of order=threshold: what opens beside what is sure enough")
     temperatures: str = setting("1.0", "with commas")
     caches: str = setting("no", "of no, prefix and dual, with commas; they need block")
     block: int = setting(0, "new tokens that are finished before the next ones begin (0: all at once)", low=0)
     eta: float = setting(0.04, "of capped and rescaled remasking", above=0, high=1)
     top_k: int = setting(0, "keep the k likeliest tokens (0: all)", low=0)
-    top_p: float = setting(1.0, "keep the likeliest tokens that hold this probability together", above=0, high=1)
+    top_p: float = setting(
+        1.0, "keep the likeliest tokens that hold this probability together", above=0, high=1)
+    # the samples
     length: int = setting(0, "tokens of a sample (0: the smaller of the two contexts)", low=0)
     prompt: int = setting(0, "tokens of held-out text in front of each sample, which are not judged", low=0)
     samples: int = setting(64, "of each way of decoding", low=2)
-    micro_batch: int = setting(64, "rows decoded at once", low=1)
     seed: int = setting(0, "of the samples", low=0, high=2**62)
+    # the machine
+    micro_batch: int = setting(64, "rows decoded at once", low=1)
     compile: bool = setting(False, "torch.compile the passes")
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "of the writer's matrix products")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one")
     out: str = setting("", "folder for frontier.json and frontier.png (empty: the writer's)")
 
     def problems(self):
-        wrong = []
-        for name, kind, fits, wanted in (("steps", int, lambda x: x >= 1, "whole numbers of at least 1"), ("temperatures", float, lambda x: 0 <= x < math.inf, "numbers of at least 0"),
-                                         ("thresholds", float, lambda x: 0 < x <= 1, "numbers in (0, 1]")):
-            try:
-                good = all(fits(kind(part)) for part in split(getattr(self, name)))
-            except ValueError:
-                good = False
-            if not good or (name == "temperatures" and not split(self.temperatures)):
-                wrong.append(f"{name}={getattr(self, name)}: expected {wanted}, with commas between")
-        known = [*PLANNED, *CONFIDENT, *(f"ancestral:{kind}" for kind in ("capped", "rescaled", "confidence"))]
-        wrong += [f"orders: there is no '{order}'; choose from {', '.join(known)}" for order in split(self.orders) if order not in known]
-        wrong += [f"caches: there is no '{cache}'; choose from no, prefix, dual" for cache in split(self.caches) if cache not in ("no", "prefix", "dual")]
+        """Settings that cannot be, one line each."""
+        problems = []
+        for name, kind, fits, expected in (
+            ("steps", int, lambda x: x >= 1, "whole numbers of at least 1"),
+            ("temperatures", float, lambda x: 0 <= x < math.inf, "numbers of at least 0"),
+            ("thresholds", float, lambda x: 0 < x <= 1, "numbers in (0, 1]"),
+        ):
+            text = getattr(self, name)
+            is_missing = name == "temperatures" and not split(text)
+            if is_missing or not are_numbers(text, kind, fits):
+                problems.append(f"{name}={text}: expected {expected}, with commas between")
+        known = [*PLANNED, *CONFIDENT, *(f"ancestral:{kind}" for kind in REMASKING)]
+        for order in split(self.orders):
+            if order not in known:
+                problems.append(f"orders: there is no '{order}'; choose from {', '.join(known)}")
+        for cache in split(self.caches):
+            if cache not in CACHES:
+                problems.append(f"caches: there is no '{cache}'; choose from {', '.join(CACHES)}")
         if set(split(self.caches)) - {"no"} and not self.block:
-            wrong.append("caches need block: what is outside of it is kept")
+            problems.append("caches need block: what is outside of it is kept")
         if not self.judge:
-            wrong.append("judge: name an autoregressive run that says how likely the samples are")
-        return wrong
+            problems.append("judge: name an autoregressive run that says how likely the samples are")
+        return problems
 
 
-def ways(cfg, objective, n):
-    """The ways of decoding n tokens that are asked for, as {name: How}; raises ValueError."""
+def are_numbers(text, kind, fits):
+    """Whether the parts of a list setting are numbers of a `kind` that are as `fits` says."""
+    try:
+        return all(fits(kind(part)) for part in split(text))
+    except ValueError:
+        return False
+
+
+# ------------------------------------------------------------------------------------------- ways of decoding
+
+
+def decode_configs(cfg, objective, n):
+    """The ways of decoding n tokens that the settings ask for: {name: DecodeConfig}; raises ValueError."""
     shared = DecodeConfig(top_k=cfg.top_k, top_p=cfg.top_p, seed=cfg.seed, compile=cfg.compile)
-    heats = [float(t) for t in split(cfg.temperatures)]
+    temperatures = [float(part) for part in split(cfg.temperatures)]
+    several = len(temperatures) > 1
     if objective == "ar":
         if cfg.orders or cfg.steps or cfg.block:
             raise ValueError("an autoregressive model has no orders, steps or blocks to compare")
-        return {named("left to right", temperature=t, heats=heats): shared._replace(temperature=t, cache="prefix") for t in heats}
-    orders = split(cfg.orders) or (["ancestral"] if objective == "uniform" else [*PLANNED, *CONFIDENT, "ancestral:rescaled"])
+        configs = [shared._replace(temperature=t, cache="prefix") for t in temperatures]
+        return {name_of("left to right", "", "no", config.temperature, several): config for config in configs}
+
+    default = ["ancestral"] if objective == "uniform" else [*PLANNED, *CONFIDENT, "ancestral:rescaled"]
+    orders = split(cfg.orders) or default
     if objective == "uniform" and (orders != ["ancestral"] or cfg.block):
-        raise ValueError("a uniform model decodes in its reverse process only: orders=ancestral, without block")
+        raise ValueError("a uniform model decodes in its reverse process only: "
+                         "orders=ancestral, without block")
+    configs = {}
+    for name in orders:
+        order, _, remask = name.partition(":")
+        config = shared._replace(
+            order=order, beside=cfg.beside, remask=remask or "no", eta=cfg.eta, block=cfg.block)
+        for cache in split(cfg.caches):
+            for t in temperatures:
+                for budget, config_of_budget in with_budgets(cfg, config, n).items():
+                    full_name = name_of(name, budget, cache, t, several)
+                    configs[full_name] = config_of_budget._replace(cache=cache, temperature=t)
+    return configs
+
+
+def with_budgets(cfg, config, n):
+    """A DecodeConfig with each number of steps, or each threshold: {name: DecodeConfig}."""
+    if config.order == "threshold":
+        return {f"above {part}": config._replace(threshold=float(part)) for part in split(cfg.thresholds)}
+    if config.order == "first_hitting":
+        return {"": config}
     steps = [int(part) for part in split(cfg.steps)]
     if not steps:
         steps = sorted({max(1, n // part) for part in (16, 8, 4, 2, 1)})
-    found = {}
-    for text in orders:
-        order, _, remask = text.partition(":")
-        for cache in split(cfg.caches):
-            for t in heats:
-                how = shared._replace(order=order, beside=cfg.beside, remask=remask or "no", eta=cfg.eta, temperature=t, block=cfg.block, cache=cache)
-                if order == "threshold":
-                    several = {f"above {part}": how._replace(threshold=float(part)) for part in split(cfg.thresholds)}
-                elif order == "first_hitting":
-                    several = {"": how}
-                else:
-                    more = [] if cfg.steps or not remask else [2 * n]
-                    several = {f"{count} steps": how._replace(steps=count) for count in steps + more}
-                found |= {named(text, what, cache, t, heats): way for what, way in several.items()}
-    return found
+        if config.remask != "no":
+            steps.append(2 * n)
+    return {f"{count} steps": config._replace(steps=count) for count in steps}
 
 
-def named(order, what="", cache="no", temperature=1.0, heats=()):
-    return ", ".join(filter(None, (order, what, f"{cache} cache" * (cache != "no"), f"T={temperature:g}" * (len(heats) > 1 or temperature != 1))))
+def name_of(order, budget="", cache="no", temperature=1.0, several=False):
+    """The name of a way of decoding; `several`: temperatures differ, so it says its own."""
+    parts = [order, budget]
+    if cache != "no":
+        parts.append(f"{cache} cache")
+    if several or temperature != 1:
+        parts.append(f"T={temperature:g}")
+    return ", ".join(part for part in parts if part)
 
 
-# -------------------------------------------------------------------------------------------------- what is measured
+# ----------------------------------------------------------------------------------------------- measurements
 
 
-@torch.no_grad()
-def judged(judge, rows, skip, micro_batch=32):
-    """The judge's exact NLL of each row's tokens after the first `skip`, in nats per token. rows: lists of one length → (N,)."""
-    ids = torch.tensor(rows, device=judge.device)
-    read = torch.nn.functional.pad(ids[:, :-1], (1, 0), value=judge.tokens.eos_id)  # documents begin after a separator
-    nats = []
-    for x, y in zip(read.split(micro_batch), ids.split(micro_batch)):
-        logits = judge.model.logits(judge.model(x))
-        nats.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), y, reduction="none")[:, skip:].double().mean(1))
-    return torch.cat(nats).cpu().numpy()
+class Decoding(NamedTuple):
+    """Rows that a model has written, and what that cost."""
+
+    rows: list
+    seconds: float
+    passes: float  # that a row by itself needs
+    cache_gap: tuple | None  # decode.Result.gap's
 
 
-def entropy(row):
-    """Entropy in nats of the tokens' frequencies within a sample."""
-    counts = np.array(list(Counter(row).values()))
-    return float(-(counts / len(row) * np.log(counts / len(row))).sum())
-
-
-def measured(judge, rows, skip, seconds=None, passes=None):
-    """What is said of samples: NLL with standard error, perplexity and entropy, in one dict; speed where it was taken."""
-    nll, entropies = judged(judge, rows, skip), np.array([entropy(row[skip:]) for row in rows])
-    new = len(rows[0]) - skip
-    said = dict(nll=float(nll.mean()), nll_error=float(nll.std(ddof=1) / math.sqrt(len(nll))), perplexity=float(np.exp(nll.mean())),
-                entropy=float(entropies.mean()), entropy_error=float(entropies.std(ddof=1) / math.sqrt(len(entropies))), samples=len(rows), length=new)
-    if seconds:
-        said |= dict(tokens_per_s=len(rows) * new / seconds, passes=passes, tokens_per_pass=new / passes)
-    return said
-
-
-def decoded(writer, rows, how, micro_batch):
-    """(rows, seconds, passes that a row by itself needs, gap) of decoding `rows`."""
-    out, passes, gap = [], 0, None
+def decode(generator, rows, config, micro_batch):
+    """Write what is masked in `rows`: a Decoding."""
+    results = []
     start = time.perf_counter()
     for first in range(0, len(rows), micro_batch):
-        part = writer.generate(rows[first : first + micro_batch], how, first)
-        out, passes, gap = out + part.rows, passes + part.own * len(part.rows), gap or part.gap
-    return out, time.perf_counter() - start, passes / len(rows), gap()
+        results.append(generator.generate(rows[first : first + micro_batch], config, first))
+    seconds = time.perf_counter() - start
+    passes = sum(result.own * len(result.rows) for result in results) / len(rows)
+    return Decoding([row for result in results for row in result.rows], seconds, passes, results[0].gap())
 
 
-def draw(found, beside, path, title):
-    """NLL against speed and against entropy, as a PNG; the frontier is what nothing beats in both speed and NLL."""
-    import matplotlib
+def measure(judge, rows, skip):
+    """NLL, perplexity and entropy of each row's tokens after the first `skip`, with errors, as a dict."""
+    nll = judge_nll(judge, rows, skip)
+    entropies = np.array([entropy(row[skip:]) for row in rows])
+    n = len(rows)
+    return dict(
+        nll=float(nll.mean()),
+        nll_error=float(nll.std(ddof=1) / math.sqrt(n)),
+        perplexity=float(np.exp(nll.mean())),
+        entropy=float(entropies.mean()),
+        entropy_error=float(entropies.std(ddof=1) / math.sqrt(n)),
+        samples=n,
+        length=len(rows[0]) - skip,
+    )
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    figure, (fast, rich) = plt.subplots(1, 2, figsize=(13, 5.5), sharey=True)
-    orders = list(dict.fromkeys(line["order"] for line in found))
-    for k, order in enumerate(orders):
-        lines = [line for line in found if line["order"] == order]
-        for axes, key in ((fast, "tokens_per_s"), (rich, "entropy")):
-            axes.errorbar([line[key] for line in lines], [line["nll"] for line in lines], [line["nll_error"] for line in lines], fmt="os^Dvp*X"[k % 8],
+def measure_decoding(judge, decoding, skip):
+    """`measure` and the speed of a Decoding, as a dict."""
+    new = len(decoding.rows[0]) - skip
+    speed = dict(tokens_per_s=len(decoding.rows) * new / decoding.seconds, passes=decoding.passes,
+                 tokens_per_pass=new / decoding.passes)
+    return measure(judge, decoding.rows, skip) | speed
+
+
+def print_line(line, width):
+    speed = " " * 18
+    if "tokens_per_s" in line:
+        speed = f"{line['tokens_per_s']:8.0f}  {line['tokens_per_pass']:8.2f}"
+    nll = f"{line['nll']:8.3f} ± {line['nll_error']:.3f}"
+    entropy = f"{line['entropy']:6.3f} ± {line['entropy_error']:.3f}"
+    print(f"{line['name']:{width}}  {speed}  {nll}  {line['perplexity']:10.2f}  {entropy}", flush=True)
+
+
+def draw(lines, references, path, title):
+    """Draw NLL against speed and against entropy, as .png; the step line is what nothing beats in both."""
+    from matplotlib.figure import Figure  # it takes half a second
+
+    figure = Figure(figsize=(13, 5.5), layout="tight")
+    by_speed, by_entropy = figure.subplots(1, 2, sharey=True)
+    for k, order in enumerate(dict.fromkeys(line["order"] for line in lines)):
+        members = [line for line in lines if line["order"] == order]
+        nll, error = [line["nll"] for line in members], [line["nll_error"] for line in members]
+        for axes, key in ((by_speed, "tokens_per_s"), (by_entropy, "entropy")):
+            axes.errorbar([line[key] for line in members], nll, error, fmt="os^Dvp*X"[k % 8],
                           color=f"C{k % 10}", label=order, alpha=0.8, capsize=2)
-    best, level = [], math.inf
-    for line in sorted(found, key=lambda line: -line["tokens_per_s"]):
-        if line["nll"] < level:
-            best.append(line)
-            level = line["nll"]
-    fast.step([line["tokens_per_s"] for line in best], [line["nll"] for line in best], where="post", color="0.6", zorder=0)
-    for line, style in zip(beside, ("--", ":")):
-        fast.axhline(line["nll"], color="k", linestyle=style, linewidth=1)
-        rich.plot(line["entropy"], line["nll"], "k*" if style == "--" else "kx", markersize=10, label=line["name"])
-    fast.set(xscale="log", xlabel="tokens/s", ylabel="NLL under the judge, nats per token")
-    rich.set(xlabel="entropy of the tokens of a sample, nats (low: it repeats itself)")
-    rich.legend(fontsize=8)
+
+    frontier, lowest = [], math.inf
+    for line in sorted(lines, key=lambda line: -line["tokens_per_s"]):
+        if line["nll"] < lowest:
+            frontier.append(line)
+            lowest = line["nll"]
+    by_speed.step([line["tokens_per_s"] for line in frontier], [line["nll"] for line in frontier],
+                  where="post", color="0.6", zorder=0)
+    for line, style, marker in zip(references, ("--", ":"), ("k*", "kx")):
+        by_speed.axhline(line["nll"], color="k", linestyle=style, linewidth=1)
+        by_entropy.plot(line["entropy"], line["nll"], marker, markersize=10, label=line["name"])
+    by_speed.set(xscale="log", xlabel="tokens/s", ylabel="NLL under the judge, nats per token")
+    by_entropy.set(xlabel="entropy of the tokens of a sample, nats (low: it repeats itself)")
+    by_entropy.legend(fontsize=8)
     figure.suptitle(title)
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
+
+
+# ------------------------------------------------------------------------------------------------------- main
+
+
+def sample_length(cfg, generator, judge):
+    """New tokens of each sample; raises ValueError where they don't fit into both contexts."""
+    max_length = min(generator.seq_len, judge.seq_len)
+    n = cfg.length or max_length - cfg.prompt
+    if not 0 < n <= max_length - cfg.prompt:
+        raise ValueError(f"prompt and length are {cfg.prompt + n} tokens together, "
+                         f"and the smaller context is {max_length}")
+    return n
+
+
+def held_out_rows(cfg, generator, length):
+    """Rows of held-out text, or None without; raises ValueError."""
+    settings = generator.record["settings"]
+    corpus = cfg.corpus or settings["corpus"]
+    if corpus == "none":
+        if cfg.prompt:
+            raise ValueError("prompts are held-out text, so they need a corpus")
+        return None
+    try:
+        opened = tokenfiles.load_corpus(corpus, settings.get("tokenizer", ""), settings.get("val_share", 0.0))
+        sequences = data.Sequences(opened.val, length, cfg.seed, 0, generator.tokens.n_vocab, "validation")
+        return sequences.rows(np.arange(cfg.samples))[:, 1:].tolist()
+    except (ValueError, OSError) as problem:
+        hint = "or say --corpus=none, without held-out text"
+        raise ValueError(f"corpus={corpus}: {problem} ({hint})") from None
 
 
 def main(argv):
-    from sampling.generator import Generator
-
     cfg = configurator.load(Config, argv, about=__doc__)
+
+    # everything that can be wrong with the user's settings and files
     try:
-        writer, judge = Generator.of(cfg.run_dir, cfg.device, cfg.dtype), Generator.of(cfg.judge, cfg.device, "float32")
-        if judge.objective != "ar":
-            raise ValueError(f"judge={cfg.judge} is a {judge.objective} model; its NLL would not be exact, so name an autoregressive one")
-        if (judge.tokens.name, judge.tokens.n_vocab) != (writer.tokens.name, writer.tokens.n_vocab):
-            raise ValueError(f"the judge reads tokens of '{judge.tokens.name}', the writer writes those of '{writer.tokens.name}'")
-        most = min(writer.seq_len, judge.seq_len)
-        n = cfg.length or most - cfg.prompt
-        if not 0 < n <= most - cfg.prompt:
-            raise ValueError(f"prompt and length are {cfg.prompt + n} tokens together, and the smaller context is {most}")
-        if set(split(cfg.caches)) - {"no"} and writer.record["model"].get("shift"):
-            raise ValueError("caches are not for a shifted model, whose predictions stand one position before what is written")
-        asked = ways(cfg, writer.objective, n)
-        corpus = cfg.corpus or writer.record["settings"]["corpus"]
-        held_out = None
-        if corpus != "none":
-            try:
-                stream = tokenfiles.load_corpus(corpus, writer.record["settings"].get("tokenizer", ""), writer.record["settings"].get("val_share", 0.0)).val
-                held_out = data.Sequences(stream, cfg.prompt + n, cfg.seed, n_vocab=writer.tokens.n_vocab, what="validation").rows(np.arange(cfg.samples))[:, 1:].tolist()
-            except (ValueError, OSError) as problem:
-                raise ValueError(f"corpus={corpus}: {problem} (or say --corpus=none, without held-out text)") from None
-        elif cfg.prompt:
-            raise ValueError("prompts are held-out text, so they need a corpus")
+        generator = Generator.of(cfg.run_dir, cfg.device, cfg.dtype)
+        judge = open_judge(cfg.judge, cfg.device, generator)
+        n = sample_length(cfg, generator, judge)
+        if set(split(cfg.caches)) - {"no"} and generator.record["model"].get("shift"):
+            raise ValueError("caches are not for a shifted model, whose predictions stand one position "
+                             "before what is written")
+        configs = decode_configs(cfg, generator.objective, n)
+        held_out = held_out_rows(cfg, generator, cfg.prompt + n)
         out = Path(cfg.out or (cfg.run_dir if Path(cfg.run_dir).is_dir() else "."))
         out.mkdir(parents=True, exist_ok=True)
-        writer.load(), judge.load()
+        generator.load()
+        judge.load()
     except (ValueError, OSError) as problem:
         configurator.fail(str(problem))
-    hole = [writer.tokens.mask_id] * n
-    rows = [row[: cfg.prompt] + hole for row in held_out] if held_out else [hole] * cfg.samples
-    beside = [dict(name="held-out text", **measured(judge, held_out, cfg.prompt))] if held_out else []
-    own = decoded(judge, rows, DecodeConfig(seed=cfg.seed, cache="prefix"), cfg.micro_batch)
-    beside.append(dict(name="the judge's own samples", **measured(judge, own[0], cfg.prompt, *own[1:3])))
-    width = max(map(len, [*asked, *(line["name"] for line in beside)]))
+
+    # held-out text and the judge's own samples
+    holes = [generator.tokens.mask_id] * n
+    rows = [row[: cfg.prompt] + holes for row in held_out] if held_out else [holes] * cfg.samples
+    references = []
+    if held_out:
+        references.append(dict(name="held-out text", **measure(judge, held_out, cfg.prompt)))
+    own_samples = decode(judge, rows, DecodeConfig(seed=cfg.seed, cache="prefix"), cfg.micro_batch)
+    own_samples = measure_decoding(judge, own_samples, cfg.prompt)
+    references.append(dict(name="the judge's own samples", **own_samples))
+    width = max(map(len, [*configs, *(line["name"] for line in references)]))
     print(f"{cfg.samples} samples of {n} tokens; NLL is {cfg.judge}'s, entropy that of a sample's tokens")
     print(f"{'':{width}}  tokens/s  per pass    NLL, nats/token  perplexity  entropy, nats")
+    for line in references:
+        print_line(line, width)
 
-    def show(line):
-        speed = f"{line['tokens_per_s']:8.0f}  {line['tokens_per_pass']:8.2f}" if "tokens_per_s" in line else " " * 18
-        print(f"{line['name']:{width}}  {speed}  {line['nll']:8.3f} ± {line['nll_error']:.3f}  {line['perplexity']:10.2f}  {line['entropy']:6.3f} ± {line['entropy_error']:.3f}", flush=True)
+    # every way of decoding
+    lines = []
+    for name, config in configs.items():
+        if cfg.compile or not lines:  # once in vain: what the first pass sets up is no part of the speed
+            decode(generator, rows[: cfg.micro_batch], config, cfg.micro_batch)
+        decoding = decode(generator, rows, config, cfg.micro_batch)
+        order = name_of(name.split(",")[0], cache=config.cache)
+        figures = measure_decoding(judge, decoding, cfg.prompt)
+        line = dict(name=name, order=order, how=config._asdict(), **figures)
+        if decoding.cache_gap:
+            line["cache_kl"], line["cache_other"], *_ = decoding.cache_gap
+        lines.append(line)
+        print_line(line, width)
 
-    for line in beside:
-        show(line)
-    found = []
-    for name, how in asked.items():
-        if cfg.compile or not found:  # once in vain: what is set up by the first pass is no part of the speed
-            decoded(writer, rows[: cfg.micro_batch], how, cfg.micro_batch)
-        written, seconds, passes, gap = decoded(writer, rows, how, cfg.micro_batch)
-        line = dict(name=name, order=named(name.split(",")[0], cache=how.cache), how=how._asdict(), **measured(judge, written, cfg.prompt, seconds, passes))
-        line |= dict(cache_kl=gap[0], cache_other=gap[1]) if gap else {}
-        found.append(line)
-        show(line)
-    report = dict(run=str(cfg.run_dir), judge=str(cfg.judge), settings=vars(cfg), device=str(writer.device), threads=torch.get_num_threads(),
-                  torch=torch.__version__, beside=beside, ways=found)
+    report = dict(run=str(cfg.run_dir), judge=str(cfg.judge), settings=vars(cfg),
+                  device=str(generator.device), threads=torch.get_num_threads(), torch=torch.__version__,
+                  beside=references, ways=lines)
     (out / "frontier.json").write_text(json.dumps(report, indent=2))
-    draw(found, beside, out / "frontier.png", f"{cfg.run_dir}: {cfg.samples} samples of {n} tokens, judged by {cfg.judge}")
+    title = f"{cfg.run_dir}: {cfg.samples} samples of {n} tokens, judged by {cfg.judge}"
+    draw(lines, references, out / "frontier.png", title)
     print(f"written to {out / 'frontier.json'} and {out / 'frontier.png'}")

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 # a few tests share what stands beside others
-for folder in ("corpus", "interop", "processes", "sampling", "training"):
+for folder in ("corpus", "evaluation", "interop", "processes", "sampling", "training"):
     sys.path.append(str(ROOT / "tests" / folder))
 
 # a job that a script starts in the background ignores it, and so would what it starts
@@ -20,7 +20,7 @@ if not os.path.exists("/dev/nvidiactl"):  # without a GPU triton's interpreter r
 if (ROOT / "../shared/tiktoken").is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(ROOT / "../shared/tiktoken"))
 
-pytest_plugins = ["corpus_fixtures"]
+pytest_plugins = ["corpus_fixtures", "local_tasks"]
 
 
 def prepared(folder, *names, **settings):

@@ -29,7 +29,6 @@ from corpus_examples import (
 )
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_train import run_main  # noqa: F401  (fixtures)
 
 import data
 import diffusion

@@ -37,7 +37,7 @@ class Denoiser(torch.nn.Module):
     def logits(self, hidden):
         return hidden
 
-    def forward(self, z, t=None, documents=None, index=None, positions=None):
+    def forward(self, z, t=None, documents=None, index=None, positions=None, visible=None):
         """log p(x_i = v | what is known), (B, L, V) or (C, V): enumeration over all states."""
         states, prior = torch.tensor(STATES), torch.tensor(P)
         hit = z[:, None, :] == states[None]  # (B, 27, L)

@@ -11,7 +11,6 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from test_train import run_main  # noqa: F401  (fixtures)
 
 import configurator
 import data

@@ -152,11 +152,11 @@ def open_tracker(run):
 
 
 def write_rows(path, measured, **about):
-    """Write what was measured row by row (likelihood.Measured): `eval.py compare` takes differences of it.
+    """Write what was measured row by row (likelihood.RowLosses): `eval.py compare` takes differences of it.
 
     about: step, text (its digest), seq_len, passes, error, bytes_per_token. Raises OSError.
     """
-    sequences, values = measured.rows
+    sequences, values = measured.by_sequence
     path = Path(path)
     with open(path.with_suffix(".tmp"), "wb") as file:
         np.savez(file, blocks=sequences, values=values, about=np.array(json.dumps(about)))
@@ -345,7 +345,7 @@ class StepLog:
         self.log(self.state.step, event=name, **values)
 
     def validation(self, measured, error, figures):
-        """Log a validation: likelihood.Measured, its standard error, further figures, in nats per token."""
+        """Log a validation: likelihood.RowLosses, its standard error, further figures, in nats per token."""
         run, step = self.run, self.state.step
         loss = sum(measured.parts)
         bits = loss / math.log(2) / run.bytes_per_token

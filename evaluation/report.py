@@ -1,0 +1,214 @@
+"""What eval.py shows and keeps: lines for people, eval.json, evaluation.npz and the noise curve."""
+
+import contextlib
+import csv
+import json
+import math
+import sys
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from configurator.format import with_error
+from training.log import read_metrics, write_rows
+
+
+@contextlib.contextmanager
+def progress_bar(title, ranks):
+    """Yield a function (done, total) that draws a bar on a terminal; in the end it is gone."""
+    if ranks.rank or not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    with Progress(transient=True, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+# ------------------------------------------------------------------------------------------------- for people
+
+
+def print_report(report, run, step):
+    """Print what was measured of a run's checkpoint of this step."""
+    if "bound" in report:
+        print_bound(report["bound"], run, step)
+    for order, line in report.get("ordered", {}).items():
+        print_ordered(order, line)
+    if report.get("tasks"):
+        print_tasks(report["tasks"])
+    if "texts" in report:
+        print_texts(report["texts"])
+
+
+def print_bound(bound, run, step):
+    nats = with_error(bound["nats_per_token"], bound["error"])
+    bits = with_error(bound["bits_per_byte"], bound["bits_per_byte_error"])
+    several = bound["passes"] > 1
+    noise = f"   (noise alone ± {bound['noise_error']:.4f})" if several else ""
+    print(f"{bound['kind']:<22}{nats} nats/token   {bits} bits/byte   "
+          f"perplexity {bound['perplexity']:.2f}{noise}")
+
+    passes = f", {bound['passes']} passes" if several else ""
+    note = ""
+    if not bound["own_text"]:
+        note = "; another text than in training"
+    else:
+        logged = [m["val_loss"] for m in read_metrics(run) if m.get("step") == step and "val_loss" in m]
+        if logged:
+            note = f"; train.py logged {float(logged[-1]):.4f}"
+    print(f"{'':<22}{bound['rows']:,} rows of {bound['seq_len']}{passes}{note}")
+
+
+def print_ordered(order, line):
+    nats = with_error(line["nats_per_token"], line["error"])
+    if order == "bound":
+        print(f"{'bound of these rows':<22}{nats} nats/token   ({line['rows']} rows)")
+        return
+    difference = with_error(abs(line["below_bound"]), line["below_bound_error"])
+    side = "below" if line["below_bound"] >= 0 else "above"
+    print(f"{'exact, ' + order:<22}{nats} nats/token   {difference} {side} their bound")
+
+
+def print_tasks(tasks):
+    print(f"{'task':<34}{'shots':>5} {'examples':>8}   score")
+    for name, line in tasks.items():
+        scores = []
+        for metric, value in line.items():
+            if isinstance(value, float) and not metric.endswith("_stderr"):
+                scores.append(f"{metric} {with_error(value, line.get(f'{metric}_stderr', math.nan))}")
+        shots = "" if line["shots"] is None else line["shots"]
+        print(f"{name:<34}{shots:>5} {line['examples'] or '':>8}   {'   '.join(scores)}")
+
+
+def print_texts(texts):
+    judged = ""
+    if "nll" in texts:
+        nll = with_error(texts["nll"]["mean"], texts["nll"]["error"], digits=3)
+        judged = f", NLL under {texts['judge']} {nll} nats/token"
+    entropy = with_error(texts["entropy"]["mean"], texts["entropy"]["error"], digits=3)
+    print(f"{texts['texts']} texts, {texts['tokens']:,} tokens: entropy {entropy} nats{judged}")
+    distinct = "   ".join(f"{n}: {value:.3f}" for n, value in texts["distinct"].items())
+    repetition = "   ".join(f"{n}: {value['mean']:.3f}" for n, value in texts["repetition"].items())
+    print(f"   distinct-n   {distinct}      repeated n-grams within a text   {repetition}")
+    for name, copies in texts.get("copies", {}).items():
+        title = "of held-out text as long"
+        if name == "texts":
+            title = "copied from the training text" if texts["own_text"] else "in the corpus's training text"
+        shares = "   ".join(f"{n} tokens: {line['windows']:.1%}" for n, line in copies["lengths"].items())
+        print(f"   {title:<30} {shares}   (longest {copies['longest'] or 'below these'})")
+
+
+# -------------------------------------------------------------------------------------------------- for files
+
+
+def figures(report):
+    """The report's figures as a line of metrics.jsonl has them: {"eval/<measurement>/<figure>": value}."""
+    line = {}
+    for name in ("nats_per_token", "error", "bits_per_byte"):
+        if "bound" in report:
+            line[f"eval/bound/{name}"] = report["bound"][name]
+    for order, measured in report.get("ordered", {}).items():
+        if order != "bound":
+            line[f"eval/{order}/nats_per_token"] = measured["nats_per_token"]
+            line[f"eval/{order}/error"] = measured["error"]
+    for task, metrics in report.get("tasks", {}).items():
+        for metric, value in metrics.items():
+            if isinstance(value, float):
+                line[f"eval/{task}/{metric}"] = value
+    for name in ("entropy", "nll"):
+        if name in report.get("texts", {}):
+            line[f"eval/texts/{name}"] = report["texts"][name]["mean"]
+    return line
+
+
+def finite(value):
+    """The same for JSON, which knows no nan: null."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [finite(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_report(folder, report, losses, generator, settings):
+    """Write eval.json, evaluation.npz and the noise curve into `folder`, and print their names.
+
+    Other measurements of the same checkpoint stay in eval.json, each with its settings, and a bound from
+    more rows is not replaced by one from fewer. losses: likelihood.RowLosses of the bound, or None. Raises
+    OSError.
+    """
+    path = folder / "eval.json"
+    before = read_report(path, generator)
+    old, bound = before.get("bound"), report.get("bound")
+    if old and bound and is_better(old, bound):
+        print(f"kept in {path}: the bound from {old['rows']:,} rows in {old['passes']} passes; "
+              "with --out, this one has a place of its own")
+        report = {name: part for name, part in report.items() if name != "bound"}
+        bound = losses = None
+
+    step = generator.record["step"]
+    about = dict(checkpoint=str(generator.folder.resolve()), step=step, objective=generator.objective,
+                 parameters=generator.model.n_params(), device=str(generator.device), torch=torch.__version__)
+    all_settings = before.get("settings", {}) | {name: settings for name in report}
+    merged = before | about | report | dict(settings=all_settings)
+    for name in {"tasks", "ordered"} & set(report):  # each task and order for itself
+        merged[name] = before.get(name, {}) | report[name]
+    path.with_suffix(".tmp").write_text(json.dumps(finite(merged), indent=1))
+    path.with_suffix(".tmp").replace(path)
+    names = [path.name]
+
+    if losses:
+        about = {name: bound[name] for name in ("text", "seq_len", "passes", "error", "bytes_per_token")}
+        write_rows(folder / "evaluation.npz", losses, step=step, **about)
+        names.append("evaluation.npz")
+    if bound and bound.get("curve"):
+        write_curve(folder / "noise.csv", bound["curve"])
+        title = f"{generator.folder.parent.name}, step {step}"
+        draw_curve(folder / "noise.png", bound["curve"], title)
+        names += ["noise.csv", "noise.png"]
+    print(f"written to {folder}: {', '.join(names)}")
+
+
+def read_report(path, generator):
+    """The eval.json of the same checkpoint, {} where there is none."""
+    report = {}
+    with contextlib.suppress(OSError, ValueError):
+        report = json.loads(path.read_text())
+    if not isinstance(report, dict) or report.get("checkpoint") != str(generator.folder.resolve()):
+        return {}
+    return report
+
+
+def is_better(one, other):
+    """Whether one bound is of the same text as another, from more rows and passes."""
+    return one["text"] == other["text"] and one["rows"] * one["passes"] > other["rows"] * other["passes"]
+
+
+def write_curve(path, curve):
+    """The noise curve, a list of dicts, as .csv."""
+    with open(path, "w", newline="") as file:
+        table = csv.DictWriter(file, list(curve[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(curve)
+
+
+def draw_curve(path, curve, title):
+    """The noise curve as .png, with error bars."""
+    from matplotlib.figure import Figure  # it takes half a second
+
+    def column(name):
+        return [line[name] for line in curve]
+
+    uniform = "noisy_ce" in curve[0]
+    figure = Figure(figsize=(6.5, 4.3), layout="tight")
+    axes = figure.subplots()
+    axes.errorbar(column("noise_ratio"), column("nats"), column("error"), marker="o", ms=3, capsize=2,
+                  label="the bound's integrand" if uniform else "cross-entropy of masked tokens")
+    for name in ("noisy_ce", "clean_ce") if uniform else ():
+        axes.plot(column("noise_ratio"), column(name), ".--", label=f"cross-entropy, {name[:5]} tokens")
+    axes.set(xlabel="noise ratio r", ylabel="nats per token", title=title, xlim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)

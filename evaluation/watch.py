@@ -1,0 +1,133 @@
+"""Scores of a run's checkpoints in its metrics.jsonl, written by a process beside the trainer.
+
+The file itself tells which checkpoints have scores: those of its lines {"step": …, "tokens": …,
+"eval/<task>/<metric>": …}. The trainer appends to the file, too, and trims it when the run goes back to an
+earlier checkpoint.
+"""
+
+import contextlib
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+from training.checkpoint import checkpoints
+from training.log import read_metrics
+
+
+class ScoreLog:
+    """The checkpoints of a run that still lack scores, and where their scores go: metrics.jsonl and wandb."""
+
+    def __init__(self, run):
+        self.run, self.tracker = Path(run), None
+        self.passed_over = set()  # identities of checkpoints that could not be scored
+        self.identity = self.times_back = None  # of the checkpoint that is being scored
+
+    def next_checkpoint(self):
+        """The oldest checkpoint folder without scores, or None. `append` or `pass_over` is due for it."""
+        scored = {m["step"] for m in read_metrics(self.run) if any(name.startswith("eval/") for name in m)}
+        for folder in reversed(checkpoints(self.run)):
+            self.identity = identity(folder)
+            if step_of(folder) not in scored and self.identity not in self.passed_over:
+                self.times_back = times_back(self.run, step_of(folder))
+                return folder
+        return None
+
+    def is_finished(self):
+        """Whether the checkpoint of the run's last step is there."""
+        folders = checkpoints(self.run)
+        for folder in folders:
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                steps = json.loads((folder / "checkpoint.json").read_text())["steps"]
+                return step_of(folders[0]) >= steps
+        return False
+
+    def pass_over(self, problem):
+        """Give up the checkpoint that is being scored."""
+        self.passed_over.add(self.identity)
+        warn(f"{self.run / self.identity[0]} is passed over: {problem}")
+
+    def append(self, record, figures):
+        """Log the figures of the checkpoint with this record; raises OSError.
+
+        Nothing is logged if the run has gone back past its step meanwhile: it is of a course that was given
+        up. The trainer first logs that it goes back, then trims, into a new file. So the file is opened here
+        before that log is read: a line that comes too late goes into the old file.
+        """
+        path = self.run / "metrics.jsonl"
+        tokens = (record["next_sample"] - record["skipped_samples"]) * record["model"]["seq_len"]
+        line = dict(step=record["step"], tokens=tokens)
+        line |= {name: value if math.isfinite(value) else str(value) for name, value in figures.items()}
+        with open(path, "ab", buffering=0) as file:
+            if times_back(self.run, record["step"]) != self.times_back:
+                return
+            text = json.dumps(line) + "\n"
+            if is_torn(path):
+                text = "\n" + text
+            written = file.write(text.encode())  # one write in append mode: the trainer's lines stay whole
+            if written < len(text.encode()):
+                raise OSError(f"{path}: no space left for the scores of step {record['step']}")
+        self.tracker = self.tracker or open_tracker(self.run, record["settings"])
+        if self.tracker:
+            self.tracker.log(line)
+
+    def close(self):
+        if self.tracker:
+            self.tracker.finish()
+
+
+def step_of(folder):
+    """The step of a checkpoint folder, from its name."""
+    return int(folder.name.removeprefix("step_"))
+
+
+def identity(folder):
+    """(name, time) of a checkpoint folder: another one of the same step, written later, differs."""
+    with contextlib.suppress(OSError):
+        return folder.name, (folder / "checkpoint.json").stat().st_mtime_ns
+    return folder.name, None
+
+
+def times_back(run, step):
+    """How often a run has logged that it went back to a checkpoint before `step`."""
+    return sum(m.get("event") == "back" and m["step"] < step for m in read_metrics(run))
+
+
+def is_torn(path):
+    """Whether a file's last line has no end, as after a crash or on a full disk."""
+    with open(path, "rb") as file:
+        if not file.seek(0, os.SEEK_END):
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
+
+
+def open_tracker(run, settings):
+    """The Weights & Biases run that a run folder's trainer logs to, or None if it uses none.
+
+    One that can't be opened costs its curves, not the scores: a warning says so.
+    """
+    id_file = run / "wandb_id.txt"
+    if not settings.get("wandb") or not id_file.is_file():
+        return None
+    try:
+        import wandb
+    except ImportError:
+        return warn("the run uses wandb, which is not installed here: scores go to metrics.jsonl alone")
+    try:
+        shared = {}
+        if "WANDB_MODE" not in os.environ:  # two processes write to one run
+            about = wandb.Settings(x_primary=False, x_update_finish_state=False)
+            shared = dict(mode="shared", settings=about)
+        run_id = id_file.read_text().strip()
+        tracker = wandb.init(project=settings["wandb"], id=run_id, resume="allow", **shared)
+        tracker.define_metric("*", step_metric="step")  # as the trainer's
+        return tracker
+    except (wandb.Error, OSError, TypeError, ValueError) as problem:  # of older versions, which lack the mode
+        reason = str(problem).partition("\n")[0]
+        return warn(f"wandb: {reason}; scores go to metrics.jsonl alone")
+
+
+def warn(message):
+    print(f"warning: {message}", file=sys.stderr, flush=True)
