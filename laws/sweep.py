@@ -1,37 +1,32 @@
 """Many runs for a scaling law: lay out a grid, train it, collect its points.
 
-    python sweep.py --base=configurator/sweep_cpu.py --models=2x64,2x96,2x128 --flops=1e12,2e12 --dry_run     # what would run
-    python sweep.py --base=configurator/sweep_cpu.py --models=2x64,2x96,2x128 --flops=1e12,2e12               # runs it; the same goes on
-    python sweep.py --base=my.py --models=106M,173M --unique_tokens=1e8,3e8 --epochs=1,4,16,64 --out=runs/epochs
-    python sweep.py --base=my.py --models=65M,106M,173M,276M --flops=3e18,1e19 --share=False --launch=slurm       # writes a job array (torchrun: prints commands)
+    GRID="--base=configurator/sweep_cpu.py --models=2x64,2x96,2x128 --flops=1e12,2e12"
+    python scaling.py sweep $GRID --dry_run            the runs that there would be
+    python scaling.py sweep $GRID                      train them; the same command again goes on
+    python scaling.py sweep --base=my.py --models=106M,173M --unique_tokens=1e8,3e8 --epochs=1,4,16,64
+    python scaling.py sweep --base=my.py --models=65M,106M,173M --flops=3e18,1e19 --share=False --launch=slurm
 
-An IsoFLOP grid is models × flops, a data-constrained one models × unique_tokens × epochs, each for every objective and
-seed. A run is an override file <out>/configs/<name>.py, a folder <out>/runs/<name>, and a log.
+An IsoFLOP grid is models × flops, a data-constrained one models × unique_tokens × epochs, each for every
+objective and seed. A run is an override file <out>/configs/<name>.py, a folder <out>/runs/<name>, and a log.
+Instead of training here, --launch writes a job array (slurm) or prints commands (torchrun).
 
-With `share`, the longest run of each (objective, model, unique tokens, seed) gives all shorter ones: its learning rate
-is constant until its own decay, and data order and noise are functions of (seed, sample), so a shorter run is what the
-longest was where the shorter one's decay begins, and that decay: exactly, on a CPU with compile=no. Longer budgets may
-be added to a finished grid: name the old ones, too, and they go on from where the longest began to decay.
+With `share`, the longest run of each (objective, model, unique tokens, seed) gives all shorter ones: its
+learning rate is constant until its own decay, and data order and noise are functions of (seed, sample), so a
+shorter run is what the longest was where the shorter one's decay begins, and that decay: exactly, on a CPU
+with compile=no. Longer budgets may be added to a finished grid: name the old ones, too, and they go on from
+where the longest began to decay.
 """
 
-import contextlib
-import csv
-import fcntl
-import functools
-import json
+import itertools
 import os
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
 import time
-from collections import defaultdict
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 
 import configurator
@@ -39,66 +34,97 @@ import train
 from configurator import setting, split
 from configurator.ladder import ladder
 from corpus import tokenfiles
-from laws.laws import smooth
-from model import ModelConfig, Transformer
+from laws import runner
+from laws.collect import CURVE_COLUMNS, POINT_COLUMNS, count_params, newest_record, read_curves, read_points
+from laws.runs import write_csv
+from model import ModelConfig
 from training.checkpoint import checkpoints
 from training.log import read_metrics, trim_metrics
 
-TRAIN = Path(train.__file__).resolve()
-NEUTRAL = configurator.neutral_settings(train.Config)  # a run that was begun may differ in these from what the grid asks now
-POINT = ("name objective n_layer d_model params tokens flops unique_tokens epochs seed val_loss val_bpb train_loss batch lr").split()
-CURVE = ("unique_tokens params objective epochs val_loss").split()
+OBJECTIVES = ("masked", "ar", "uniform")
+SHAPE = ("model", "n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "d_ff")
+# an AR run has no noise and no choice of loss
+AR_DEFAULTS = {name: getattr(train.Config(), name) for name in
+               ("schedule", "time", "time_sigma", "time_correction", "loss", "estimator")}
 
 
 @dataclass
 class Config:
-    base: str = setting("configurator/quickstart.py", "override files that every run starts from, with commas between")
+    base: str = setting(
+        "configurator/quickstart.py", "override files that every run starts from, with commas between")
     out: str = setting("runs/sweep", "folder of the sweep")
     # the grid: lists with commas
-    models: str = setting("1x64,2x64,2x128", "sizes, three or more for a fit: names of the ladder such as 106M, or LAYERSxWIDTH with heads as wide as the base's")
+    models: str = setting(
+        "1x64,2x64,2x128", "sizes, three or more for a fit: names of the ladder such as 106M, "
+        "or LAYERSxWIDTH with heads as wide as the base's")
     objectives: str = setting("masked,ar", "of masked, ar and uniform")
     flops: str = setting("", "IsoFLOP grid: budgets 6·N·D")
     unique_tokens: str = setting("", "data-constrained grid: unique tokens (with epochs)")
     epochs: str = setting("", "passes over them")
     seeds: str = setting("1337", "of weights, data order and noise")
-    lr_power: float = setting(0.0, "learning rate at width d: the base's lr · (128/d)^lr_power", low=-2, high=2)
-    decay: float = setting(0.2, "share of the steps in which the learning rate decays (wsd); 0: the base's own lr_schedule", low=0, high=0.99)
+    lr_power: float = setting(
+        0.0, "learning rate at width d: the base's lr · (128/d)^lr_power", low=-2, high=2)
+    decay: float = setting(
+        0.2, "share of the steps in which the learning rate decays (wsd); 0: the base's own lr_schedule",
+        low=0, high=0.99)
     share: bool = setting(True, "shorter runs branch off the longest where their decay begins")
-    evals: int = setting(0, "validations along the longest run of each size (0: the base's eval_every)", low=0)
+    evals: int = setting(
+        0, "validations along the longest run of each size (0: the base's eval_every)", low=0)
     # how they run
-    launch: Literal["run", "torchrun", "slurm"] = setting("run", "run: here; torchrun: print a command per run; slurm: write a job array")
+    launch: Literal["run", "torchrun", "slurm"] = setting(
+        "run", "run: here; torchrun: print a command per run; slurm: write a job array")
     processes: int = setting(1, "of torchrun and slurm: processes per run", low=1)
     jobs: int = setting(1, "runs side by side (also of a SLURM array)", low=1)
     dry_run: bool = setting(False, "print the table of runs, and stop")
-    flops_per_s: float = setting(5e10, "of one run (6·N tokens), for the estimate of hours: a small model on a CPU core reaches 5e10, a large one on an H100 4e14", above=0)
+    flops_per_s: float = setting(
+        5e10, "of one run (6·N tokens), for the estimate of hours: a small model on a CPU core reaches 5e10, "
+        "a large one on an H100 4e14", above=0)
 
     def problems(self):
         """Settings that do not go together, one line each."""
-        wrong = [f"{name} is empty" for name in ("base", "models", "objectives", "seeds") if not split(getattr(self, name))]
-        for name, kind in dict(flops=float, unique_tokens=float, epochs=float, seeds=int).items():
-            try:
-                given = numbers(getattr(self, name), kind)
-                if not all(x > 0 or kind is int for x in given) or len(set(given)) < len(given):
-                    raise ValueError
-            except (ValueError, OverflowError):
-                wrong.append(f"{name}={getattr(self, name)}: write {'whole' if kind is int else 'positive'} numbers, each once, with commas between")
-        wrong += [f"{name}={given}: each once" for name in ("models", "objectives") if len(set(parts := split(given := getattr(self, name)))) < len(parts)]
+        problems = []
+        for name in ("base", "models", "objectives", "seeds"):
+            if not split(getattr(self, name)):
+                problems.append(f"{name} is empty")
+        for name in ("flops", "unique_tokens", "epochs", "seeds"):
+            problems += self.number_problems(name)
+        for name in ("models", "objectives"):
+            parts = split(getattr(self, name))
+            if len(set(parts)) < len(parts):
+                problems.append(f"{name}={getattr(self, name)}: each once")
+
         if bool(self.flops) == bool(self.unique_tokens) or bool(self.unique_tokens) != bool(self.epochs):
-            wrong.append("which grid? give either flops, or unique_tokens and epochs")
-        wrong += [f"objectives: '{o}' is none of masked, ar, uniform" for o in split(self.objectives) if o not in ("masked", "ar", "uniform")]
+            problems.append("which grid? give either flops, or unique_tokens and epochs")
+        for objective in split(self.objectives):
+            if objective not in OBJECTIVES:
+                problems.append(f"objectives: '{objective}' is none of {', '.join(OBJECTIVES)}")
         if self.share and not self.decay:
-            wrong.append("share=True needs decay: runs branch off where it begins")
+            problems.append("share=True needs decay: runs branch off where it begins")
         if self.share and self.launch != "run":
-            wrong.append(f"launch={self.launch} needs share=False: its runs know nothing of each other")
-        return wrong
+            problems.append(f"launch={self.launch} needs share=False: its runs know nothing of each other")
+        return problems
+
+    def number_problems(self, name):
+        """What is wrong with a list of numbers: a line, or nothing."""
+        text = getattr(self, name)
+        kind, word = (int, "whole") if name == "seeds" else (float, "positive")
+        try:
+            numbers = parse_numbers(text, kind)
+            in_range = kind is int or min(numbers, default=1.0) > 0
+            is_valid = in_range and len(set(numbers)) == len(numbers)
+        except (ValueError, OverflowError):
+            is_valid = False
+        return [] if is_valid else [f"{name}={text}: write {word} numbers, each once, with commas between"]
 
 
-def numbers(text, kind=float):
+def parse_numbers(text, kind=float):
     """'1e8,250M' as numbers; raises ValueError."""
     return [configurator.convert(part, kind) for part in split(text)]
 
 
 class Run(NamedTuple):
+    """One run of the grid."""
+
     name: str
     group: tuple  # the same for runs that differ in their length alone
     settings: train.Config
@@ -106,339 +132,409 @@ class Run(NamedTuple):
     tokens: int
     epochs: float
 
-    steps = property(lambda self: self.settings.steps)
-    fork = property(lambda self: self.steps - int(self.settings.decay))  # with `share`: the step after which its learning rate decays
-    folder = property(lambda self: Path(self.settings.run_dir))
-    flops = property(lambda self: 6 * self.params * self.tokens)
-    done = property(lambda self: max((int(p.name[5:]) for p in checkpoints(self.folder)), default=0))  # steps
-    finished = property(lambda self: (self.folder / f"step_{self.steps:08d}").is_dir())
+    @property
+    def steps(self):
+        return self.settings.steps
+
+    @property
+    def fork(self):
+        """With `share`: the step after which its learning rate decays, and where it leaves a longer run."""
+        return self.steps - int(self.settings.decay)
+
+    @property
+    def folder(self):
+        return Path(self.settings.run_dir)
+
+    @property
+    def flops(self):
+        return 6 * self.params * self.tokens
+
+    @property
+    def saved_step(self):
+        """The step of its newest checkpoint, or 0."""
+        return max((step_of(folder) for folder in checkpoints(self.folder)), default=0)
+
+    @property
+    def is_finished(self):
+        return (self.folder / f"step_{self.steps:08d}").is_dir()
+
+
+def step_of(folder):
+    return int(folder.name.removeprefix("step_"))
 
 
 # ----------------------------------------------------------------------------------------------------- layout
 
 
+class Length(NamedTuple):
+    """How long a run of the grid is trained, and on what."""
+
+    label: str
+    tokens: float
+    unique: int  # unique tokens; 0: the whole corpus
+
+
 def layout(cfg):
     """Every run of the grid; exits with one line per problem."""
-    base, runs, wrong = configurator.load(train.Config, [*split(cfg.base), "--steps=1", "--tokens=0", "--epochs=0"]), [], []
-    if cfg.share and base.time == "moving_gaussian":
-        wrong.append("time=moving_gaussian goes by the share of all steps: no run is the beginning of a longer one; use --share=False")
-    try:
-        corpora = [tokenfiles.load_corpus(path, base.tokenizer, base.val_share) for path, *_ in tokenfiles.parse_corpora(base.corpus)]
-    except (ValueError, OSError) as problem:
-        configurator.fail(*wrong, problem)
-    meta, available, per_step = corpora[0].meta, sum(len(corpus.train) for corpus in corpora), base.batch_size * base.seq_len
+    base, meta, available, problems = read_base(cfg)
+    shapes = {}
     for model in split(cfg.models):
         try:
-            size = shape_of(model, base)
+            shapes[model] = shape_settings(model, base)
         except ValueError as problem:
-            wrong.append(f"models={cfg.models}: {problem}")
-            continue
-        for objective in split(cfg.objectives):
-            settings = asdict(base) | size | dict(objective=objective, resume="auto")
-            if objective == "ar":  # it has no noise and no choice of loss: back to the defaults
-                settings |= dict(schedule="linear", time="uniform", time_sigma=0.2, time_correction=False, loss="elbo", estimator="count")
-            shape = train.Config(**settings).shape()
-            params = count_params(ModelConfig(**shape, n_vocab=meta["n_vocab"], mask_id=meta["mask_id"], seq_len=base.seq_len,
-                                              causal=objective == "ar", tied=base.tied, timed=objective == "uniform"))
-            settings["lr"] = float(f"{base.lr * (128 / shape['d_model']) ** cfg.lr_power:.4g}")
-            lengths = [(f"{budget:g}", budget / (6 * params), 0) for budget in numbers(cfg.flops)]
-            lengths += [(f"{unique}u_{epochs:g}e", epochs * unique, unique) for unique in map(int, numbers(cfg.unique_tokens)) for epochs in numbers(cfg.epochs)]
-            for seed in numbers(cfg.seeds, int):
-                for length, tokens, unique in lengths:
-                    name, steps = f"{objective}_{model}_{length}_s{seed}".replace("+", ""), max(1, round(tokens / per_step))
-                    decay = max(1, round(cfg.decay * steps)) if cfg.decay else 0
-                    if settings["warmup"] + decay > steps:
-                        wrong.append(f"{name}: {steps} steps are too few for warmup={settings['warmup']} and {decay} steps of decay; add a file with a smaller warmup to --base")
-                    if unique > available:
-                        wrong.append(f"{name}: the corpus has only {available:,} training tokens")
-                    this = dict(settings, run_dir=str(Path(cfg.out) / "runs" / name), seed=seed, steps=steps, unique_tokens=unique)
-                    this |= dict(lr_schedule="wsd", decay=float(decay)) if decay else {}
-                    runs.append(Run(name, (objective, model, unique, seed), train.Config(**this), params, steps * per_step, steps * per_step / (unique or available)))
-    for run in [] if wrong else runs:
-        if cfg.evals:
-            run.settings.eval_every = max(1, longest(run, runs).steps // cfg.evals)
-        if cfg.share:  # at its own fork, too: a longer run may go on there, should the grid grow
-            run.settings.save_at = ",".join(map(str, sorted({r.fork for r in runs if r.group == run.group and 0 < r.fork <= run.fork})))
-        wrong += [f"{run.name}: {problem}" for problem in run.settings.problems()]
-        for folder in checkpoints(run.folder)[:1]:
-            made = json.loads((folder / "checkpoint.json").read_text())["settings"]
-            if differ := [f"{k} {made[k]!r} → {v!r}" for k, v in asdict(run.settings).items() if made.get(k, v) != v and k not in NEUTRAL
-                          and not (cfg.share and k in ("steps", "decay") and run.done <= run.fork)]:
-                wrong.append(f"{run.folder} was made with other settings ({', '.join(differ)}); remove it or choose another --out")
-    if wrong:
-        configurator.fail(*wrong)
+            problems.append(f"models={cfg.models}: {problem}")
+
+    runs = []
+    for model, objective in itertools.product(shapes, split(cfg.objectives)):
+        settings, params = size_settings(cfg, base, meta, shapes[model], objective)
+        for seed, length in itertools.product(parse_numbers(cfg.seeds, int), lengths(cfg, params)):
+            run = make_run(cfg, settings, model, params, seed, length, available)
+            problems += length_problems(cfg, run, available)
+            runs.append(run)
+
+    if not problems:
+        for run in runs:
+            place_evaluations(cfg, run, runs)
+            problems += [f"{run.name}: {problem}" for problem in run.settings.problems()]
+            problems += record_problems(cfg, run)
+    if problems:
+        configurator.fail(*problems)
     return runs
 
 
-def shape_of(model, base):
+def read_base(cfg):
+    """The base's settings, its corpora's meta data and tokens, and problems; exits without a corpus."""
+    base = configurator.load(train.Config, [*split(cfg.base), "--steps=1", "--tokens=0", "--epochs=0"])
+    problems = []
+    if cfg.share and base.time == "moving_gaussian":
+        problems.append("time=moving_gaussian goes by the share of all steps: "
+                        "no run is the beginning of a longer one; use --share=False")
+    try:
+        paths = [path for path, *_ in tokenfiles.parse_corpora(base.corpus)]
+        corpora = [tokenfiles.load_corpus(path, base.tokenizer, base.val_share) for path in paths]
+    except (ValueError, OSError) as problem:
+        configurator.fail(*problems, problem)
+    return base, corpora[0].meta, sum(len(corpus.train) for corpus in corpora), problems
+
+
+def shape_settings(model, base):
     """The shape settings of '106M' (the ladder) or '3x64' (layers × width); raises ValueError."""
-    free = {k: getattr(train.Config(), k) for k in ("model", "n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "d_ff")}
+    shape = {name: getattr(train.Config(), name) for name in SHAPE}
     layers, x, width = model.partition("x")
     if not x:
-        return dict(free, model=model) if ladder(model) else free
+        ladder(model)  # is there such a model?
+        return shape | dict(model=model)
+
     if not (layers.isdecimal() and width.isdecimal() and int(layers) and int(width)):
         raise ValueError(f"'{model}' is neither a name of the ladder nor LAYERSxWIDTH")
     head_dim = base.shape()["head_dim"]
     if int(width) % head_dim:
         raise ValueError(f"the width of {model} is no multiple of the base's heads of {head_dim}")
-    return dict(free, n_layer=int(layers), d_model=int(width), n_head=int(width) // head_dim)
+    return shape | dict(n_layer=int(layers), d_model=int(width), n_head=int(width) // head_dim)
 
 
-@functools.cache
-def count_params(config):
-    """All parameters. With a tied embedding that is the paper's N, norms included (which it leaves out: less than 1 %)."""
-    with torch.device("meta"):
-        return Transformer(config).n_params()
+def size_settings(cfg, base, meta, shape, objective):
+    """The settings that all runs of a size and objective share, and their number of parameters."""
+    settings = asdict(base) | shape | dict(objective=objective, resume="auto")
+    if objective == "ar":
+        settings |= AR_DEFAULTS
+    dimensions = train.Config(**settings).shape()
+    params = count_params(ModelConfig(
+        **dimensions, n_vocab=meta["n_vocab"], mask_id=meta["mask_id"], seq_len=base.seq_len,
+        causal=objective == "ar", tied=base.tied, timed=objective == "uniform"))
+    lr = base.lr * (128 / dimensions["d_model"]) ** cfg.lr_power
+    return settings | dict(lr=float(f"{lr:.4g}")), params
+
+
+def lengths(cfg, params):
+    """The lengths of the grid's runs of this size."""
+    isoflop = [Length(f"{flops:g}", flops / (6 * params), 0) for flops in parse_numbers(cfg.flops)]
+    repeated = []
+    for unique, epochs in itertools.product(parse_numbers(cfg.unique_tokens), parse_numbers(cfg.epochs)):
+        repeated.append(Length(f"{int(unique)}u_{epochs:g}e", epochs * int(unique), int(unique)))
+    return isoflop + repeated
+
+
+def make_run(cfg, settings, model, params, seed, length, available):
+    """The Run of a size, seed and length."""
+    objective = settings["objective"]
+    name = f"{objective}_{model}_{length.label}_s{seed}".replace("+", "")
+    step_tokens = settings["batch_size"] * settings["seq_len"]
+    steps = max(1, round(length.tokens / step_tokens))
+    tokens = steps * step_tokens
+
+    run_dir = str(Path(cfg.out) / "runs" / name)
+    settings = settings | dict(run_dir=run_dir, seed=seed, steps=steps, unique_tokens=length.unique)
+    if cfg.decay:
+        settings |= dict(lr_schedule="wsd", decay=float(max(1, round(cfg.decay * steps))))
+    group = objective, model, length.unique, seed
+    return Run(name, group, train.Config(**settings), params, tokens, tokens / (length.unique or available))
+
+
+def length_problems(cfg, run, available):
+    """Why a run is too short or too long for its text, one line each."""
+    problems, warmup, unique = [], run.settings.warmup, run.settings.unique_tokens
+    decay = int(run.settings.decay) if cfg.decay else 0
+    if warmup + decay > run.steps:
+        problems.append(f"{run.name}: {run.steps} steps are too few for warmup={warmup} and {decay} steps of "
+                        "decay; add a file with a smaller warmup to --base")
+    if unique > available:
+        problems.append(f"{run.name}: the corpus has only {available:,} training tokens")
+    return problems
+
+
+def place_evaluations(cfg, run, runs):
+    """Set when a run validates, and at which steps a shorter one will branch off it."""
+    if cfg.evals:
+        run.settings.eval_every = max(1, trunk_of(run, runs).steps // cfg.evals)
+    if cfg.share:  # at its own fork, too: a longer run may go on there, should the grid grow
+        forks = {other.fork for other in runs if other.group == run.group and 0 < other.fork <= run.fork}
+        run.settings.save_at = ",".join(map(str, sorted(forks)))
+
+
+def record_problems(cfg, run):
+    """A line if the run was begun with other settings."""
+    record = newest_record(run.folder)
+    if record is None:
+        return []
+    has_length = not cfg.share or run.saved_step > run.fork  # before its decay a run may still become longer
+    ignored = () if has_length else ("steps", "decay")
+    changes = runner.changed_settings(record["settings"], run.settings, ignored)
+    if not changes:
+        return []
+    return [f"{run.folder} was made with other settings ({', '.join(changes)}); "
+            "remove it or choose another --out"]
 
 
 def write_config(run, cfg):
-    """<out>/configs/<name>.py: all that differs from train.py's defaults, so that it needs no other file."""
+    """Write <out>/configs/<name>.py: all that differs from train.py's defaults; it needs no other file."""
     path = Path(cfg.out) / "configs" / f"{run.name}.py"
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [f"{f.name} = {getattr(run.settings, f.name)!r}" for f in fields(run.settings) if getattr(run.settings, f.name) != f.default]
-    path.write_text("\n".join([f"# {run.params:,} parameters, {run.flops:.4g} FLOPs; made by sweep.py from {cfg.base}", *lines]) + "\n")
+    lines = [f"# {run.params:,} parameters, {run.flops:.4g} FLOPs; made by scaling.py sweep from {cfg.base}"]
+    for field in fields(run.settings):
+        value = getattr(run.settings, field.name)
+        if value != field.default:
+            lines.append(f"{field.name} = {value!r}")
+    path.write_text("\n".join(lines) + "\n")
     return path
 
 
-# ------------------------------------------------------------------------------------------------ shared prefixes
+# -------------------------------------------------------------------------------------------- shared prefixes
 
 
-def longest(run, runs):
+def trunk_of(run, runs):
+    """The longest run of its group, off which the others branch."""
     return max((other for other in runs if other.group == run.group), key=lambda other: other.steps)
 
 
-def source(run, runs):
-    """(step, folder) of the newest checkpoint of another run that lies on this one's way: both have a constant learning rate there."""
-    found = [(int(p.name[5:]), p, min(run.fork, other.fork)) for other in runs if other.group == run.group and other is not run for p in checkpoints(other.folder)]
-    return max(((step, p) for step, p, limit in found if step <= limit), default=(0, None))
+def branch_point(run, runs):
+    """(step, folder) of the newest checkpoint of another run that lies on this one's way, or (0, None).
+
+    Both have a constant learning rate there.
+    """
+    points = []
+    for other in runs:
+        if other.group == run.group and other is not run:
+            saved = [(step_of(folder), folder) for folder in checkpoints(other.folder)]
+            points += [point for point in saved if point[0] <= min(run.fork, other.fork)]
+    return max(points, default=(0, None))
 
 
-def branch(run, step, folder):
-    """Let `run` begin with the checkpoint `folder` of another run, and with that one's metrics up to there."""
+def branch_off(run, step, folder):
+    """Let `run` begin with the checkpoint `folder` of another run and with its metrics up to there."""
     building = run.folder / f".branch_{step}"  # it gets its name when it is complete
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     shutil.copyfile(folder.parent / "metrics.jsonl", run.folder / "metrics.jsonl")
     trim_metrics(run.folder / "metrics.jsonl", step, events=False)
-
-    def link(file, name):
-        try:
-            os.link(file, name)  # nothing ever writes into a finished checkpoint
-        except OSError:  # a file system without hard links
-            shutil.copyfile(file, name)
-
-    shutil.copytree(folder, building, copy_function=link, dirs_exist_ok=True)
+    shutil.copytree(folder, building, copy_function=link_or_copy, dirs_exist_ok=True)
     building.rename(run.folder / folder.name)
 
 
-def remaining(runs, cfg):
+def link_or_copy(file, name):
+    try:
+        os.link(file, name)  # nothing ever writes into a finished checkpoint
+    except OSError:  # a file system without hard links
+        shutil.copyfile(file, name)
+
+
+def remaining_flops(runs, cfg):
     """The FLOPs still to do; shared prefixes count once."""
-    def begin(run):
-        trunk = longest(run, runs)
-        coming = run is not trunk and not trunk.finished  # the checkpoint that this one will branch off
-        return max(run.done, source(run, runs)[0], run.fork * coming) if cfg.share else run.done
-
-    return sum(run.flops * (1 - begin(run) / run.steps) for run in runs if not run.finished)
-
-
-# ------------------------------------------------------------------------------------------------------- running
-
-
-class Child(NamedTuple):
-    run: Run
-    process: subprocess.Popen
-    first_step: int
-    slot: int
+    flops = 0.0
+    for run in runs:
+        if run.is_finished:
+            continue
+        begin = run.saved_step
+        if cfg.share:
+            trunk = trunk_of(run, runs)
+            awaited = run.fork if run is not trunk and not trunk.is_finished else 0  # a checkpoint to come
+            begin = max(begin, branch_point(run, runs)[0], awaited)
+        flops += run.flops * (1 - begin / run.steps)
+    return flops
 
 
-def start(run, cfg, slot):
-    """Train `run` in a process of its own; raises BlockingIOError if another one is at it."""
-    log = Path(cfg.out) / "logs" / f"{run.name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // cfg.jobs))}
-    if torch.cuda.device_count() > 1:
-        env["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
-    with open(log, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it lasts as long as the child, even if this process does not
-        command = [sys.executable, str(TRAIN), str(write_config(run, cfg))]
-        # in a session of its own: Ctrl-C reaches this process alone, which tells its children once
-        return Child(run, subprocess.Popen(command, stdout=file, stderr=file, env={**env, **os.environ}, start_new_session=True), run.done, slot)
+# ---------------------------------------------------------------------------------------------------- running
 
 
 def train_all(runs, cfg):
-    """Train what is not finished, `jobs` at a time. Returns {name: what went wrong}; exits if a signal says so."""
-    waiting, running, failed, stopping = [run for run in runs if not run.finished], [], {}, []
-    total, done, began, count = remaining(runs, cfg), 0.0, time.monotonic(), len(runs) - len(waiting)
-    trunk = {run.group: longest(run, runs) for run in runs}
+    """Train what is not finished, `jobs` at a time. Returns {name: problem}; exits if a signal says so."""
+    waiting, failed = [run for run in runs if not run.is_finished], {}
+    total, began = remaining_flops(runs, cfg), time.monotonic()
 
-    def stop(signum, _):
-        stopping.append(signum)
-        for child in running:
-            child.process.terminate()  # train.py saves and exits; a second signal ends it at once
+    with runner.Runner(cfg.jobs) as training:
+        while training.children or waiting and not training.signum:
+            # what has ended
+            for child in training.ended():
+                if child.key.is_finished and not child.returncode:
+                    print_progress(child.key, runs, cfg, total, time.monotonic() - began)
+                elif not training.signum:
+                    log = Path(cfg.out) / "logs" / f"{child.key.name}.log"
+                    failed[child.key.name] = f"exit code {child.returncode}, see {log}"
+                    print(f"{child.key.name}: failed, {failed[child.key.name]}", flush=True)
 
-    def ready(run):  # a branch needs the trunk's checkpoint; if that is gone and the trunk finished, it goes all the way itself
-        return not cfg.share or trunk[run.group] in (run, *(r for r in runs if r.finished)) or run.done or source(run, runs)[0] == run.fork
+            # what cannot begin
+            for run in waiting[:]:
+                trunk = trunk_of(run, runs)
+                if trunk.name in failed and not is_ready(run, runs, cfg):
+                    waiting.remove(run)
+                    failed[run.name] = f"needs {trunk.name}"
 
-    def finish(child):
-        nonlocal done, count
-        run = child.run
-        if run.finished and not child.process.returncode:
-            count += 1
-            done += run.flops * (1 - child.first_step / run.steps)
-            last = [m for m in read_metrics(run.folder) if "val_loss" in m][-1]
-            minutes = (time.monotonic() - began) * (total / done - 1) / 60
-            print(f"{run.name}: {count} of {len(runs)}, loss {last['val_loss']:.4f} ({last['val_bpb']:.4f} bits/byte); "
-                  f"{done / total:.1%} of the FLOPs, about {minutes:.0f} min left", flush=True)
-        elif not stopping:
-            failed[run.name] = f"exit code {child.process.returncode}, see {Path(cfg.out) / 'logs' / run.name}.log"
-            print(f"{run.name}: failed, {failed[run.name]}", flush=True)
+            # what begins
+            while (slot := training.free_slot()) is not None:
+                ready = [run for run in waiting if is_ready(run, runs, cfg)]
+                if not ready:
+                    break
+                run = min(ready, key=lambda run: run is trunk_of(run, runs))  # branches first: they are short
+                waiting.remove(run)
+                try:
+                    start(run, runs, cfg, training, slot)
+                except BlockingIOError:
+                    failed[run.name] = "another process is training it"
+            time.sleep(0.1)
 
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
-    while running or waiting and not stopping:
-        for child in [child for child in running if child.process.poll() is not None]:
-            running.remove(child)
-            finish(child)
-        for run in [run for run in waiting if trunk[run.group].name in failed and not ready(run)]:
-            waiting.remove(run)
-            failed[run.name] = f"needs {trunk[run.group].name}"
-        while not stopping and len(running) < cfg.jobs and (able := [run for run in waiting if ready(run)]):
-            run = min(able, key=lambda r: r is trunk[r.group])  # branches first: they are short
-            waiting.remove(run)
-            step, folder = source(run, runs) if cfg.share else (0, None)
-            if step > run.done:
-                branch(run, step, folder)
-            try:
-                running.append(start(run, cfg, min(set(range(cfg.jobs)) - {child.slot for child in running})))
-                if stopping:  # the handler could not know this one yet
-                    running[-1].process.terminate()
-            except BlockingIOError:
-                failed[run.name] = "another process is training it"
-        time.sleep(0.1)
-    for signum, handler in before.items():
-        signal.signal(signum, handler)
-    if stopping:
-        print(f"stopped by a signal; {count} of {len(runs)} runs are finished, the same command goes on", flush=True)
-        raise SystemExit(128 + stopping[0])
+    if training.signum:
+        n_finished = sum(run.is_finished for run in runs)
+        print(f"stopped by a signal; {n_finished} of {len(runs)} runs are finished, the same command goes on",
+              flush=True)
+        raise SystemExit(128 + training.signum)
     return failed
 
 
-# ------------------------------------------------------------------------------------------------- what comes out
+def is_ready(run, runs, cfg):
+    """True unless a branch still needs the trunk's checkpoint.
+
+    If that is gone and the trunk finished, the branch goes all the way itself.
+    """
+    if not cfg.share or run.saved_step:
+        return True
+    trunk = trunk_of(run, runs)
+    return trunk is run or trunk.is_finished or branch_point(run, runs)[0] == run.fork
 
 
-def records(folder):
-    """(name, newest checkpoint's record, metrics) of every run under `folder`, finished or not."""
-    for path in sorted(Path(folder).rglob("settings.json")):
-        for newest in checkpoints(path.parent)[:1]:
-            yield path.parent.name, json.loads((newest / "checkpoint.json").read_text()), read_metrics(path.parent)
+def start(run, runs, cfg, training, slot):
+    """Train `run` in a process of its own; raises BlockingIOError if another one is at it."""
+    step, folder = branch_point(run, runs) if cfg.share else (0, None)
+    if step > run.saved_step:
+        branch_off(run, step, folder)
+    environment = dict(OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // cfg.jobs)))
+    if torch.cuda.device_count() > 1:
+        environment["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
+    log = Path(cfg.out) / "logs" / f"{run.name}.log"
+    training.start(run, runner.train_command([write_config(run, cfg)]), slot, log, environment)
 
 
-def read_runs(folder):
-    """One row (a dict with POINT's columns) per finished run under `folder`: a sweep's, or any of train.py."""
-    rows = []
-    for name, record, metrics in records(folder):
-        if record["step"] < record["steps"]:
-            continue
-        s, config = record["settings"], ModelConfig(**record["model"])
-        tokens, params, unique = record["samples"] * s["seq_len"], count_params(config), s["unique_tokens"]
-        whole = unique or corpus_size(s["corpus"], s["tokenizer"], s["val_share"])
-        losses = smooth(np.array([m["loss"] for m in metrics if "loss" in m]))  # the training loss is the end of this
-        last = [m for m in metrics if "val_loss" in m][-1]
-        rows.append(dict(
-            name=name, objective=s["objective"], n_layer=config.n_layer, d_model=config.d_model, params=params, tokens=tokens,
-            flops=6 * params * tokens, unique_tokens=unique or (whole if tokens > whole else 0), epochs=tokens / whole if whole else "",
-            seed=s["seed"], val_loss=last["val_loss"], val_bpb=last["val_bpb"], train_loss=float(losses[-1]) if len(losses) else "",
-            batch=s["batch_size"] * s["seq_len"], lr=s["lr"]))
-    return sorted(rows, key=lambda row: [row[k] for k in ("objective", "unique_tokens", "params", "tokens", "seed")])
+def print_progress(run, runs, cfg, total, seconds):
+    """Print a finished run's loss, and how much is done of the `total` FLOPs after so many seconds."""
+    last = [m for m in read_metrics(run.folder) if "val_loss" in m][-1]
+    share = max(1 - remaining_flops(runs, cfg) / total, 1e-6)
+    minutes = seconds * (1 / share - 1) / 60
+    print(f"{run.name}: {sum(run.is_finished for run in runs)} of {len(runs)}, "
+          f"loss {last['val_loss']:.4f} ({last['val_bpb']:.4f} bits/byte); "
+          f"{share:.1%} of the FLOPs, about {minutes:.0f} min left", flush=True)
 
 
-@functools.cache
-def corpus_size(corpus, tokenizer, val_share):
-    """Training tokens of a corpus; 0 if it is no longer there."""
-    with contextlib.suppress(ValueError, OSError):
-        return sum(len(tokenfiles.load_corpus(path, tokenizer, val_share).train) for path, *_ in tokenfiles.parse_corpora(corpus))
-    return 0
+# ------------------------------------------------------------------------------------------------------- main
 
 
-def read_curves(folder):
-    """Validation along the longest run of each (unique tokens, size, objective), as in the paper's Figure 4, the mean over seeds; as long
-    as the learning rate has not begun to decay (wsd), for what comes then belongs to that run's length alone."""
-    best, curves = {}, defaultdict(list)
-    for _, record, metrics in records(folder):
-        s = record["settings"]
-        key = s["unique_tokens"], count_params(ModelConfig(**record["model"])), s["objective"]
-        if s["unique_tokens"] and record["step"] > best.get((key, s["seed"]), [{"step": 0}])[0]["step"]:
-            best[key, s["seed"]] = record, metrics
-    for (key, _), (record, metrics) in sorted(best.items()):
-        s, steps = record["settings"], record["steps"]
-        decay = 0 if s["lr_schedule"] != "wsd" else s["decay"] if s["decay"] >= 1 else s["decay"] * steps
-        for m in metrics:
-            if "val_loss" in m and 0 < m["step"] <= steps - decay:
-                curves[(*key, m["tokens"] / key[0])].append(m["val_loss"])
-    return [dict(zip(CURVE, (*key, sum(losses) / len(losses)))) for key, losses in curves.items()]
-
-
-def write_points(rows, path, columns=POINT):
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: f"{v:.7g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-
-
-# ------------------------------------------------------------------------------------------------------------ main
-
-
-def show(runs, cfg):
-    """The table of runs, and how much they take."""
-    wide = max(len(run.name) for run in runs)
-    print(f"{'run':<{wide}}  {'parameters':>13} {'steps':>9} {'tokens':>15} {'FLOPs':>9} {'epochs':>8} {'lr':>8}")
+def print_runs(runs, cfg):
+    """Print the table of runs, and how much they take."""
+    width = max(len(run.name) for run in runs)
+    print(f"{'run':<{width}}  {'parameters':>13} {'steps':>9} {'tokens':>15} {'FLOPs':>9} {'epochs':>8} "
+          f"{'lr':>8}")
     for run in runs:
-        print(f"{run.name:<{wide}}  {run.params:>13,} {run.steps:>9,} {run.tokens:>15,} {run.flops:>9.3g} {run.epochs:>8.3g} {run.settings.lr:>8.2g}"
-              + ("  finished" if run.finished else f"  at step {run.done:,}" if run.done else ""))
-    sizes, budgets = len({run.params for run in runs if run.group[0] == runs[0].group[0]}), len(split(cfg.flops))
+        state = f"  at step {run.saved_step:,}" if run.saved_step else ""
+        if run.is_finished:
+            state = "  finished"
+        print(f"{run.name:<{width}}  {run.params:>13,} {run.steps:>9,} {run.tokens:>15,} {run.flops:>9.3g} "
+              f"{run.epochs:>8.3g} {run.settings.lr:>8.2g}{state}")
+
+    objective = runs[0].settings.objective
+    sizes = len({run.params for run in runs if run.settings.objective == objective})
+    budgets = len(split(cfg.flops))
     if cfg.flops and (sizes < 3 or budgets < 2):
-        print(f"note: {sizes} sizes at {budgets} budgets carry no law; an IsoFLOP fit takes three sizes and two budgets at least, intervals four sizes")
-    alone, left = sum(run.flops for run in runs if not run.finished), remaining(runs, cfg)
-    print(f"{len(runs)} runs, {left:.4g} FLOPs to do" + (f" instead of {alone:.4g}: sharing saves {1 - left / alone:.0%}" if cfg.share and alone else "")
-          + f"; about {left / cfg.flops_per_s / cfg.jobs / 3600:.2g} h at {cfg.jobs} × {cfg.flops_per_s:.3g} FLOPs/s")
+        print(f"note: {sizes} sizes at {budgets} budgets carry no law; "
+              "an IsoFLOP fit takes three sizes and two budgets at least, intervals four sizes")
+
+    left = remaining_flops(runs, cfg)
+    alone = sum(run.flops for run in runs if not run.is_finished)
+    saving = f" instead of {alone:.4g}: sharing saves {1 - left / alone:.0%}" if cfg.share and alone else ""
+    hours = left / cfg.flops_per_s / cfg.jobs / 3600
+    print(f"{len(runs)} runs, {left:.4g} FLOPs to do{saving}; "
+          f"about {hours:.2g} h at {cfg.jobs} × {cfg.flops_per_s:.3g} FLOPs/s")
 
 
 def launch(runs, cfg):
-    """Print a command for each run that is not finished, or write them as a SLURM job array; the same again resumes what was cut off."""
-    commands = [shlex.join(["torchrun", f"--nproc_per_node={cfg.processes}", str(TRAIN), str(write_config(run, cfg))]) for run in runs if not run.finished]
+    """Print a command for each run that is not finished, or write them as a SLURM job array.
+
+    The same again resumes what was cut off.
+    """
+    launcher = ["torchrun", f"--nproc_per_node={cfg.processes}", str(runner.TRAIN)]
+    commands = [shlex.join([*launcher, str(write_config(run, cfg))]) for run in runs if not run.is_finished]
     if cfg.launch == "torchrun" or not commands:
-        return print("\n".join(commands) or "every run is finished")
+        print("\n".join(commands) or "every run is finished")
+        return
     path = Path(cfg.out) / "sweep.sbatch"
-    path.write_text("\n".join([
-        "#!/bin/bash", f"#SBATCH --array=0-{len(commands) - 1}%{cfg.jobs}", f"#SBATCH --gpus-per-node={cfg.processes}", f"#SBATCH --output={cfg.out}/%a.log",
-        f"cd {shlex.quote(os.getcwd())} || exit 1", "commands=(", *(f"  {shlex.quote(c)}" for c in commands), ")",
-        'eval "exec ${commands[$SLURM_ARRAY_TASK_ID]}"']) + "\n")
+    lines = [
+        "#!/bin/bash",
+        f"#SBATCH --array=0-{len(commands) - 1}%{cfg.jobs}",
+        f"#SBATCH --gpus-per-node={cfg.processes}",
+        f"#SBATCH --output={cfg.out}/%a.log",
+        f"cd {shlex.quote(os.getcwd())} || exit 1",
+        "commands=(",
+        *(f"  {shlex.quote(command)}" for command in commands),
+        ")",
+        'eval "exec ${commands[$SLURM_ARRAY_TASK_ID]}"',
+    ]
+    path.write_text("\n".join(lines) + "\n")
     print(f"{len(commands)} runs: sbatch {path}")
 
 
-def run(cfg):
-    """Train the grid and return the path of its points.csv; exits with code 1 if a run failed, after writing the others' points."""
+def run_sweep(cfg):
+    """Train the grid and return the path of its points.csv.
+
+    Exits with code 1 if a run failed, after writing the others' points.
+    """
     runs, points = layout(cfg), Path(cfg.out) / "points.csv"
-    show(runs, cfg)
+    print_runs(runs, cfg)
     failed = train_all(runs, cfg)
-    write_points(read_runs(cfg.out), points)
+
+    write_csv(read_points(cfg.out), points, POINT_COLUMNS)
     if curves := read_curves(cfg.out):
-        write_points(curves, points.with_name("curves.csv"), CURVE)
-    print(f"{sum(run.finished for run in runs)} of {len(runs)} runs are finished: {points}")
+        write_csv(curves, points.with_name("curves.csv"), CURVE_COLUMNS)
+    print(f"{sum(run.is_finished for run in runs)} of {len(runs)} runs are finished: {points}")
     if failed:
-        print("failed:", *(f"{name}: {why}" for name, why in failed.items()), sep="\n  ", file=sys.stderr)
+        lines = [f"{name}: {problem}" for name, problem in failed.items()]
+        print("failed:", *lines, sep="\n  ", file=sys.stderr)
         raise SystemExit(1)
     return points
 
 
 def main(argv=None):
-    """Returns the path of points.csv, or None where nothing was to be trained here."""
+    """Return the path of points.csv, or None where nothing was to be trained here."""
     cfg = configurator.load(Config, argv, about=__doc__)
     if cfg.dry_run:
-        return show(layout(cfg), cfg)
-    if cfg.launch != "run":
-        return launch(layout(cfg), cfg)
-    return run(cfg)
-
-
-if __name__ == "__main__":
-    main()
+        print_runs(layout(cfg), cfg)
+    elif cfg.launch != "run":
+        launch(layout(cfg), cfg)
+    else:
+        return run_sweep(cfg)

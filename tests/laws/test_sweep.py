@@ -1,6 +1,5 @@
-"""The sweep's layout, its runs (a stand-in for train.py where only the order of things matters), and once the real thing."""
+"""The sweep's layout, the order of its runs (with a stand-in for train.py), and once the real thing."""
 
-import csv
 import json
 import os
 import re
@@ -16,12 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, call_main
+from known import read_rows
 from safetensors.torch import load_file
 
 import configurator
 import train
 from configurator.ladder import ladder
-from laws import sweep
+from laws import collect, runner, sweep
 from training.checkpoint import checkpoints
 from training.log import read_metrics
 
@@ -34,12 +34,14 @@ compile, dtype, device = "no", "float32", "cpu"
 eval_rows, eval_every, log_every, save_every, keep = 8, 4, 3, 0, 1
 """
 
-# What sweep.py knows of train.py: a config file in, checkpoints and metrics out, a save at SIGTERM. Without torch it starts at once.
+# What a sweep needs of train.py: a config file in, checkpoints and metrics out, a save at SIGTERM. It starts at
+# once, without torch.
 STAND_IN = """
 import json, os, runpy, signal, sys, time
 from pathlib import Path
 here = Path(__file__).parent
-s = {**json.loads((here / "defaults.json").read_text()), **{k: v for k, v in runpy.run_path(sys.argv[1]).items() if k[0] != "_"}}
+overrides = {k: v for k, v in runpy.run_path(sys.argv[1]).items() if k[0] != "_"}
+s = {**json.loads((here / "defaults.json").read_text()), **overrides}
 run, stop = Path(s["run_dir"]), []
 signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
 run.mkdir(parents=True, exist_ok=True)
@@ -48,14 +50,18 @@ with open(here / "calls.txt", "a") as file:
     file.write(f"{run.name} {first} {os.environ['OMP_NUM_THREADS']}\\n")
 (run / "settings.json").write_text(json.dumps(s))
 def save(step):
-    (run / f"step_{step:08d}").mkdir(exist_ok=True)
-    record = dict(step=step, steps=s["steps"], samples=step * s["batch_size"], settings=s, model=json.loads((here / "model.json").read_text()))
-    (run / f"step_{step:08d}" / "checkpoint.json").write_text(json.dumps(record))
+    folder = run / f"step_{step:08d}"
+    folder.mkdir(exist_ok=True)
+    record = dict(step=step, steps=s["steps"], samples=step * s["batch_size"], settings=s)
+    record["model"] = json.loads((here / "model.json").read_text())
+    (folder / "checkpoint.json").write_text(json.dumps(record))
 rules = json.loads((here / "rules.json").read_text()) if (here / "rules.json").exists() else {}
 with open(run / "metrics.jsonl", "a", buffering=1) as metrics:
     for step in range(first + 1, s["steps"] + 1):
         time.sleep(rules.get("sleep", 0))
-        metrics.write(json.dumps(dict(step=step, tokens=step * s["batch_size"] * s["seq_len"], loss=1 / step, val_loss=1 / step, val_bpb=2.0)) + "\\n")
+        tokens = step * s["batch_size"] * s["seq_len"]
+        line = dict(step=step, tokens=tokens, loss=1 / step, val_loss=1 / step, val_bpb=2.0)
+        metrics.write(json.dumps(line) + "\\n")
         if step == rules.get(run.name):
             sys.exit("out of luck")
         if stop or step == s["steps"] or str(step) in s["save_at"].split(","):
@@ -63,36 +69,42 @@ with open(run / "metrics.jsonl", "a", buffering=1) as metrics:
         if stop:
             break
 """
+SHAPE = dict(n_layer=1, n_head=2, n_kv_head=2, head_dim=16, d_model=32, d_ff=64)
+MODEL = SHAPE | dict(n_vocab=257, mask_id=257, seq_len=16, causal=False)
 
 
 @pytest.fixture
 def config(corpus, tmp_path):
-    """A sweep.Config on the tiny base, by default four budgets of one size."""
+    """Make a sweep.Config on the tiny base, by default of three budgets of one size."""
     base = tmp_path / "base.py"
     base.write_text(BASE.format(corpus=str(corpus)))
+    defaults = dict(base=str(base), out=str(tmp_path / "sweep"), models="1x32", objectives="masked")
 
     def make(**settings):
         grid = {} if {"flops", "unique_tokens"} & set(settings) else dict(flops="4e8,8e8,1.6e9")
-        return sweep.Config(**{**dict(base=str(base), out=str(tmp_path / "sweep"), models="1x32", objectives="masked"), **grid, **settings})
+        return sweep.Config(**{**defaults, **grid, **settings})
 
     return make
 
 
 @pytest.fixture
 def stand_in(monkeypatch, tmp_path):
-    """Let the sweep run STAND_IN instead of train.py; returns a function of the rules that tells [(run, first step), …] so far."""
+    """Let sweeps run STAND_IN instead of train.py.
+
+    Returns a function of the rules that tells [(run, first step, threads), …] so far.
+    """
     folder = tmp_path / "stand_in"
     folder.mkdir()
     (folder / "train.py").write_text(STAND_IN)
     (folder / "defaults.json").write_text(json.dumps(asdict(train.Config())))
-    shape = dict(n_layer=1, n_head=2, n_kv_head=2, head_dim=16, d_model=32, d_ff=64, n_vocab=257, mask_id=257, seq_len=16, causal=False)
-    (folder / "model.json").write_text(json.dumps(shape))
-    monkeypatch.setattr(sweep, "TRAIN", folder / "train.py")
+    (folder / "model.json").write_text(json.dumps(MODEL))
+    monkeypatch.setattr(runner, "TRAIN", folder / "train.py")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
     def calls(**rules):
         (folder / "rules.json").write_text(json.dumps(rules))
-        return [line.split() for line in (folder / "calls.txt").read_text().splitlines()] if (folder / "calls.txt").exists() else []
+        path = folder / "calls.txt"
+        return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
 
     return calls
 
@@ -101,12 +113,19 @@ def started(calls):
     return [(name, int(step)) for name, step, _ in calls]
 
 
-def command(cfg, **changes):
+def flags_of(cfg, **changes):
     settings = {k: v for k, v in asdict(cfg).items() if v != getattr(sweep.Config(), k)} | changes
     return [f"--{k}={v}" for k, v in settings.items()]
 
 
-# ----------------------------------------------------------------------------------------------------- layout
+def await_metrics(runs, lines, seconds=60):
+    """Wait until each run has logged so many lines."""
+    end = time.monotonic() + seconds
+    while not all(len(read_metrics(run.folder)) > lines for run in runs) and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+# ---- layout
 
 
 def test_isoflop_grid_meets_its_budgets(config):
@@ -119,7 +138,8 @@ def test_isoflop_grid_meets_its_budgets(config):
         assert run.tokens == run.steps * 64 and run.settings.unique_tokens == 0
         layers, d = run.settings.n_layer, run.settings.d_model
         norms = (2 * layers + 1) * d + 2 * layers * 16
-        assert run.params == 320 * d + layers * (4 * d * d + 3 * d * (64 if d == 32 else 128)) + norms  # the paper's N, and the norms
+        matrices = layers * (4 * d * d + 3 * d * (64 if d == 32 else 128))
+        assert run.params == 320 * d + matrices + norms  # the paper's N, and the norms
         assert run.settings.schedule == ("linear" if run.settings.objective == "ar" else "poly2")
         assert run.settings.lr == pytest.approx(2e-3 * (128 / run.settings.d_model) ** 0.5, rel=1e-3)
         assert run.settings.n_head == run.settings.d_model // 16 and run.settings.resume == "auto"
@@ -130,19 +150,25 @@ def test_isoflop_grid_meets_its_budgets(config):
 def test_sharing_saves_what_it_says(config, capsys):
     cfg = config(flops="4e8,8e8,1.6e9")
     short, middle, long = runs = sweep.layout(cfg)
-    assert [run.settings.save_at for run in runs] == [f"{short.fork}", f"{short.fork},{middle.fork}", f"{short.fork},{middle.fork},{long.fork}"]
+    forks = [str(run.fork) for run in runs]
+    assert [run.settings.save_at for run in runs] == [",".join(forks[:n]) for n in (1, 2, 3)]
+
     step = 6 * short.params * 64
-    assert sweep.remaining(runs, cfg) == pytest.approx(step * (long.steps + short.steps - short.fork + middle.steps - middle.fork))
+    steps = long.steps + short.steps - short.fork + middle.steps - middle.fork
+    assert sweep.remaining_flops(runs, cfg) == pytest.approx(step * steps)
     alone = config(share=False)
-    assert sweep.remaining(sweep.layout(alone), alone) == pytest.approx(step * (long.steps + short.steps + middle.steps))
-    sweep.show(runs, cfg)
-    saved = 1 - sweep.remaining(runs, cfg) / sum(run.flops for run in runs)
+    steps = long.steps + short.steps + middle.steps
+    assert sweep.remaining_flops(sweep.layout(alone), alone) == pytest.approx(step * steps)
+
+    sweep.print_runs(runs, cfg)
+    saved = 1 - sweep.remaining_flops(runs, cfg) / sum(run.flops for run in runs)
     assert f"sharing saves {saved:.0%}" in capsys.readouterr().out
 
 
 def test_data_constrained_grid(config):
     runs = sweep.layout(config(unique_tokens="1e3,3000", epochs="4,8.5,64", evals=10))
-    assert [run.name for run in runs] == [f"masked_1x32_{u}u_{e}e_s1337" for u in (1000, 3000) for e in ("4", "8.5", "64")]
+    lengths = [f"{unique}u_{epochs}e" for unique in (1000, 3000) for epochs in ("4", "8.5", "64")]
+    assert [run.name for run in runs] == [f"masked_1x32_{length}_s1337" for length in lengths]
     for run in runs:
         unique, epochs = (float(part[:-1]) for part in run.name.split("_")[2:4])
         assert run.settings.unique_tokens == unique and abs(run.tokens - unique * epochs) <= 32
@@ -182,7 +208,7 @@ def test_a_config_file_is_the_whole_run(config):
     (dict(models="3x40"), "the width of 3x40 is no multiple of the base's heads of 16"),
     (dict(flops="1e6"), "steps are too few for warmup=2"),
     (dict(unique_tokens="1e9", epochs="1"), "the corpus has only"),
-])
+])  # fmt: skip
 def test_bad_settings_are_one_line_each(config, capsys, settings, expected):
     grid = {} if {"flops", "unique_tokens"} & set(settings) else dict(flops="4e8")
     flags = dict(base=config().base, out=config().out, models="1x32", objectives="masked", **grid) | settings
@@ -198,7 +224,7 @@ def test_bad_settings_are_one_line_each(config, capsys, settings, expected):
     ('corpus = "nowhere"', "nowhere"),
     ("min_lr = 0", "lr_schedule=wsd decays exponentially"),
     ("lr = -1", "lr=-1: must be above 0"),
-])
+])  # fmt: skip
 def test_bad_bases_are_one_line_each(config, capsys, line, expected):
     cfg = config(flops="4e8")
     with open(cfg.base, "a") as file:
@@ -216,73 +242,77 @@ def test_moving_gaussian_without_sharing(config):
     assert all(run.settings.save_at == "" for run in sweep.layout(cfg))
 
 
-# ------------------------------------------------------------------------------------------ the order of things
+# ---- the order of things
 
 
 def test_branches_go_on_from_the_longest_run(config, stand_in, capsys):
     cfg = config(objectives="masked,ar", jobs=2)
-    points = sweep.run(cfg)
+    points = sweep.run_sweep(cfg)
     runs = sweep.layout(cfg)
     short, middle, long, *_ = runs
     calls = stand_in()
-    assert sorted(started(calls)) == sorted((run.name, 0 if run.steps == long.steps else run.fork) for run in runs)
+    expected = [(run.name, 0 if run.steps == long.steps else run.fork) for run in runs]
+    assert sorted(started(calls)) == sorted(expected)
     assert {threads for *_, threads in calls} == {str(max(1, (os.cpu_count() or 1) // 2))}
     assert [m["step"] for m in read_metrics(short.folder)] == list(range(1, short.steps + 1))
-    trunk = long.folder / f"step_{short.fork:08d}" / "checkpoint.json"
-    assert trunk.samefile(short.folder / f"step_{short.fork:08d}" / "checkpoint.json")  # linked, not copied
+    record = f"step_{short.fork:08d}/checkpoint.json"
+    assert (long.folder / record).samefile(short.folder / record)  # linked, not copied
+
     out = capsys.readouterr().out
     assert "1 of 6, loss" in out and "6 of 6, loss" in out and "100.0% of the FLOPs, about 0 min left" in out
-    with open(points) as file:
-        rows = list(csv.DictReader(file))
-    assert list(rows[0]) == sweep.POINT and len(rows) == 6
+    rows = read_rows(points)
+    assert list(rows[0]) == collect.POINT_COLUMNS and len(rows) == 6
     for row in rows:
-        assert int(row["flops"]) == 6 * int(row["params"]) * int(row["tokens"]) and float(row["val_loss"]) == pytest.approx(64 / int(row["tokens"]), rel=1e-6)
+        tokens = int(row["tokens"])
+        assert int(row["flops"]) == 6 * int(row["params"]) * tokens
+        assert float(row["val_loss"]) == pytest.approx(64 / tokens, rel=1e-6)
         assert row["unique_tokens"] == "0" and float(row["epochs"]) < 1 and row["batch"] == "64"
 
 
 def test_finished_runs_are_skipped_and_broken_ones_resumed(config, stand_in):
     cfg = config()
-    sweep.run(cfg)
+    sweep.run_sweep(cfg)
     first = started(stand_in())
-    sweep.run(cfg)
+    sweep.run_sweep(cfg)
     assert started(stand_in()) == first  # nothing to do
     short, middle, long = sweep.layout(cfg)
     shutil.rmtree(middle.folder / f"step_{middle.steps:08d}")  # it broke in its decay
     shutil.rmtree(short.folder)  # and this one is gone altogether
-    sweep.run(cfg)
-    assert sorted(started(stand_in())[len(first):]) == sorted([(middle.name, middle.fork), (short.name, short.fork)])
+    sweep.run_sweep(cfg)
+    resumed = started(stand_in())[len(first) :]
+    assert sorted(resumed) == sorted([(middle.name, middle.fork), (short.name, short.fork)])
 
 
 def test_a_branch_whose_checkpoint_is_gone_goes_all_the_way(config, stand_in):
     cfg = config()
-    sweep.run(cfg)
+    sweep.run_sweep(cfg)
     short, middle, long = sweep.layout(cfg)
     shutil.rmtree(short.folder)
     for folder in (middle.folder, long.folder):
         shutil.rmtree(folder / f"step_{short.fork:08d}", ignore_errors=True)
-    assert sweep.remaining([short, middle, long], cfg) == short.flops
-    sweep.run(cfg)
+    assert sweep.remaining_flops([short, middle, long], cfg) == short.flops
+    sweep.run_sweep(cfg)
     assert started(stand_in())[-1] == (short.name, 0)
 
 
 def test_branches_come_before_the_next_trunk(config, stand_in):
-    sweep.run(config(objectives="masked,ar"))
+    sweep.run_sweep(config(objectives="masked,ar"))
     assert [name.split("_")[0] for name, _ in started(stand_in())] == ["masked"] * 3 + ["ar"] * 3
 
 
 def test_without_sharing_each_starts_from_nothing(config, stand_in):
     cfg = config(share=False)
-    sweep.run(cfg)
+    sweep.run_sweep(cfg)
     assert started(stand_in()) == [(run.name, 0) for run in sweep.layout(cfg)]
 
 
 def test_a_grid_grows_from_where_its_longest_run_began_to_decay(config, stand_in):
-    sweep.run(config(flops="4e8,8e8"))
+    sweep.run_sweep(config(flops="4e8,8e8"))
     first = started(stand_in())
     cfg = config(flops="4e8,8e8,1.6e9")
     *_, middle, long = sweep.layout(cfg)
-    sweep.run(cfg)
-    assert started(stand_in())[len(first):] == [(long.name, middle.fork)]
+    sweep.run_sweep(cfg)
+    assert started(stand_in())[len(first) :] == [(long.name, middle.fork)]
 
 
 def test_the_others_go_on_when_one_fails(config, stand_in, capsys):
@@ -290,67 +320,80 @@ def test_the_others_go_on_when_one_fails(config, stand_in, capsys):
     short, middle, long, *others = sweep.layout(cfg)
     stand_in(**{long.name: short.fork + 1})
     with pytest.raises(SystemExit) as exit:
-        sweep.run(cfg)
-    assert exit.value.code == 1 and long.finished is False
-    assert short.finished and not middle.finished and all(run.finished for run in others)  # short's checkpoint was there
-    err = capsys.readouterr().err
-    assert f"{middle.name}: needs {long.name}" in err and f"{long.name}: exit code 1, see {cfg.out}/logs/{long.name}.log" in err
-    assert "out of luck" in Path(f"{cfg.out}/logs/{long.name}.log").read_text()
-    assert len(list(csv.DictReader(open(f"{cfg.out}/points.csv")))) == 4
+        sweep.run_sweep(cfg)
+    assert exit.value.code == 1 and not long.is_finished
+    assert short.is_finished and not middle.is_finished  # short's checkpoint was there
+    assert all(run.is_finished for run in others)
+
+    err, log = capsys.readouterr().err, Path(cfg.out) / "logs" / f"{long.name}.log"
+    assert f"{middle.name}: needs {long.name}" in err and f"{long.name}: exit code 1, see {log}" in err
+    assert "out of luck" in log.read_text()
+    assert len(read_rows(f"{cfg.out}/points.csv")) == 4
     stand_in()
-    sweep.run(cfg)  # mended
-    assert all(run.finished for run in sweep.layout(cfg)) and started(stand_in())[-2:] == [(long.name, short.fork), (middle.name, middle.fork)]
+    sweep.run_sweep(cfg)  # mended
+    assert all(run.is_finished for run in sweep.layout(cfg))
+    assert started(stand_in())[-2:] == [(long.name, short.fork), (middle.name, middle.fork)]
 
 
 def test_other_settings_are_refused(config, stand_in, capsys):
-    sweep.run(config(flops="4e8"))
-    cfg = config(flops="4e8", lr_power=1)
+    sweep.run_sweep(config(flops="4e8"))
     with pytest.raises(SystemExit) as exit:
-        sweep.layout(cfg)
-    assert exit.value.code == 2 and "was made with other settings (lr 0.002 → 0.008)" in capsys.readouterr().err
+        sweep.layout(config(flops="4e8", lr_power=1))
+    assert exit.value.code == 2
+    assert "was made with other settings (lr 0.002 → 0.008); remove it" in capsys.readouterr().err
+
+
+def test_settings_that_change_no_result_are_not_refused(config, stand_in):
+    cfg = config(flops="4e8")
+    sweep.run_sweep(cfg)
+    with open(cfg.base, "a") as file:
+        file.write("log_every, micro_batch, device, keep = 2, 2, 'auto', 7\n")
+    [run] = sweep.layout(cfg)
+    assert run.is_finished and run.settings.micro_batch == 2
 
 
 def test_a_run_that_another_process_trains_is_left_alone(config, stand_in, capsys):
     cfg = config(flops="4e8")
-    run, = sweep.layout(cfg)
+    runs = sweep.layout(cfg)
     stand_in(sleep=0.1)
-    child = sweep.start(run, cfg, 0)
-    with pytest.raises(SystemExit):
-        sweep.run(cfg)
-    assert "another process is training it" in capsys.readouterr().err
-    child.process.terminate()
-    child.process.wait()
+    with runner.Runner() as other:
+        sweep.start(runs[0], runs, cfg, other, 0)
+        with pytest.raises(SystemExit):
+            sweep.run_sweep(cfg)
+        assert "another process is training it" in capsys.readouterr().err
+        other.children[0].process.terminate()
+        other.wait()
     stand_in()
-    sweep.run(cfg)
+    sweep.run_sweep(cfg)
 
 
 @pytest.mark.parametrize("signum", (signal.SIGINT, signal.SIGTERM))
 def test_a_signal_stops_children_and_the_same_command_goes_on(config, stand_in, signum):
     cfg = config(objectives="masked,ar", jobs=2)
     stand_in(sleep=0.2)
+    program = f"from laws import runner, sweep; runner.TRAIN = {str(runner.TRAIN)!r}; sweep.main()"
     process = subprocess.Popen(
-        [sys.executable, "-c", f"import sweep; sweep.TRAIN = {str(sweep.TRAIN)!r}; sweep.main()", *command(cfg)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        [sys.executable, "-c", program, *flags_of(cfg)], cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, start_new_session=True)
     trunks = [run for run in sweep.layout(cfg) if run.name.endswith("1.6e09_s1337")]
-    end = time.monotonic() + 60
-    while not all(len(read_metrics(run.folder)) > 1 for run in trunks) and time.monotonic() < end:
-        time.sleep(0.05)
+    await_metrics(trunks, 1)
     os.killpg(process.pid, signum)  # as a terminal does: to the whole group
     out, _ = process.communicate(timeout=30)
-    assert process.returncode == 128 + signum and "stopped by a signal; 0 of 6 runs are finished, the same command goes on" in out
-    assert "failed" not in out
+    assert process.returncode == 128 + signum and "failed" not in out
+    assert "stopped by a signal; 0 of 6 runs are finished, the same command goes on" in out
     for run in trunks:
         steps = [m["step"] for m in read_metrics(run.folder)]
-        assert run.done == steps[-1] < run.steps  # they saved where they were
+        assert run.saved_step == steps[-1] < run.steps  # they saved where they were
+
     stand_in()
-    done = {run.name: run.done for run in trunks}
-    sweep.run(cfg)
-    for name, step in done.items():
+    saved = {run.name: run.saved_step for run in trunks}
+    sweep.run_sweep(cfg)
+    for name, step in saved.items():
         assert (name, step) in started(stand_in())
-    assert all(run.finished for run in sweep.layout(cfg))
+    assert all(run.is_finished for run in sweep.layout(cfg))
 
 
-# ------------------------------------------------------------------------------------------------- launching
+# ---- launching
 
 
 def test_torchrun_lines(config, capsys):
@@ -373,15 +416,26 @@ def test_slurm_array(config, tmp_path):
     (tmp_path / "torchrun").chmod(0o755)
     for i, run in enumerate(sweep.layout(cfg)):
         env = dict(os.environ, SLURM_ARRAY_TASK_ID=str(i), PATH=f"{tmp_path}:{os.environ['PATH']}")
-        words = subprocess.run(["bash", script], env=env, capture_output=True, text=True, check=True).stdout.splitlines()
-        assert words[0] == "--nproc_per_node=2" and configurator.load(train.Config, [words[2]]) == run.settings
+        done = subprocess.run(["bash", script], env=env, capture_output=True, text=True, check=True)
+        words = done.stdout.splitlines()
+        assert words[0] == "--nproc_per_node=2"
+        assert configurator.load(train.Config, [words[2]]) == run.settings
 
 
-# ------------------------------------------------------------------------------------------------ the real thing
+# ---- the real thing
 
 
 def figures(run):
-    return [{k: v for k, v in m.items() if k != "tokens_per_s"} for m in read_metrics(run) if "event" not in m]
+    """A run's metrics without events and speed."""
+    metrics = [m for m in read_metrics(run) if "event" not in m]
+    return [{k: v for k, v in m.items() if k != "tokens_per_s"} for m in metrics]
+
+
+def tensors_of(folder):
+    """The weights and moments of a run's newest checkpoint."""
+    newest = checkpoints(folder)[0]
+    moments = "optimizer/shard-00001-model-00001-of-00001.safetensors"
+    return load_file(newest / "model.safetensors") | load_file(newest / moments)
 
 
 def train_here(monkeypatch, *argv):
@@ -398,34 +452,39 @@ def test_branches_are_to_the_bit_what_runs_from_scratch_are(config, monkeypatch,
     """A trunk and a branch; the masked trunk interrupted by a real SIGINT to the real sweep."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as it will be in this process, for the same sums
     cfg = config(unique_tokens="1000", epochs="3,20", objectives=objective, evals=8)
-    runs = sweep.layout(cfg)
+    runs = short, long = sweep.layout(cfg)
     if objective == "masked":
-        process = subprocess.Popen([sys.executable, "sweep.py", *command(cfg)], cwd=ROOT, start_new_session=True)
-        end = time.monotonic() + 120
-        while len(read_metrics(runs[1].folder)) < 30 and time.monotonic() < end:
-            time.sleep(0.05)
+        command = [sys.executable, "scaling.py", "sweep", *flags_of(cfg)]
+        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+        await_metrics([long], 29, seconds=120)
         os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(timeout=60) == 130 and 0 < runs[1].done < runs[1].steps
-    sweep.run(cfg)
+        assert process.wait(timeout=60) == 130 and 0 < long.saved_step < long.steps
+    sweep.run_sweep(cfg)
+
     for run in runs:
-        train_here(monkeypatch, sweep.write_config(run, cfg), f"--run_dir={tmp_path / 'scratch' / run.name}", "--save_at=")
-        assert figures(run.folder) == figures(tmp_path / "scratch" / run.name)
-        a, b = (load_file(checkpoints(folder)[0] / "model.safetensors") for folder in (run.folder, tmp_path / "scratch" / run.name))
+        scratch = tmp_path / "scratch" / run.name
+        train_here(monkeypatch, sweep.write_config(run, cfg), f"--run_dir={scratch}", "--save_at=")
+        assert figures(run.folder) == figures(scratch)
+        a, b = tensors_of(run.folder), tensors_of(scratch)
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-        a, b = (load_file(checkpoints(folder)[0] / "optimizer/shard-00001-model-00001-of-00001.safetensors") for folder in (run.folder, tmp_path / "scratch" / run.name))
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    rows, curves = (list(csv.DictReader(open(f"{cfg.out}/{name}.csv"))) for name in ("points", "curves"))
-    assert [row["name"] for row in rows] == [run.name for run in runs]
-    for row, run in zip(rows, runs):
+
+    points, curves = (read_rows(f"{cfg.out}/{name}.csv") for name in ("points", "curves"))
+    assert [row["name"] for row in points] == [run.name for run in runs]
+    for row, run in zip(points, runs):
         last = figures(run.folder)[-1]
-        assert float(row["val_loss"]) == pytest.approx(last["val_loss"], rel=1e-6) and float(row["val_bpb"]) == pytest.approx(last["val_bpb"], rel=1e-6)
-        assert float(row["epochs"]) == pytest.approx(run.epochs, rel=1e-6) and row["unique_tokens"] == "1000" and int(row["params"]) == run.params
+        for key in ("val_loss", "val_bpb"):
+            assert float(row[key]) == pytest.approx(last[key], rel=1e-6)
+        assert float(row["epochs"]) == pytest.approx(run.epochs, rel=1e-6)
+        assert row["unique_tokens"] == "1000" and int(row["params"]) == run.params
+
     # the curve is the longest run's, without its decay
-    along = [m for m in figures(runs[1].folder) if "val_loss" in m and 0 < m["step"] <= runs[1].fork]
-    assert list(curves[0]) == sweep.CURVE and len(along) == len(curves) == 6
-    assert [float(c["val_loss"]) for c in curves] == pytest.approx([m["val_loss"] for m in along], rel=1e-6)
-    assert [float(c["epochs"]) for c in curves] == pytest.approx([m["tokens"] / 1000 for m in along], rel=1e-6)
-    assert {(c["unique_tokens"], c["params"], c["objective"]) for c in curves} == {("1000", str(runs[0].params), objective)}
+    along = [m for m in figures(long.folder) if "val_loss" in m and 0 < m["step"] <= long.fork]
+    assert list(curves[0]) == collect.CURVE_COLUMNS and len(along) == len(curves) == 6
+    for row, m in zip(curves, along):
+        assert float(row["val_loss"]) == pytest.approx(m["val_loss"], rel=1e-6)
+        assert float(row["epochs"]) == pytest.approx(m["tokens"] / 1000, rel=1e-6)
+    keys = {(c["unique_tokens"], c["params"], c["objective"]) for c in curves}
+    assert keys == {("1000", str(short.params), objective)}
 
 
 def test_save_at_keeps_its_checkpoints(config, monkeypatch, tmp_path, capsys):
@@ -435,7 +494,7 @@ def test_save_at_keeps_its_checkpoints(config, monkeypatch, tmp_path, capsys):
     for wrong in ("3,x", "0", "2.5", "3,,4", "-1"):
         with pytest.raises(SystemExit):
             train_here(monkeypatch, *common, f"--save_at={wrong}")
-        line, = capsys.readouterr().err.splitlines()
+        [line] = capsys.readouterr().err.splitlines()
         assert f"save_at={wrong}: '" in line and "is no step; write whole numbers from 1 on" in line
 
 
@@ -444,14 +503,19 @@ def test_the_grids_of_the_paper(corpus, tmp_path):
     loops = re.findall(r"^for \w+ in .*?^done$", (ROOT / "docs/checkpoints.md").read_text(), re.S | re.M)
     own = tmp_path / "own.py"
     own.write_text(f"corpus = {str(corpus)!r}\n")
-    for loop, name, where in zip(loops, ("isoflop_points.csv", "epoch_curves.csv"), ("flops", "unique_tokens"), strict=True):
-        rows = list(csv.DictReader(open(ROOT / "results/quokka" / name)))
-        header, first = re.match(r"for \w+ in ((\S+).*); do", loop).groups()
-        assert set(header.split()) == {row[where] for row in rows}
-        command = loop.replace(header, first).replace(".py --obj", f".py,{own} --obj").replace("python ", f"{sys.executable} ").replace(" --launch=", " --dry_run --launch=")
+    names = ("isoflop_points.csv", "epoch_curves.csv")
+    for loop, name, column in zip(loops, names, ("flops", "unique_tokens"), strict=True):
+        rows = read_rows(ROOT / "results/quokka" / name)
+        values, first = re.match(r"for \w+ in ((\S+).*); do", loop).groups()
+        assert set(values.split()) == {row[column] for row in rows}
+
+        command = loop.replace(values, first).replace("python ", f"{sys.executable} ")
+        command = command.replace(".py --obj", f".py,{own} --obj")
+        command = command.replace(" --launch=", " --dry_run --launch=")
         done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
-        wanted = {f"{int(row['params']) // 10**6}M" for row in rows if row[where] == first}
-        assert set(re.findall(r"masked_(\d+M)_", done.stdout + done.stderr)) == wanted and len(wanted) > 5  # of the small corpus there are fewer unique tokens: it says of which runs
+        sizes = {f"{int(row['params']) // 10**6}M" for row in rows if row[column] == first}
+        # of the small corpus there are fewer unique tokens: it says of which runs
+        assert set(re.findall(r"masked_(\d+M)_", done.stdout + done.stderr)) == sizes and len(sizes) > 5
         assert "Traceback" not in done.stderr
-        if where == "flops":
-            assert done.returncode == 0 and done.stdout.count(" 3e+18 ") == len(wanted), done.stdout
+        if column == "flops":
+            assert done.returncode == 0 and done.stdout.count(" 3e+18 ") == len(sizes), done.stdout

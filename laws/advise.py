@@ -1,0 +1,314 @@
+"""What every law advises: parameters, tokens and epochs for a budget of compute or text (docs/math.md §9).
+
+    fresh, repeated = known_laws("fits/mine")
+    compute_plans(cfg, 1e21, fresh)             text is seen once
+    data_plans(cfg, 0.0, repeated)              text is seen again and again
+
+`cfg` is plan.Config: params, tokens, unique_tokens and epochs where the user has fixed them, else 0.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from laws.fitting import Fit, find_fits, interval, predict, read_fits
+from laws.forms import (
+    CHINCHILLA,
+    CHINCHILLA_3,
+    EQ15,
+    EQ21,
+    EQ23,
+    HALF_LIFE,
+    MUENNIGHOFF,
+    OURS,
+    PARAMETRIC,
+    QUOKKA,
+    Optimum,
+    allocation,
+    eq15_best_epochs,
+    evaluate,
+    find_optimum,
+    published_coefficients,
+)
+from laws.runs import data_range, read_csv
+
+# The range of their authors' runs, by their abstracts; 0 where those do not say.
+CHINCHILLA_RANGE = dict(N=(7e7, 1.6e10), D=(5e9, 5e11))
+MUENNIGHOFF_RANGE = dict(N=(0, 9e9), D=(0, 9e11))
+# where a printed law's best choice is searched: anywhere, as its authors use it
+WIDE = dict(N=(1e5, 1e13), e=(1.0, 1e5))
+TITLES = dict(approach1="approach 1", parametric="approach 2", eq15="eq. 15", eq21="eq. 21", eq23="eq. 23",
+              half_life="half-life law", ours="ours")
+REFITTED = "approach 2 refitted"
+
+
+class PlanningLaw(NamedTuple):
+    """A law to plan by."""
+
+    name: str
+    objective: str
+    fit: Fit  # its law is None where only the power laws of compute-optimal N and D are known
+    search: dict | None = None  # {N, e: (low, high)}: where a law for repeated text has its best choice
+    own_data: bool = False  # fitted to the user's own runs, not to the paper's
+
+    @property
+    def searched_within_data(self):
+        return self.search["N"] == self.fit.data_range.get("N")
+
+    def power(self, coefficients):
+        """The power laws of compute-optimal N and D."""
+        return allocation(coefficients) if self.fit.law else coefficients
+
+
+class Plan(NamedTuple):
+    """What one law advises. Intervals are 95 % ones, empty where there are no draws."""
+
+    law: str
+    objective: str
+    N: float
+    U: float
+    e: float
+    loss: float = math.nan  # nan: the law says nothing of the loss
+    N_interval: tuple = ()
+    loss_interval: tuple = ()
+    D_interval: tuple = ()  # where N was fixed and D follows
+    notes: tuple = ()
+    credible: bool = True
+    own_data: bool = False
+
+    @property
+    def tokens(self):
+        return self.U * self.e
+
+    @property
+    def flops(self):
+        return 6 * self.N * self.tokens
+
+
+# --------------------------------------------------------------------------------------------- the known laws
+
+
+def known_laws(fits):
+    """The laws for text seen once and those for repeated text: (list, list) of PlanningLaw.
+
+    fits: a comma list as in plan.Config. The first credible plan is suggested, so the user's own fits come
+    first, then ours, whose error on curves left out is the smallest. Raises ValueError.
+    """
+    published = published_coefficients()
+    isoflop = data_range(read_csv(QUOKKA / "isoflop_points.csv"))
+    curves = data_range(read_csv(QUOKKA / "epoch_curves.csv"))
+
+    # the paper's approaches, and the user's fits
+    approach1 = Fit(None, published["approach1"], data_range=isoflop)
+    approach2 = Fit(PARAMETRIC, published["parametric"], data_range=isoflop)
+    fresh = [PlanningLaw("approach 1", "masked", approach1), PlanningLaw("approach 2", "masked", approach2)]
+    repeated = []
+    for path in find_fits(fits):
+        fresh_in_file, repeated_in_file = laws_in_file(path)
+        fresh += fresh_in_file
+        repeated += repeated_in_file
+    fresh.sort(key=lambda law: not law.own_data)
+    repeated.sort(key=lambda law: (not law.own_data, law.fit.law is not OURS))
+
+    # the printed laws for repeated text
+    paper_range = dict(N=curves["N"], U=curves["U"], e=(1.0, curves["e"][1]))
+    for law in (EQ15, EQ21, EQ23):
+        fit = Fit(law, published[law.name], data_range=paper_range)
+        repeated.append(PlanningLaw(TITLES[law.name], "masked", fit, WIDE))
+    fit = Fit(HALF_LIFE, MUENNIGHOFF, data_range=MUENNIGHOFF_RANGE)
+    repeated.append(PlanningLaw("Muennighoff", "ar", fit, WIDE))
+
+    # Chinchilla's
+    for approach, power in CHINCHILLA.items():
+        fit = Fit(None, power, data_range=CHINCHILLA_RANGE)
+        fresh.append(PlanningLaw(f"Chinchilla {approach}", "ar", fit))
+    fit = Fit(PARAMETRIC, CHINCHILLA_3, data_range=CHINCHILLA_RANGE)
+    fresh.append(PlanningLaw("Chinchilla 3", "ar", fit))
+    return fresh, repeated
+
+
+def laws_in_file(path):
+    """The laws of a fits.json: (those for text seen once, those for repeated text)."""
+    file = read_fits(path)
+    own_data = file.data != "Quokka"
+    objective = file.objective or "masked"
+
+    def title(law):
+        if own_data:
+            return f"{TITLES[law]} of {file.data}"
+        return TITLES[law] if law == "ours" else f"{TITLES[law]} refitted"
+
+    fresh, repeated = [], []
+    if file.approach1:
+        fresh.append(PlanningLaw(title("approach1"), objective, file.approach1, own_data=own_data))
+    for name, fit in file.fits.items():
+        if fit.law is PARAMETRIC:
+            fresh.append(PlanningLaw(title(name), objective, fit, own_data=own_data))
+            continue
+        if fit.law is OURS:
+            fit = with_one_batch_size(fit)
+        range_e = (1.0, max(1.0, fit.data_range["e"][1]))  # at one epoch all of them are laws of new tokens
+        fit = fit._replace(data_range=dict(N=fit.data_range["N"], U=fit.data_range["U"], e=range_e))
+        search = dict(N=fit.data_range["N"], e=range_e)
+        repeated.append(PlanningLaw(title(name), objective, fit, search, own_data))
+    return fresh, repeated
+
+
+def with_one_batch_size(fit):
+    """Our law without the step at the size from which on the paper's curves had another batch size."""
+    draws = [draw | dict(w=0.0) for draw in fit.draws]
+    return fit._replace(coefficients=fit.coefficients | dict(w=0.0), draws=draws)
+
+
+# ------------------------------------------------------------------------------------------ text is seen once
+
+
+def compute_plans(cfg, flops, laws):
+    """The plan of every law where every token is new."""
+    return [compute_plan(cfg, flops, law) for law in laws]
+
+
+def compute_plan(cfg, flops, law):
+    fit = law.fit
+    N, D = optimal_sizes(cfg, flops, law.power(fit.coefficients))
+
+    def interval_of(index):
+        return tuple(interval(fit, lambda c: optimal_sizes(cfg, flops, law.power(c))[index]))
+
+    loss, loss_interval, N_interval, D_interval = math.nan, (), (), ()
+    if fit.law:
+        loss = float(predict(fit, N, D))
+    if fit.law and fit.draws:
+        loss_interval = tuple(interval(fit, lambda c: float(evaluate(fit.law, c, N, D))))
+    if fit.draws and not cfg.params and not (cfg.tokens and flops):
+        N_interval = interval_of(0)
+    if fit.draws and cfg.params and not cfg.tokens and not flops:
+        D_interval = interval_of(1)
+
+    notes = extrapolation(fit.data_range, N=N, D=D, flops=6 * N * D)
+    return Plan(law.name, law.objective, N, D, 1.0, loss, N_interval, loss_interval, D_interval, notes,
+                own_data=law.own_data)
+
+
+def optimal_sizes(cfg, flops, power):
+    """N and D: what the user has fixed, the rest by the power laws."""
+    if cfg.params and (flops or cfg.tokens):
+        return cfg.params, cfg.tokens or flops / (6 * cfg.params)
+    if cfg.tokens and flops:
+        return flops / (6 * cfg.tokens), cfg.tokens
+
+    if flops:
+        compute = flops
+    elif cfg.params:
+        compute = (cfg.params / power["k_N"]) ** (1 / power["a"])
+    else:
+        compute = (cfg.tokens / power["k_D"]) ** (1 / power["b"])
+    N = cfg.params or power["k_N"] * compute ** power["a"]
+    return N, cfg.tokens or compute / (6 * N)
+
+
+def extrapolation(data_range, **values):
+    """A note on the values that the law's data do not reach, in a tuple; empty where there are none."""
+    names = dict(N="parameters", D="tokens", U="unique tokens", e="epochs", flops="compute")
+    beyond = []
+    for quantity, value in values.items():
+        low, high = data_range.get(quantity, (0, math.inf))
+        if value > high * 1.2:
+            beyond.append(f"{names[quantity]} {value / high:.3g} × its largest")
+        elif value < low / 1.2:
+            beyond.append(f"{names[quantity]} {low / value:.3g} × below its smallest")
+    return ("extrapolates: " + ", ".join(beyond),) if beyond else ()
+
+
+# ----------------------------------------------------------------------------------------- text is seen again
+
+
+def data_plans(cfg, flops, laws, fresh_fit=None, least_epochs=1.0):
+    """The plan of every law for cfg.unique_tokens, with the epochs that it advises or the user has fixed.
+
+    fresh_fit: the parametric Fit that a masked plan's loss is held against: repeated tokens cannot be worth
+    more than new ones. least_epochs: where the search for the best begins; below 1 where there is text
+    enough.
+    """
+    return [data_plan(cfg, flops, law, fresh_fit, least_epochs) for law in laws]
+
+
+def data_plan(cfg, flops, law, fresh_fit=None, least_epochs=1.0):
+    fit, U = law.fit, cfg.unique_tokens
+    epochs = cfg.epochs or cfg.tokens / U
+    choice = best_choice(cfg, flops, law, fit.coefficients, least_epochs)
+
+    # notes
+    notes = ()
+    if choice.on_border:
+        place = "its data" if law.searched_within_data else "the search"
+        notes += (f"the loss still falls at the border of {place}",)
+    elif choice.e < 1.001 and not epochs and least_epochs == 1:
+        notes += ("prefers a single epoch",)
+    if fit.law is EQ15 and cfg.params and not epochs and not flops:
+        local = eq15_best_epochs(fit.coefficients, choice.N, U)
+        if choice.e < 1.001 and local > 1.001:  # Table 3 prints this one
+            notes += (f"its local optimum at {local:,.0f} epochs is worse",)
+    notes += extrapolation(fit.data_range, N=choice.N, U=U, e=choice.e, D=U * choice.e)
+
+    # is so much of repeated tokens credible?
+    credible = True
+    if fresh_fit and law.objective == "masked" and not law.own_data:
+        gap = float(predict(fresh_fit, choice.N, U * choice.e)) - choice.loss
+        credible = gap <= 0.1
+        if not credible:
+            notes += (f"{gap:.2f} nats below what as many new tokens give by {REFITTED}: not credible",)
+
+    # intervals
+    loss_interval, N_interval = (), ()
+    if fit.draws:
+        loss_interval = tuple(interval(fit, lambda c: float(evaluate(fit.law, c, choice.N, U, choice.e))))
+    if fit.draws and not cfg.params and not (flops and epochs):
+        few = fit._replace(draws=fit.draws[:60])  # each is a search
+        N_interval = tuple(interval(few, lambda c: best_choice(cfg, flops, law, c, least_epochs).N))
+    return Plan(law.name, law.objective, choice.N, U, choice.e, choice.loss, N_interval, loss_interval,
+                notes=notes, credible=credible, own_data=law.own_data)
+
+
+def best_choice(cfg, flops, law, c, least_epochs):
+    """The Optimum by these coefficients of the law: what the user has fixed, the rest searched."""
+    U, form = cfg.unique_tokens, law.fit.law
+    epochs = cfg.epochs or cfg.tokens / U
+    if flops and (cfg.params or epochs):  # nothing is free
+        N = cfg.params or flops / (6 * U * epochs)
+        e = flops / (6 * cfg.params * U) if cfg.params else epochs
+        return Optimum(N, e, float(evaluate(form, c, N, U, e)), False)
+
+    N = cfg.params or law.search["N"]
+    e = epochs or (least_epochs, law.search["e"][1])
+    return find_optimum(form, c, U, N, e, flops or math.inf, points=120)
+
+
+def crossover(U, masked, ar, N=(1e5, 1e13), e=(1.0, 1e5)):
+    """The compute from which on masked diffusion beats AR on U unique tokens, by two Fits.
+
+    None if never, 0 if always. The best masked model within these N and e is compared with the best AR model
+    of any.
+    """
+    budgets = 6 * N[0] * U * np.logspace(0, 12, 49)
+
+    def masked_is_ahead(flops):
+        masked_loss = find_optimum(masked.law, masked.coefficients, U, N=N, e=e, flops=flops, points=60).loss
+        return masked_loss < find_optimum(ar.law, ar.coefficients, U, flops=flops, points=60).loss
+
+    behind = np.array([not masked_is_ahead(flops) for flops in budgets])
+    if not behind.any():
+        return 0.0
+    if behind[-1]:
+        return None
+
+    last = int(np.flatnonzero(behind)[-1])
+    low, high = budgets[last], budgets[last + 1]
+    for _ in range(12):
+        middle = math.sqrt(low * high)
+        if masked_is_ahead(middle):
+            high = middle
+        else:
+            low = middle
+    return float(high)
