@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from configurator.renamed import renamed_record
 from corpus import tokenfiles
 from laws.runs import smooth_losses, write_csv
 from model import ModelConfig, Transformer
@@ -55,7 +56,7 @@ def read_points(folder):
         if record["step"] < record["steps"]:
             continue
         settings, config = record["settings"], ModelConfig(**record["model"])
-        params, tokens = count_params(config), record["samples"] * settings["seq_len"]
+        params, tokens = count_params(config), record["next_sample"] * settings["seq_len"]
         unique = settings["unique_tokens"]
         available = unique or corpus_size(settings["corpus"], settings["tokenizer"], settings["val_share"])
         if not unique and tokens > available:
@@ -129,9 +130,9 @@ def read_records(folder):
 
 
 def newest_record(folder):
-    """The record of a run's newest checkpoint, or None."""
+    """The record of a run's newest checkpoint with today's names, or None. Its files are not checked."""
     newest = checkpoints(folder)[:1]
-    return json.loads((newest[0] / "checkpoint.json").read_text()) if newest else None
+    return renamed_record(json.loads((newest[0] / "checkpoint.json").read_text())) if newest else None
 
 
 @functools.cache

@@ -8,7 +8,8 @@
 
 An IsoFLOP grid is models × flops, a data-constrained one models × unique_tokens × epochs, each for every
 objective and seed. A run is an override file <out>/configs/<name>.py, a folder <out>/runs/<name>, and a log.
-Instead of training here, --launch writes a job array (slurm) or prints commands (torchrun).
+Instead of training here, --launch writes a job array (slurm) or prints commands (torchrun). What was trained
+is fitted and drawn; `python -m laws.sweep` does all but that, for a grid that takes several commands.
 
 With `share`, the longest run of each (objective, model, unique tokens, seed) gives all shorter ones: its
 learning rate is constant until its own decay, and data order and noise are functions of (seed, sample), so a
@@ -195,7 +196,8 @@ def layout(cfg):
     if not problems:
         for run in runs:
             place_evaluations(cfg, run, runs)
-            problems += [f"{run.name}: {problem}" for problem in run.settings.problems()]
+            unmet = configurator.unmet_needs(run.settings, train.Config.NEEDS)
+            problems += [f"{run.name}: {problem}" for problem in [*unmet, *run.settings.problems()]]
             problems += record_problems(cfg, run)
     if problems:
         configurator.fail(*problems)
@@ -538,3 +540,7 @@ def main(argv=None):
         launch(layout(cfg), cfg)
     else:
         return run_sweep(cfg)
+
+
+if __name__ == "__main__":
+    main()

@@ -66,7 +66,8 @@ def test_the_papers_baseline_is_the_specifications():
     assert train.Config(**found).shape() == shape
 
 
-# What each run changes, from docs/math.md §5 and §10: literal values at the paper's scale, equal ratios at others.
+# What each run changes, from docs/math.md §5 and §10: literal values at the paper's scale, the same ratios at
+# the others.
 CHANGES = {
     "uniform": dict(objective="uniform", loss="paper"),
     "cosine": dict(schedule="cosine"),
@@ -415,7 +416,8 @@ def test_launch_prints_what_runs(name, tmp_path, monkeypatch, here):
 
 
 @pytest.mark.parametrize("argv, line", [
-    (["kernl"], "there is no study 'kernl'; choose from kernel, schedule, time, loss, batch, lr, weight_decay"),
+    (["kernl"],
+     "there is no study 'kernl'; choose from kernel, schedule, time, loss, batch, lr, weight_decay"),
     ([], "which study?; choose from kernel, schedule, time, loss, batch, lr, weight_decay"),
     (["lr", "--scale=big"], "--scale=big: choose from tiny, gpu, paper"),
     (["lr", "--", "--lrr=3"], "--lrr=3: unknown setting 'lrr'; did you mean 'lr'?"),
@@ -428,7 +430,8 @@ def test_a_run_that_fails_ends_the_study(tmp_path, corpus):
     flags = ("--", f"--corpus={corpus}", "--device=cpu", "--unique_tokens=1B")
     done = run_study("kernel", f"--runs={tmp_path}", *flags)
     assert done.returncode == 2 and "unique_tokens" in done.stderr and "[2/2]" not in done.stdout
-    assert done.stderr.splitlines()[-1].startswith("scaling.py: exit code 2 from: python train.py ")
+    last_line = done.stderr.splitlines()[-1]
+    assert last_line.startswith("scaling.py: exit code 2 from: python train.py ")
 
 
 def test_help_names_every_study(here):

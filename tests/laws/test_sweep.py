@@ -34,8 +34,8 @@ compile, dtype, device = "no", "float32", "cpu"
 eval_rows, eval_every, log_every, save_every, keep = 8, 4, 3, 0, 1
 """
 
-# What a sweep needs of train.py: a config file in, checkpoints and metrics out, a save at SIGTERM. It starts at
-# once, without torch.
+# What a sweep needs of train.py, without torch, so that it starts at once: a config file in, checkpoints and
+# metrics out, a save at SIGTERM.
 STAND_IN = """
 import json, os, runpy, signal, sys, time
 from pathlib import Path
@@ -144,7 +144,7 @@ def test_isoflop_grid_meets_its_budgets(config):
         assert run.settings.lr == pytest.approx(2e-3 * (128 / run.settings.d_model) ** 0.5, rel=1e-3)
         assert run.settings.n_head == run.settings.d_model // 16 and run.settings.resume == "auto"
         assert run.steps - run.fork == max(1, round(0.2 * run.steps)) == run.settings.decay
-        assert run.settings.problems() == []
+        assert configurator.unmet_needs(run.settings, train.Config.NEEDS) == run.settings.problems() == []
 
 
 def test_sharing_saves_what_it_says(config, capsys):
@@ -224,6 +224,7 @@ def test_bad_settings_are_one_line_each(config, capsys, settings, expected):
     ('corpus = "nowhere"', "nowhere"),
     ("min_lr = 0", "lr_schedule=wsd decays exponentially"),
     ("lr = -1", "lr=-1: must be above 0"),
+    ('loss = "paper"', "loss=paper needs objective=uniform"),
 ])  # fmt: skip
 def test_bad_bases_are_one_line_each(config, capsys, line, expected):
     cfg = config(flops="4e8")
