@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import configurator
-import train
 
-TRAIN = Path(train.__file__).resolve()
+TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -40,10 +39,10 @@ def changed_settings(recorded, settings, ignored=()):
 
     recorded: of a checkpoint; settings: a train.Config. Those that the checkpoint lacks do not count.
     """
+    neutral = configurator.neutral_settings(settings) | set(ignored)
     changes = []
     for name, value in asdict(settings).items():
-        neutral = name in configurator.neutral_settings(train.Config) or name in ignored
-        if not neutral and recorded.get(name, value) != value:
+        if name not in neutral and recorded.get(name, value) != value:
             changes.append(f"{name} {recorded[name]!r} → {value!r}")
     return changes
 

@@ -7,7 +7,6 @@ from datetime import date
 import numpy as np
 
 import configurator
-import train
 from laws import drawing
 from laws.forms import QUOKKA
 from laws.runs import smooth_losses
@@ -152,7 +151,7 @@ def describe_settings(row, runs):
     """What distinguishes the runs of a row: {words: 'lr=0.002'}."""
     settings = {words: asdict(runs[words].settings) for words in row.runs.values()}
     first, *others = settings.values()
-    neutral = configurator.neutral_settings(train.Config)
+    neutral = configurator.neutral_settings(next(iter(runs.values())).settings)
     names = []
     for name, value in first.items():
         if name not in neutral and any(other[name] != value for other in others):

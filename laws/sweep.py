@@ -381,18 +381,23 @@ def remaining_flops(runs, cfg):
 def train_all(runs, cfg):
     """Train what is not finished, `jobs` at a time. Returns {name: problem}; exits if a signal says so."""
     waiting, failed = [run for run in runs if not run.is_finished], {}
+    n_finished = len(runs) - len(waiting)
     total, began = remaining_flops(runs, cfg), time.monotonic()
 
     with runner.Runner(cfg.jobs) as training:
         while training.children or waiting and not training.signum:
             # what has ended
             for child in training.ended():
-                if child.key.is_finished and not child.returncode:
-                    print_progress(child.key, runs, cfg, total, time.monotonic() - began)
+                run = child.key
+                if run.is_finished and not child.returncode:
+                    n_finished += 1
+                    share = max(1 - remaining_flops(runs, cfg) / total, 1e-6)
+                    minutes = (time.monotonic() - began) * (1 / share - 1) / 60
+                    print(f"{run.name}: {n_finished} of {len(runs)}, {last_validation(run)}; "
+                          f"{share:.1%} of the FLOPs, about {minutes:.0f} min left", flush=True)
                 elif not training.signum:
-                    log = Path(cfg.out) / "logs" / f"{child.key.name}.log"
-                    failed[child.key.name] = f"exit code {child.returncode}, see {log}"
-                    print(f"{child.key.name}: failed, {failed[child.key.name]}", flush=True)
+                    failed[run.name] = f"exit code {child.returncode}, see {log_of(run, cfg)}"
+                    print(f"{run.name}: failed, {failed[run.name]}", flush=True)
 
             # what cannot begin
             for run in waiting[:]:
@@ -415,7 +420,6 @@ def train_all(runs, cfg):
             time.sleep(0.1)
 
     if training.signum:
-        n_finished = sum(run.is_finished for run in runs)
         print(f"stopped by a signal; {n_finished} of {len(runs)} runs are finished, the same command goes on",
               flush=True)
         raise SystemExit(128 + training.signum)
@@ -441,18 +445,17 @@ def start(run, runs, cfg, training, slot):
     environment = dict(OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // cfg.jobs)))
     if torch.cuda.device_count() > 1:
         environment["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
-    log = Path(cfg.out) / "logs" / f"{run.name}.log"
-    training.start(run, runner.train_command([write_config(run, cfg)]), slot, log, environment)
+    command = runner.train_command([write_config(run, cfg)])
+    training.start(run, command, slot, log_of(run, cfg), environment)
 
 
-def print_progress(run, runs, cfg, total, seconds):
-    """Print a finished run's loss, and how much is done of the `total` FLOPs after so many seconds."""
+def last_validation(run):
     last = [m for m in read_metrics(run.folder) if "val_loss" in m][-1]
-    share = max(1 - remaining_flops(runs, cfg) / total, 1e-6)
-    minutes = seconds * (1 / share - 1) / 60
-    print(f"{run.name}: {sum(run.is_finished for run in runs)} of {len(runs)}, "
-          f"loss {last['val_loss']:.4f} ({last['val_bpb']:.4f} bits/byte); "
-          f"{share:.1%} of the FLOPs, about {minutes:.0f} min left", flush=True)
+    return f"loss {last['val_loss']:.4f} ({last['val_bpb']:.4f} bits/byte)"
+
+
+def log_of(run, cfg):
+    return Path(cfg.out) / "logs" / f"{run.name}.log"
 
 
 # ------------------------------------------------------------------------------------------------------- main

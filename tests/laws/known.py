@@ -23,10 +23,10 @@ KNOWN = dict(
 )
 
 
-def simulated(name, noise, seed=0):
+def simulated(name, noise, seed=0, points=None):
     """Runs of a law with known coefficients; noise of σ per run and σ/3 per point of a curve.
 
-    Of the parametric law an IsoFLOP grid, of the others curves of 6 budgets × 6 sizes.
+    Of the parametric law an IsoFLOP grid, of the others curves of 6 budgets × 6 sizes with so many points.
     """
     rng = np.random.default_rng(seed)
     if name == "parametric":
@@ -35,8 +35,8 @@ def simulated(name, noise, seed=0):
         U, e, curve = C / 6 / N, np.ones(90), np.arange(90)
     else:
         sizes, budgets = np.logspace(7.15, 9.4, 6), np.logspace(7, 8.15, 6)
-        e = np.logspace(0, 2, 20) if name == "half_life" else np.logspace(0.3, 3, 30)
-        points = len(e)
+        points = points or (20 if name == "half_life" else 30)
+        e = np.logspace(0, 2, points) if name == "half_life" else np.logspace(0.3, 3, points)
         N, U, e = (x.ravel() for x in np.meshgrid(sizes, budgets, e, indexing="ij"))
         curve = np.arange(len(N)) // points
     error = rng.normal(0, noise, curve.max() + 1)[curve]

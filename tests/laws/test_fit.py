@@ -12,7 +12,7 @@ from laws.fitting import read_fits
 from laws.forms import EQ15, EQ21, evaluate
 
 QUICK = ("--figures=False", "--bootstrap=20", "--jobs=1")
-NO_INTERVALS = ("--figures=False", "--bootstrap=0", "--jobs=1")
+COEFFICIENTS = ("--figures=False", "--bootstrap=0", "--leave_out=False", "--jobs=1")
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_a_grid_without_a_valley_still_has_a_parametric_law(capsys, tmp_path):
             loss = 2 + 100 * N**-0.3 + 100 * (C / 6 / N) ** -0.3 - 0.2 * math.log(N / 1e6) ** 2
             rows.append(dict(params=N, tokens=C / 6 / N, loss=loss))
     data = write(tmp_path / "a.csv", rows)
-    code, text, err = run(capsys, "fit", f"--data={data}", f"--out={tmp_path / 'o'}", *NO_INTERVALS)
+    code, text, err = run(capsys, "fit", f"--data={data}", f"--out={tmp_path / 'o'}", *COEFFICIENTS)
     assert (code, err) == (0, "")
     assert "No approach 1: the budget of 1e+16 FLOPs has no minimum" in text and "| parametric | 5 |" in text
 
@@ -95,7 +95,7 @@ def test_what_the_data_do_not_determine_is_said(capsys, tmp_path):
             rows.append(dict(params=N, unique_tokens=U, epochs=1, loss=loss))
     data = write(tmp_path / "a.csv", rows)
     flags = (f"--data={data}", f"--out={tmp_path / 'o'}", "--laws=eq15")
-    code, text, _ = run(capsys, "fit", *flags, *NO_INTERVALS)
+    code, text, _ = run(capsys, "fit", *flags, *COEFFICIENTS)
     assert code == 0 and "| A | not" not in text
     assert all(f"| {k} | not determined by these data |" in text for k in ("p", "g", "k", "m", "c"))
 
@@ -103,7 +103,7 @@ def test_what_the_data_do_not_determine_is_said(capsys, tmp_path):
 def test_what_an_isoflop_grid_does_not_say(capsys, tmp_path):
     """One budget, a minimum outside the sizes, three sizes per budget."""
     data = tmp_path / "a.csv"
-    fit = ("fit", f"--data={data}", f"--out={tmp_path / 'o'}", *QUICK)
+    fit = ("fit", f"--data={data}", f"--out={tmp_path / 'o'}", *QUICK, "--leave_out=False")
     write(data, isoflop([1e18], (0.2, 0.5, 1, 2, 4)))
     assert "No approach 1: one budget of compute gives no power law" in run(capsys, *fit)[1]
     write(data, isoflop([1e18, 1e19], (2, 4, 8, 16)))
@@ -120,7 +120,7 @@ def test_half_a_result_overwrites_nothing(capsys, tmp_path):
     out = tmp_path / "o"
     out.mkdir()
     (out / "fits_ar.json").write_text("mine")
-    code, _, err = run(capsys, "fit", f"--data={data}", f"--out={out}", "--laws=approach1", *NO_INTERVALS)
+    code, _, err = run(capsys, "fit", f"--data={data}", f"--out={out}", "--laws=approach1", *COEFFICIENTS)
     assert code == 2 and "fewer than three sizes" in err and (out / "fits_ar.json").read_text() == "mine"
     assert "is not a folder" in run(capsys, "fit", f"--out={data}")[2]
 

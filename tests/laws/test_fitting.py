@@ -58,7 +58,7 @@ def test_gradients(name):
 @pytest.mark.parametrize("name", LAWS)
 def test_fits_find_what_was_put_in(name):
     """Without noise the losses come back to 1e-4, and the coefficients that the data determine."""
-    runs = simulated(name, 0.0)
+    runs = simulated(name, 0.0, points=8)
     found = fit_law(LAWS[name], runs)
     errors = np.abs(np.log(predict(found, runs.N, runs.U, runs.e) / runs.loss))
     assert errors.max() < (1e-4 if name != "ours" else 3e-3)
@@ -69,9 +69,10 @@ def test_fits_find_what_was_put_in(name):
 
 def test_leave_out_judges_unseen_curves():
     """Errors are the noise's on curves of the law, larger for a wrong law; own points don't help."""
-    runs = simulated("eq21", 0.01, seed=3)
+    runs = simulated("eq21", 0.01, seed=3, points=10)
+    runs = runs.select((runs.curve // 6 < 4) & (runs.curve % 6 < 4))
     right, wrong = (leave_out(fit_law(law, runs), runs, jobs=1) for law in (EQ21, EQ15))
-    assert len(right) == 36 and 0.006 < np.mean(list(right.values())) < 0.013 < np.mean(list(wrong.values()))
+    assert len(right) == 16 and 0.006 < np.mean(list(right.values())) < 0.013 < np.mean(list(wrong.values()))
     odd = runs._replace(loss=np.where(runs.curve == 7, runs.loss * 1.3, runs.loss))
     assert leave_out(fit_law(EQ21, odd), odd, jobs=1)[7] > 0.2
 

@@ -16,22 +16,35 @@ from configurator import ladder
 from laws import plan as planning
 from laws.advise import REFITTED, compute_plans, crossover, data_plans, known_laws
 from laws.fitting import Fit, predict
-from laws.forms import EQ21, MUENNIGHOFF, PARAMETRIC, evaluate, find_optimum
+from laws.forms import EQ21, MUENNIGHOFF, PARAMETRIC, QUOKKA, evaluate, find_optimum
 
 
 @pytest.fixture(scope="module")
-def laws():
+def few_draws(tmp_path_factory):
+    """The refitted laws with ten of their draws, each of which costs a search: a list for --fits."""
+    folder = tmp_path_factory.mktemp("fits")
+    for name in ("isoflop", "epochs"):
+        entries = json.loads((QUOKKA / name / "fits.json").read_text())
+        for entry in entries.values():
+            if "draws" in entry:
+                entry["draws"] = entry["draws"][:10]
+        (folder / f"fits_{name}.json").write_text(json.dumps(entries))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def laws(few_draws):
     """The laws to plan by without fits of one's own: (fresh, repeated)."""
-    return known_laws(planning.Config().fits)
+    return known_laws(str(few_draws))
 
 
-def plans_for(laws, flops=0.0, fresh_fit=None, **budget):
+def plans_for(laws, fresh_fit=None, **budget):
     """{law: plan} for a budget."""
     cfg, (fresh, repeated) = planning.Config(**budget), laws
     if cfg.unique_tokens:
-        plans = data_plans(cfg, flops, repeated, fresh_fit)
+        plans = data_plans(cfg, cfg.budget(), repeated, fresh_fit)
     else:
-        plans = compute_plans(cfg, flops, fresh)
+        plans = compute_plans(cfg, cfg.budget(), fresh)
     return {plan.law: plan for plan in plans}
 
 
@@ -40,7 +53,7 @@ def plans_for(laws, flops=0.0, fresh_fit=None, **budget):
 
 def test_plans_agree_whichever_side_they_start_from(laws):
     """From C to N and D, and from that N or that D back to C."""
-    forward = plans_for(laws, 1e21, flops=1e21)
+    forward = plans_for(laws, flops=1e21)
     names = "approach 1, approach 1 refitted, approach 2, approach 2 refitted"
     assert forward.keys() == {*names.split(", "), "Chinchilla 1", "Chinchilla 2", "Chinchilla 3"}
     for name, plan in forward.items():
@@ -53,7 +66,7 @@ def test_plans_agree_whichever_side_they_start_from(laws):
     assert two.N_interval[0] < two.N < two.N_interval[1]
     assert two.loss_interval[0] < two.loss < two.loss_interval[1] and not two.notes
     assert forward["Chinchilla 1"].N > 2 * one.N  # a diffusion model wants more tokens
-    assert "extrapolates" in plans_for(laws, 1e24, flops=1e24)["approach 1"].notes[0]
+    assert "extrapolates" in plans_for(laws, flops=1e24)["approach 1"].notes[0]
 
 
 def test_the_papers_epochs(laws):
@@ -69,9 +82,9 @@ def test_the_papers_epochs(laws):
 def test_what_the_user_fixes_is_kept(laws):
     U = 5e7
     assert all(plan.e == pytest.approx(40) for plan in plans_for(laws, unique_tokens=U, epochs=40).values())
-    for plan in plans_for(laws, 1e18, unique_tokens=U, flops=1e18).values():
+    for plan in plans_for(laws, unique_tokens=U, flops=1e18).values():
         assert plan.flops <= 1e18 * (1 + 1e-6)
-    for plan in plans_for(laws, 1e18, unique_tokens=U, params=1e8, flops=1e18).values():
+    for plan in plans_for(laws, unique_tokens=U, params=1e8, flops=1e18).values():
         assert (plan.N, plan.flops) == (1e8, pytest.approx(1e18))
     for plan in plans_for(laws, params=1e9, tokens=1e10).values():
         assert (plan.N, plan.tokens) == (1e9, 1e10)
@@ -103,7 +116,7 @@ def test_ours_is_planned_without_the_step_between_batch_sizes(laws):
 
 
 def test_every_law_says_where_it_extrapolates(laws):
-    large = plans_for(laws, 1e27, flops=1e27) | plans_for(laws, unique_tokens=1e12, params=1e12)
+    large = plans_for(laws, flops=1e27) | plans_for(laws, unique_tokens=1e12, params=1e12)
     for plan in large.values():
         assert any(note.startswith("extrapolates: ") for note in plan.notes), plan.law
 
@@ -166,17 +179,17 @@ def test_the_printed_plan(capsys):
     assert re.search(r"by eq\. 15: from [\d.]+e\+1[78] FLOPs on; yes, at 1e\+20", out)
 
 
-def test_enough_text_to_see_it_once(capsys):
-    code, out, _ = run(capsys, "plan", "--unique_tokens=200B", "--flops=1e21")
+def test_enough_text_to_see_it_once(capsys, few_draws):
+    code, out, _ = run(capsys, "plan", "--unique_tokens=200B", "--flops=1e21", f"--fits={few_draws}")
     assert code == 0 and "  approach 1 " in out and "enough to see every token once" in out
     assert "suggested for masked: approach 1 " in out
-    code, out, _ = run(capsys, "plan", "--unique_tokens=50M", "--flops=1e20")
+    code, out, _ = run(capsys, "plan", "--unique_tokens=50M", "--flops=1e20", f"--fits={few_draws}")
     assert code == 0 and "  approach 1 " not in out and "suggested for masked: ours " in out
 
 
-def test_text_enough_for_less_than_an_epoch(capsys):
+def test_text_enough_for_less_than_an_epoch(capsys, few_draws):
     """Where compute binds, the laws of repeats may leave text unread."""
-    code, out, _ = run(capsys, "plan", "--unique_tokens=1T", "--flops=1e20")
+    code, out, _ = run(capsys, "plan", "--unique_tokens=1T", "--flops=1e20", f"--fits={few_draws}")
     ours = next(line for line in out.splitlines() if line.startswith("  ours "))
     epochs = float(re.search(r"[MB]\]? +([\d.]+)[MBT] +([\d.e-]+) ", ours)[2])
     assert code == 0 and epochs < 0.5 and "suggested for masked: approach 1 " in out
@@ -228,8 +241,7 @@ def test_the_crossover_of_own_fits(capsys, tmp_path):
 ])  # fmt: skip
 def test_bad_plans(capsys, argv, message):
     code, out, err = run(capsys, "plan", *argv)
-    assert (code, out) == (2, "") and message in err and len(err.splitlines()) == 1
-    assert not Path("x.py").exists()
+    assert (code, out) == (2, "") and message in err and "Traceback" not in err and not Path("x.py").exists()
 
 
 def test_sizes_may_have_units():
@@ -253,9 +265,9 @@ def test_the_nearest_size():
     ("--params=10B", "--objective=ar"),
     ("--unique_tokens=20M", "--law=ours"),
 ])
-def test_the_written_file_trains_the_plan(capsys, tmp_path, budget):
+def test_the_written_file_trains_the_plan(capsys, tmp_path, few_draws, budget):
     path = tmp_path / "mine.py"
-    code, out, _ = run(capsys, "plan", *budget, f"--write={path}")
+    code, out, _ = run(capsys, "plan", *budget, f"--write={path}", f"--fits={few_draws}")
     assert code == 0 and f"wrote {path}" in out
     cfg = configurator.load(train.Config, [str(path)])
     assert cfg.objective == ("ar" if "--objective=ar" in budget else "masked")
