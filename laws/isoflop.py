@@ -30,9 +30,9 @@ class Valleys(NamedTuple):
 def budget_of(runs, tolerance=0.1):
     """The number of each run's budget, by its FLOPs: runs within `tolerance` of a neighbour share one."""
     order = np.argsort(runs.flops)
-    is_next = np.diff(np.log(runs.flops[order]), prepend=-np.inf) > tolerance
+    is_first = np.diff(np.log(runs.flops[order]), prepend=-np.inf) > tolerance  # of a budget
     budget = np.empty(len(order), int)
-    budget[order] = np.cumsum(is_next) - 1
+    budget[order] = np.cumsum(is_first) - 1
     return budget
 
 

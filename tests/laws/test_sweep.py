@@ -52,7 +52,7 @@ with open(here / "calls.txt", "a") as file:
 def save(step):
     folder = run / f"step_{step:08d}"
     folder.mkdir(exist_ok=True)
-    record = dict(step=step, steps=s["steps"], samples=step * s["batch_size"], settings=s)
+    record = dict(step=step, steps=s["steps"], next_sample=step * s["batch_size"], settings=s)
     record["model"] = json.loads((here / "model.json").read_text())
     (folder / "checkpoint.json").write_text(json.dumps(record))
 rules = json.loads((here / "rules.json").read_text()) if (here / "rules.json").exists() else {}
@@ -351,6 +351,19 @@ def test_settings_that_change_no_result_are_not_refused(config, stand_in):
         file.write("log_every, micro_batch, device, keep = 2, 2, 'auto', 7\n")
     [run] = sweep.layout(cfg)
     assert run.is_finished and run.settings.micro_batch == 2
+
+
+def test_the_folder_of_an_older_sweep_is_finished(config, stand_in):
+    """Configs, settings and records with block_len, samples and settings that are gone."""
+    cfg = config()
+    points = sweep.run_sweep(cfg).read_text()
+    first = started(stand_in())
+    for path in [*Path(cfg.out).rglob("*.json"), *Path(cfg.out).glob("configs/*.py")]:
+        text = path.read_text().replace("seq_len", "block_len").replace("next_sample", "samples")
+        path.unlink()  # branches share the trunk's files
+        path.write_text(text.replace('"settings": {', '"settings": {"eval_tasks": "mmlu", '))
+    assert configurator.load(train.Config, [str(path)]).seq_len == 16
+    assert sweep.run_sweep(cfg).read_text() == points and started(stand_in()) == first
 
 
 def test_a_run_that_another_process_trains_is_left_alone(config, stand_in, capsys):
