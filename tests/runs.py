@@ -76,7 +76,7 @@ class Group:
     def __init__(self, folder, world):
         self.folder, self.number = folder, 0
         program = ROOT / "tests/processes/train_jobs.py"
-        command = [*TORCHRUN, "--standalone", f"--nproc_per_node={world}", str(program), str(folder)]
+        command = [sys.executable, str(program), str(folder), str(world)]
         with open(folder / "log", "w") as log:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT)

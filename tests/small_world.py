@@ -30,12 +30,13 @@ class Denoiser(torch.nn.Module):
     """Stands in for the network: hidden states are the optimal log-probabilities, the head is the identity.
 
     kind: masked; loo (uniform, leave one out) or posterior (uniform, the position's own token seen).
-    mistake: how wrong it is, in a fixed way.
+    mistake: how wrong it is, in a fixed way. clean (B, L): the positions that it knows to be clean.
     """
 
-    def __init__(self, kind, schedule="linear", mistake=0.0):
+    def __init__(self, kind, schedule="linear", mistake=0.0, clean=None):
         super().__init__()
         self.kind, self.schedule, self.mistake = kind, diffusion.schedule(schedule), mistake
+        self.clean = torch.zeros(1, L, dtype=torch.bool) if clean is None else torch.from_numpy(clean)
         self.config = SimpleNamespace(n_vocab=V, mask_id=M, causal=False, timed=kind != "masked")
         self.embed = torch.nn.Embedding(1, 1)
         self.head = torch.eye(V, dtype=torch.float64)
@@ -51,6 +52,7 @@ class Denoiser(torch.nn.Module):
             likelihood = torch.where(z[:, None, :] == M, 1.0, equal.double())
         else:
             ratio = torch.tensor(self.schedule.r(t.double().numpy()))[:, None, None]
+            ratio = ratio * ~self.clean[:, None, :]
             likelihood = (1 - ratio) * equal + ratio / V
         chances = torch.zeros(len(z), L, V, dtype=torch.float64)
         for i in range(L):

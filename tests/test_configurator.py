@@ -1,4 +1,4 @@
-"""Settings: override files and flags, left to right; everything wrong is said at once, before anything starts."""
+"""Settings: override files and flags, left to right; all that is wrong is said at once, before the start."""
 
 import contextlib
 import dataclasses
@@ -17,7 +17,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import configurator
+import train
 from configurator import setting
+from configurator.renamed import GONE, SETTINGS
 
 ROOT = Path(__file__).resolve().parents[1]
 quick = hypothesis_settings(max_examples=60, deadline=None)
@@ -36,7 +38,8 @@ class Settings:
     compile: bool = setting(True, "whether it is fast")
 
     def problems(self):
-        return ["share=0.7 contradicts count=7", "a second line"] if (self.share, self.count) == (0.7, 7) else []
+        wrong = (self.share, self.count) == (0.7, 7)
+        return ["share=0.7 contradicts count=7", "a second line"] if wrong else []
 
 
 def load(*argv):
@@ -70,7 +73,8 @@ def test_defaults():
 
 
 @quick
-@given(st.lists(st.tuples(st.booleans(), st.sampled_from(["steps", "count"]), st.integers(1, 999)), max_size=6))
+@given(st.lists(
+    st.tuples(st.booleans(), st.sampled_from(["steps", "count"]), st.integers(1, 999)), max_size=6))
 def test_files_and_flags_apply_from_left_to_right(scratch, assignments):
     argv, expected = [], dataclasses.asdict(Settings())
     for i, (in_file, name, value) in enumerate(assignments):
@@ -210,7 +214,7 @@ def test_lines_of_a_file(tmp_path, line, name, value):
     ("-steps=5", "no such override file (flags are written --key=value)"),
     ("absent.py", "no such override file (flags are written --key=value)"),
     ("/", "no such override file"),
-    pytest.param("a prompt without its flag " * 100, "no such override file", id="longer than a file's name may be"),
+    pytest.param("a prompt without its flag " * 100, "no such override file", id="longer than a file's name"),
 ])
 def test_refused_flags(flag, reason):
     (line,) = refused(flag)
@@ -263,7 +267,8 @@ def test_everything_wrong_is_said_at_once(tmp_path):
     wanted = ["--steps=ten: expected a number", f"{path}: unknown setting 'stpes'; did you mean 'steps'?",
               f"{path}: share=3: must be at most 1", "--lr=-1: must be above 0",
               "absent.py: no such override file (flags are written --key=value)",
-              "--compil=False: unknown setting 'compil'; did you mean 'compile'?", "--name: write --name=VALUE"]
+              "--compil=False: unknown setting 'compil'; did you mean 'compile'?",
+              "--name: write --name=VALUE"]
     assert lines == [f"{Path(sys.argv[0]).name}: {line}" for line in wanted]
 
 
@@ -274,7 +279,8 @@ def test_incompatible_settings():
 
 def test_incompatible_settings_are_said_with_the_rest():
     lines = "\n".join(refused("--share=0.7", "--count=7", "--xyzzy=1"))
-    assert "unknown setting 'xyzzy'" in lines and "share=0.7 contradicts count=7" in lines and "a second line" in lines
+    for message in ("unknown setting 'xyzzy'", "share=0.7 contradicts count=7", "a second line"):
+        assert message in lines
 
 
 @pytest.mark.parametrize("text", [None, "1 / 0\n"])
@@ -348,24 +354,122 @@ def test_sample_refuses(tmp_path):
     assert err.splitlines() == ["sample.py: give one of prompt, prompt_file, prompts and text"]
 
 
-def test_other_names(capsys):
-    """A setting's other names are shown by --help, reach it from flags and files, and aren't given beside it."""
-    aliases = dict(rate="lr", quick="fast")
+# ----------------------------------------------------------------------------------- needs of one for another
 
-    @dataclasses.dataclass
-    class Settings:
-        lr: float = configurator.setting(1.0, "the rate")
-        fast: bool = configurator.setting(False, "hurry")
 
-    assert configurator.load(Settings, ["--rate=2"], aliases=aliases).lr == 2 and configurator.load(Settings, ["--quick"], aliases=aliases).fast
-    assert configurator.load(Settings, ["--lr=3", "--lr=4"], aliases=aliases).lr == 4
-    for wrong, message in ((["--rate=2", "--lr=3"], "'lr' and 'rate' are one setting"), (["--rate"], "write --rate=VALUE"), (["--rate=x"], "expected a number")):
-        with pytest.raises(SystemExit):
-            configurator.load(Settings, wrong, aliases=aliases)
-        assert message in capsys.readouterr().err
+@dataclass
+class Recipe:
+    loss: Literal["elbo", "maskgit", "paper"] = setting("elbo", "what is minimized")
+    objective: Literal["masked", "uniform", "ar"] = setting("masked", "what is learned")
+    anneal: int = setting(0, "steps of annealing")
+    fp8: bool = setting(False, "8-bit products")
+    sigma: float = setting(0.2, "a width")
+    name: str = setting("", "what it is called")
+
+    NEEDS = {
+        "loss=paper": "objective=uniform",  # a value needs a value
+        "anneal": "objective=masked|uniform",  # a setting, one of several values
+        "fp8": "anneal, name",  # several, and a setting by itself
+        "sigma": "objective=uniform or loss=maskgit",  # either of two
+    }
+
+
+@pytest.mark.parametrize("flags, lines", (
+    ([], []),
+    (["--loss=maskgit"], []),
+    (["--loss=paper"], ["loss=paper needs objective=uniform (or loss='elbo')"]),
+    (["--loss=paper", "--objective=uniform"], []),
+    (["--anneal=5"], []),
+    (["--anneal=5", "--objective=ar"], ["anneal=5 needs objective=masked or uniform (or anneal=0)"]),
+    (["--fp8"], ["fp8 needs anneal (or fp8=False)", "fp8 needs name (or fp8=False)"]),
+    (["--fp8", "--anneal=1"], ["fp8 needs name (or fp8=False)"]),
+    (["--fp8", "--anneal=1", "--name=x"], []),
+    (["--sigma=0.1"], ["sigma=0.1 needs objective=uniform or loss=maskgit (or sigma=0.2)"]),
+    (["--sigma=0.1", "--loss=maskgit"], []),
+    (["--sigma=0.1", "--objective=uniform"], []),
+    (["--sigma=0.2"], []),  # the default, though said
+), ids=" ".join)
+def test_needs_that_are_not_met(flags, lines, capsys):
+    if not lines:
+        settings = configurator.load(Recipe, flags)
+        assert configurator.unmet_needs(settings, Recipe.NEEDS) == []
+        return
     with pytest.raises(SystemExit):
-        configurator.load(Settings, ["--help"], aliases=aliases)
-    assert "also --rate)" in capsys.readouterr().out
+        configurator.load(Recipe, flags)
+    found = capsys.readouterr().err.splitlines()
+    assert [line.partition(": ")[2] for line in found] == lines
+
+
+# -------------------------------------------------------------------------------------- other and older names
+
+
+ALIASES = dict(rate="lr", quick="fast")
+
+
+@dataclass
+class Renamed:
+    lr: float = setting(1.0, "the rate")
+    fast: bool = setting(False, "hurry")
+    seq_len: int = setting(8, "tokens per row")
+
+
+def load_renamed(*argv):
+    return configurator.load(Renamed, list(map(str, argv)), aliases=ALIASES)
+
+
+def test_other_names_reach_a_setting(tmp_path):
+    assert load_renamed("--rate=2").lr == 2 and load_renamed("--quick").fast
+    assert load_renamed("--lr=3", "--lr=4").lr == 4
+    assert load_renamed(write(tmp_path / "x.py", "rate = 5")).lr == 5
+
+
+@pytest.mark.parametrize("flags, message", (
+    (["--rate=2", "--lr=3"], "'lr' and 'rate' are one setting"),
+    (["--seq_len=2", "--block_len=3"], "'block_len' and 'seq_len' are one setting"),
+    (["--rate"], "write --rate=VALUE"),
+    (["--rate=x"], "expected a number"),
+    (["--block_len=x"], "--block_len=x: expected a number"),
+))
+def test_other_names_are_refused_like_the_setting(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        load_renamed(*flags)
+    assert message in capsys.readouterr().err
+
+
+def test_other_names_are_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        load_renamed("--help")
+    text = capsys.readouterr().out
+    assert "also --rate)" in text and "block_len" not in text  # an old name is read, not advertised
+
+
+def test_older_names_hold_in_flags_and_files_of_every_command(tmp_path):
+    for old, new in SETTINGS.items():
+        assert new in train.Config.__dataclass_fields__ and old not in train.Config.__dataclass_fields__
+    assert load_renamed("--block_len=16") == load_renamed("--seq_len=16")
+    assert load_renamed("--block-len=16") == Renamed(seq_len=16)
+    assert load_renamed(write(tmp_path / "old.py", "block_len = 32\nlr = 2")) == Renamed(2.0, seq_len=32)
+    cfg = configurator.load(train.Config, ["--steps=1", "--block_len=64"])
+    assert cfg.seq_len == 64
+
+
+def test_an_older_name_is_free_for_a_setting_of_that_name():
+    """As where one command still has it and another's has another meaning."""
+
+    @dataclass
+    class Other:
+        block_len: int = setting(4, "of decoding")
+
+    assert configurator.load(Other, ["--block_len=9"]).block_len == 9
+
+
+@pytest.mark.parametrize("name", GONE)
+def test_settings_that_are_gone_say_what_does_their_work(name, tmp_path, capsys):
+    for argv in (f"--{name}=1", str(write(tmp_path / "old.py", f"{name} = 1"))):
+        with pytest.raises(SystemExit):
+            load_renamed(argv)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"there is no setting '{name}' any more; {GONE[name]}" in line
 
 
 def test_settings_that_change_no_result():
@@ -373,6 +477,7 @@ def test_settings_that_change_no_result():
 
 
 def test_help_into_a_pipe_that_is_closed():
-    program = subprocess.Popen([sys.executable, "train.py", "--help"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = [sys.executable, "train.py", "--help"]
+    program = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     program.stdout.close()
     assert program.wait(60) == 0 and program.stderr.read() == b""

@@ -1,105 +1,36 @@
-"""Golden tests of the mathematics: every kernel × schedule × estimator against closed forms and enumeration."""
+"""The mathematics against closed forms and enumeration: bounds, schedules, losses, reverse steps."""
 
 import itertools
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import small_world
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_world import (
+    Denoiser,
+    H,
+    L,
+    M,
+    V,
+    conditional_entropy,
+    curve,
+    estimate,
+    loss_of,
+    process,
+    to_tensors,
+)
 
 import diffusion as d
 import kernels
 from model import ModelConfig, Transformer
+from training import transfer
 
 SCHEDULES = ("linear", "cosine", "poly2", "poly3")
 
-# A small world: V tokens, L positions, a known and strongly dependent joint distribution.
-V, L, M = 3, 3, 3
-STATES = np.array(list(itertools.product(range(V), repeat=L)))  # (27, L)
-P = np.random.default_rng(0).gamma(0.4, size=len(STATES)) + 0.01
-P /= P.sum()
-H = float(-(P * np.log(P)).sum()) / L  # nats per token
-
-
-class Denoiser(torch.nn.Module):
-    """Stands in for the network: hidden states are the optimal log-probabilities, the head is the identity."""
-
-    def __init__(self, kind, schedule="linear", mistake=0.0):
-        super().__init__()
-        self.kind, self.schedule, self.mistake = kind, d.schedule(schedule), mistake
-        self.config = SimpleNamespace(n_vocab=V, mask_id=M, causal=False, timed=kind != "masked")
-        self.embed = torch.nn.Embedding(1, 1)
-        self.head = torch.eye(V, dtype=torch.float64)
-
-    def logits(self, hidden):
-        return hidden
-
-    def forward(self, z, t=None, documents=None, index=None, positions=None, visible=None):
-        """log p(x_i = v | what is known), (B, L, V) or (C, V): enumeration over all states."""
-        states, prior = torch.tensor(STATES), torch.tensor(P)
-        hit = z[:, None, :] == states[None]  # (B, 27, L)
-        if self.kind == "masked":
-            likelihood = torch.where(z[:, None, :] == M, 1.0, hit.double())
-        else:
-            ratio = torch.tensor(self.schedule.r(t.double().numpy()))[:, None, None]
-            likelihood = (1 - ratio) * hit + ratio / V
-        out = torch.zeros(len(z), L, V, dtype=torch.float64)
-        for i in range(L):
-            others = likelihood.clone()
-            if self.kind != "posterior":  # leave one out; for masked positions it makes no difference
-                others[:, :, i] = 1.0
-            weight = others.prod(-1) * prior  # (B, 27)
-            for v in range(V):
-                out[:, i, v] = weight[:, states[:, i] == v].sum(1)
-        logits = torch.log(out / out.sum(-1, keepdim=True) + 1e-300)
-        if self.mistake:  # a network that is wrong in a fixed way
-            logits = logits.clamp_min(-4) * (1 - self.mistake) + self.mistake * torch.arange(V) * (1 + z.sum(1) % 3)[:, None, None]
-        return logits if index is None else logits.flatten(0, 1)[index]
-
-
-def loss_of(network, batch, posterior=False):
-    hidden = network(batch.tokens, batch.time, batch.documents, batch.index)
-    return d.loss_and_parts(hidden, network.head, batch, network.config.n_vocab, posterior)[0]
-
-
-def estimate(p, denoiser, posterior=False, groups=40, n_rows=1500, progress=0.5):
-    """Mean and standard error of the loss over independent steps whose rows are drawn from P."""
-    values, rng = [], np.random.default_rng(1)
-    for group in range(groups):
-        x = STATES[rng.choice(len(P), n_rows, p=P)]
-        rows = d.noise_levels(p, group * n_rows, n_rows, progress)
-        batch = d.make_batch(p, np.concatenate((x[:, :1], x), 1), rows, rows.microbatch_rows(0, 1))
-        batch = batch._replace(weights=batch.weights.astype(np.float64))
-        batch = d.Batch(*(None if a is None else torch.from_numpy(np.ascontiguousarray(a)) for a in batch))
-        # relative to this group's own log-likelihood: takes the noise of drawing x out
-        surprise = -np.log([P[int(i)] for i in (x * V ** np.arange(L)[::-1]).sum(1)]).mean() / L
-        values.append(loss_of(denoiser, batch, posterior).item() - surprise + H)
-    return np.mean(values), np.std(values, ddof=1) / math.sqrt(groups)
-
-
-def curve(denoiser):
-    """C_k, the mean cross-entropy of a masked token when k are masked, by enumeration. (L,)"""
-    result = []
-    for k in range(1, L + 1):
-        total = 0.0
-        masks = list(itertools.combinations(range(L), k))
-        for mask in masks:
-            z = torch.tensor(STATES).clone()
-            z[:, list(mask)] = M
-            nats = -denoiser(z).log_softmax(-1).gather(-1, torch.tensor(STATES)[..., None])[..., 0]
-            total += (torch.tensor(P) * nats[:, list(mask)].mean(1)).sum().item() / len(masks)
-        result.append(total)
-    return np.array(result)
-
-
-def process(objective="masked", **more):
-    return d.Process(objective, V, M, L, **more)
-
-
-# (a) the optimal denoiser's bound is the entropy ------------------------------------------------------------
+# ---------------------------------------------------------------- the optimal denoiser's bound is the entropy
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -113,24 +44,27 @@ def test_masked_bound_of_the_optimal_denoiser_is_the_entropy(schedule, estimator
     assert abs(mean - truth) < 4 * error
 
 
-@pytest.mark.parametrize("more", (dict(time="iid"), dict(time="moving_gaussian", time_correction=True),
-                                  dict(time="moving_gaussian", time_correction=True, estimator="time")))
-def test_time_samplers_keep_the_bound_when_corrected(more):
-    mean, error = estimate(process(time_sigma=0.5, **more), Denoiser("masked"))
+@pytest.mark.parametrize("sampler", (
+    dict(time="iid"), dict(time="moving_gaussian", time_correction=True),
+    dict(time="moving_gaussian", time_correction=True, estimator="time")), ids=str)
+def test_time_samplers_keep_the_bound_when_corrected(sampler):
+    mean, error = estimate(process(time_sigma=0.5, **sampler), Denoiser("masked"))
     assert error < 0.03 * H and abs(mean - H) < 4 * error
 
 
 def test_moving_gaussian_without_correction_is_another_loss():
-    mean, error = estimate(process(time="moving_gaussian", time_sigma=0.1), Denoiser("masked"), progress=1.0)
+    p = process(time="moving_gaussian", time_sigma=0.1)
+    mean, error = estimate(p, Denoiser("masked"), progress=1.0)
     assert mean > H + 20 * error  # mostly noisy rows, as in the paper's late training loss
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_uniform_bound_of_the_leave_one_out_denoiser_is_the_entropy(schedule):
-    mean, error = estimate(process("uniform", schedule=schedule), Denoiser("loo", schedule))
+@pytest.mark.parametrize("kind", ("loo", "posterior"))
+def test_uniform_bound_of_the_leave_one_out_denoiser_is_the_entropy(schedule, kind):
+    """Or of one that sees the position's own token, with that undone."""
+    p = process("uniform", schedule=schedule)
+    mean, error = estimate(p, Denoiser(kind, schedule), posterior=kind == "posterior")
     assert error < 0.02 * H and abs(mean - H) < 4 * error
-    mean, error = estimate(process("uniform", schedule=schedule), Denoiser("posterior", schedule), posterior=True)
-    assert abs(mean - H) < 4 * error  # the shift undone
 
 
 def test_full_posterior_misses_the_uniform_bound():
@@ -138,10 +72,46 @@ def test_full_posterior_misses_the_uniform_bound():
     assert mean > H + 10 * error
 
 
+# ----------------------------------------------------------------------------- the bound on what counts alone
+
+# Rows that differ in what counts, none of it a prefix: the rest is context, as a question is to its answer.
+PATTERNS = np.array([[1, 0, 1], [0, 1, 0], [0, 1, 1], [0, 0, 1], [1, 1, 1]], bool)
+
+
+def expected_loss(estimator, patterns):
+    """The optimal denoiser's loss on rows of these patterns, equally many of each, by enumeration."""
+    nats = 0.0
+    for pattern in patterns:
+        n, entropy = pattern.sum(), conditional_entropy(pattern[None])
+        if estimator == "ratio":  # forcing a mask where none fell
+            singles = np.eye(L, dtype=bool)[pattern]
+            entropy = (n * entropy + np.mean([conditional_entropy(one[None]) for one in singles])) / (n + 1)
+        nats += n * entropy
+    return nats / patterns.sum()
+
+
+@pytest.mark.parametrize("estimator", ("count", "ratio", "time"))
+def test_masked_bound_of_what_counts_is_its_entropy_given_the_rest(estimator):
+    eligible = PATTERNS[np.arange(1500) % len(PATTERNS)]
+    mean, error = estimate(process(estimator=estimator), Denoiser("masked"), eligible=eligible)
+    assert error < 0.03 * H and abs(mean - expected_loss(estimator, PATTERNS)) < 4 * error
+
+
+@pytest.mark.parametrize("schedule", ("linear", "cosine"))
+def test_uniform_bound_of_what_counts_is_its_entropy_given_the_rest(schedule):
+    eligible = PATTERNS[np.arange(1500) % len(PATTERNS)]
+    denoiser = Denoiser("loo", schedule, clean=~eligible)
+    mean, error = estimate(process("uniform", schedule=schedule), denoiser, eligible=eligible)
+    assert error < 0.03 * H and abs(mean - expected_loss("count", PATTERNS)) < 4 * error
+
+
+# ------------------------------------------------------------------------------------------ the uniform bound
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from(SCHEDULES))
 def test_one_token_uniform_bound_is_the_entropy_exactly(seed, name):
-    """V = 7, L = 1: integrate over t by quadrature instead of sampling (SPEC §6)."""
+    """V = 7, L = 1: integrate over t by quadrature instead of sampling (docs/math.md §6)."""
     probs = torch.tensor(np.random.default_rng(seed).dirichlet(np.ones(7)))
     s = d.schedule(name)
     nodes, weights = np.polynomial.legendre.leggauss(400)
@@ -152,8 +122,10 @@ def test_one_token_uniform_bound_is_the_entropy_exactly(seed, name):
     for x, z in itertools.product(range(7), repeat=2):
         chance = probs[x] * ((1 - r) * (x == z) + r / 7)
         xs, zs = torch.full((400,), x), torch.full((400,), z)
-        total += (jacobian * chance * kernels.uniform_bound(probs.expand(400, 7), zs, xs, beta) / (7 * (1 - r))).sum()
-    assert abs(total.item() - -(probs * probs.log()).sum().item()) < 2e-4
+        bound = kernels.uniform_bound(probs.expand(400, 7), zs, xs, beta)
+        total += (jacobian * chance * bound / (7 * (1 - r))).sum()
+    entropy = -(probs * probs.log()).sum().item()
+    assert abs(total.item() - entropy) < 2e-4
     assert s.r(1.0) == pytest.approx(1)
 
 
@@ -168,24 +140,26 @@ def test_uniform_bound_equals_its_definition_in_fp64():
         r, rho = truth / truth.gather(1, z[:, None]), u / u.gather(1, z[:, None])
         expected = (r * (r / rho).log() - r + rho).sum(1)
         beta = torch.full((50,), 11 * alpha / (1 - alpha), dtype=torch.float64)
-        got = kernels.uniform_bound(probs, z, x, beta)
-        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-15)
+        bound = kernels.uniform_bound(probs, z, x, beta)
+        torch.testing.assert_close(bound, expected, rtol=1e-6, atol=1e-15)
         single = kernels.uniform_bound(probs.float(), z, x, beta.float()).double()
         torch.testing.assert_close(single, expected, rtol=1e-5, atol=1e-15)
 
 
 def test_uniform_bound_is_finite_at_the_ends_of_time():
-    """poly8 at t → 0 has r ~ 1e-40, and every schedule has α = 0 at t = 1: loss and gradient stay finite in fp32."""
+    """poly8 at t → 0 has r ~ 1e-40, and α = 0 at t = 1: loss and gradient stay finite in fp32."""
     p = d.Process("uniform", 9, 9, 16, schedule="poly8")
-    rows = d.NoiseLevels(np.arange(4), np.array([1e-5, 1e-3, 0.5, 1.0]), np.full(4, 16), np.full(4, 1), 0.0)
-    batch = d.make_batch(p, np.zeros((4, 17), int), rows, rows.microbatch_rows(0, 1))
+    t = np.array([1e-5, 1e-3, 0.5, 1.0])
+    levels = d.NoiseLevels(np.arange(4), t, np.full(4, 16), np.full(4, 1), 0.0)
+    batch = d.make_batch(p, np.zeros((4, 17), int), levels, levels.microbatch_rows(0, 1))
     logits = torch.randn(64, 9, requires_grad=True)
-    nats = kernels.uniform_bound(logits.softmax(-1), *(torch.from_numpy(a) for a in (batch.noisy, batch.targets, batch.beta)))
+    z, x, beta = (torch.from_numpy(array) for array in (batch.noisy, batch.targets, batch.beta))
+    nats = kernels.uniform_bound(logits.softmax(-1), z, x, beta)
     (nats * torch.from_numpy(batch.weights[:, 0])).sum().backward()
     assert torch.isfinite(nats).all() and torch.isfinite(logits.grad).all()
 
 
-# (b) three estimators, one bound ----------------------------------------------------------------------------
+# ------------------------------------------------------------------------------ three estimators of one bound
 
 
 def test_estimators_agree_for_an_imperfect_denoiser():
@@ -200,18 +174,30 @@ def test_estimators_agree_for_an_imperfect_denoiser():
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_count_weights_undo_the_probability_of_k(schedule):
-    """Over a fine lattice Σ weight·k·C_k is (1/ℓ)Σ C_k × ℓ, exactly, for any length and curve: no ε anywhere."""
-    for length in (1, 2, 7):
-        p = d.Process("masked", V, M, length, schedule=schedule)
-        n = 200_000
-        rows = d.noise_levels(p, 0, n)
-        noisy, weight = d.masked_weights(p, rows, np.arange(n), d.random_bits(0, 0, rows.sample, length), np.ones((n, length), bool))
-        assert (noisy.sum(1) == rows.count).all()
-        C = np.cos(np.arange(length)) + 2
-        assert np.mean(weight * rows.count * C[rows.count - 1]) == pytest.approx(C.sum(), rel=1e-4)
+    """Over a fine lattice Σ weight·k·C_k is (1/n)Σ C_k × n, exactly, for any n and curve: no ε anywhere."""
+    rows, length = np.arange(200_000), 7
+    p = d.Process("masked", V, M, length, schedule=schedule)
+    for n in (1, 2, 7):
+        eligible = np.broadcast_to(np.arange(length) >= length - n, (len(rows), length))  # the last n, say
+        levels = d.noise_levels(p, 0, len(rows), eligible=np.full(len(rows), n))
+        bits = d.random_bits(0, 0, levels.sample, length)
+        noisy, weight = d.masked_weights(p, levels, rows, bits, eligible)
+        assert (noisy.sum(1) == levels.count).all() and not noisy[:, : length - n].any()
+        C = np.cos(np.arange(n)) + 2
+        assert np.mean(weight * levels.count * C[levels.count - 1]) == pytest.approx(C.sum(), rel=1e-4)
 
 
-# (c) schedules ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_one_token_masked_elbo_is_cross_entropy(schedule):
+    p = d.Process("masked", V, M, 1, schedule=schedule)
+    levels = d.noise_levels(p, 0, 64)
+    batch = d.make_batch(p, np.arange(128).reshape(64, 2) % V, levels, levels.microbatch_rows(0, 1))
+    assert (batch.tokens == M).all()
+    np.testing.assert_allclose(batch.weights.sum(), 1, rtol=1e-6)
+    np.testing.assert_allclose(batch.weights[batch.weights > 0], 1 / 64, rtol=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------- schedules
 
 
 @settings(max_examples=200, deadline=None)
@@ -230,244 +216,94 @@ def test_the_cosine_schedule_is_the_right_one():
     np.testing.assert_allclose(s.dr(t) / s.r(t), math.pi / 2 / np.tan(math.pi * t / 2), atol=1e-12)
 
 
-def test_unknown_schedule_is_refused():
+@pytest.mark.parametrize("name", ("sigmoid", "poly", "poly0", "poly-1", "poly1.5", ""))
+def test_unknown_schedule_is_refused(name):
     with pytest.raises(ValueError, match="linear, cosine or poly"):
-        d.schedule("sigmoid")
+        d.schedule(name)
 
 
-# (d) one token ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("r, inverse, message", (
+    (lambda t: 0.999 * t, lambda u: u / 0.999, r"not r\(1\) = 0.999"),
+    (lambda t: t + 1e-3 * (1 - t), lambda u: u, r"not r\(0\) = 0.001"),
+    (lambda t: t, lambda u: u * u / 2, "the inverse of r maps 1 to 1, not to 0.5")))
+def test_a_schedule_with_an_epsilon_is_refused(r, inverse, message):
+    """It would drop a part of the bound without a word."""
+    with pytest.raises(ValueError, match=message):
+        d.Schedule(r, lambda t: 1.0, inverse)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_one_token_masked_elbo_is_cross_entropy(schedule):
-    p = d.Process("masked", V, M, 1, schedule=schedule)
-    rows = d.noise_levels(p, 0, 64)
-    batch = d.make_batch(p, np.arange(128).reshape(64, 2) % V, rows, rows.microbatch_rows(0, 1))
-    assert (batch.tokens == M).all()
-    np.testing.assert_allclose(batch.weights.sum(), 1, rtol=1e-6)
-    np.testing.assert_allclose(batch.weights[batch.weights > 0], 1 / 64, rtol=1e-6)
+# ------------------------------------------------------------------------------------------ the gathered head
 
 
-# (e) one loss, however the batch is split -------------------------------------------------------------------
+def gathered_batch(n_rows):
+    """x (n_rows, 17), the levels, and the batch of arrays of a masked step over 50 tokens."""
+    p = d.Process("masked", 50, 50, 16)
+    levels = d.noise_levels(p, 0, n_rows)
+    x = np.random.default_rng(0).integers(0, 50, (n_rows, 17))
+    return x, levels, d.make_batch(p, x, levels, levels.microbatch_rows(0, 1))
 
 
-@pytest.mark.parametrize("more", (dict(), dict(loss="maskgit"), dict(estimator="time"), dict(short_rows=0.5),
-                                  dict(objective="uniform"), dict(objective="uniform", loss="paper", short_rows=0.5),
-                                  dict(objective="ar", short_rows=0.5)))
-def test_noise_and_weights_do_not_depend_on_the_split(more):
-    """Every row's noise, and its weights up to nothing at all, for 1×16, 2×8 and 16×1 micro-batches."""
-    p = d.Process(**{"objective": "masked", "n_vocab": 50, "mask_id": 50, "seq_len": 33, **more})
-    x = np.random.default_rng(0).integers(0, 50, (16, 34))
-    rows = d.noise_levels(p, 4800, 16, 0.3)
-
-    def per_row(parts):
-        tokens, weights = np.zeros((16, 33), int), np.zeros((16, 33))
-        for part in range(parts):
-            which = rows.microbatch_rows(part, parts)
-            b = d.make_batch(p, x[which], rows, which)
-            index = np.arange(b.targets.size) if b.index is None else b.index
-            flat = np.zeros(which.size * 33)
-            np.add.at(flat, index, b.weights.sum(1))
-            tokens[which], weights[which] = b.tokens, flat.reshape(-1, 33)
-        return tokens, weights
-
-    whole = per_row(1)
-    for parts in (2, 16):
-        for a, b in zip(whole, per_row(parts)):
-            np.testing.assert_array_equal(a, b)
-
-
-def test_noise_is_a_function_of_the_sample_and_streams_are_independent():
-    a = d.random_bits(1, d.MASK, np.arange(100), 64)
-    np.testing.assert_array_equal(a[40:50], d.random_bits(1, d.MASK, np.arange(40, 50), 64))
-    for other in (d.random_bits(2, d.MASK, np.arange(100), 64), d.random_bits(1, d.REPLACE, np.arange(100), 64)):
-        assert not (a == other).any()
-        assert abs(np.corrcoef(d.unit(a).ravel(), d.unit(other).ravel())[0, 1]) < 4 / math.sqrt(a.size)
-    u = np.sort(d.unit(a).ravel())
-    assert np.abs(u - np.arange(1, u.size + 1) / u.size).max() < 1.95 / math.sqrt(u.size)  # Kolmogorov-Smirnov, 0.1 %
-
-
-# masks and static shapes ------------------------------------------------------------------------------------
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 2**32), st.data())
-def test_exactly_k_positions_inside_the_row(length, B, seed, data):
-    count = np.array(data.draw(st.lists(st.integers(1, length), min_size=B, max_size=B)))
-    ends = np.array([data.draw(st.integers(int(k), length)) for k in count])
-    inside = np.arange(length) < ends[:, None]
-    noisy = d.exactly(d.random_bits(seed, d.MASK, np.arange(B), length), count, inside)
-    assert (noisy.sum(1) == count).all() and not (noisy & ~inside).any()
-
-
-def test_every_position_is_masked_equally_often():
-    bits = d.random_bits(5, d.MASK, np.arange(20_000), 10)
-    rate = d.exactly(bits, np.full(20_000, 3), np.ones((20_000, 10), bool)).mean(0)
-    assert np.abs(rate - 0.3).max() < 4 * math.sqrt(0.3 * 0.7 / 20_000)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.sampled_from(SCHEDULES), st.sampled_from(("count", "ratio", "time")), st.sampled_from(("uniform", "iid", "moving_gaussian")),
-       st.integers(1, 12), st.integers(2, 80), st.sampled_from((0.0, 0.5)), st.integers(0, 2**40), st.floats(0, 1))
-def test_masked_positions_always_fit_the_capacity(schedule, estimator, time, B, length, short, first, progress):
-    p = d.Process("masked", 9, 9, length, schedule=schedule, estimator=estimator, time=time, short_rows=short)
-    rows = d.noise_levels(p, first, 3 * B, progress)
-    x = np.zeros((B, length + 1), int)
-    for part in range(3):
-        which = rows.microbatch_rows(part, 3)
-        batch = d.make_batch(p, x, rows, which)  # raises if it does not fit
-        assert batch.index.shape == (d.capacity(p, B),)
-        assert (batch.weights[:, 0] > 0).sum() == (batch.tokens == 9).sum()
-
-
-def test_capacity_is_what_the_spec_promises():
-    p = d.Process("masked", 9, 9, 2048)
-    assert d.capacity(p, 32) <= -(-(33 / 2 * 2048 + 32) // 64) * 64
-    assert d.capacity(p, 32) / (32 * 2048) < 0.526
-
-
-def test_short_rows_have_random_lengths_and_are_weighed_by_their_tokens():
-    p = d.Process("masked", 9, 9, 50, short_rows=0.3)
-    rows = d.noise_levels(p, 0, 20_000)
-    short = rows.length < 50
-    assert abs(short.mean() - 0.3 * 48 / 49) < 4 * math.sqrt(0.21 / 20_000)
-    assert rows.length.min() == 2 and abs(rows.length[short].mean() - 25.5) < 1
-    batch = d.make_batch(p, np.zeros((20_000, 51), int), rows, rows.microbatch_rows(0, 1))
-    assert batch.weights.sum() == pytest.approx(1, abs=0.02)  # a constant loss of 1 nat is 1 nat per token
-    assert ((batch.documents == 0).sum(1) == rows.length).all() and set(batch.documents[:, 0]) == {0}
-
-
-def test_maskgit_is_the_mean_over_all_masked_tokens_of_the_step():
-    p = d.Process("masked", 9, 9, 32, loss="maskgit")
-    rows = d.noise_levels(p, 0, 8)
-    batches = [d.make_batch(p, np.zeros((2, 33), int), rows, rows.microbatch_rows(i, 4)) for i in range(4)]
-    weights = np.concatenate([b.weights[b.weights > 0] for b in batches])
-    np.testing.assert_allclose(weights, 1 / rows.count.sum(), rtol=1e-6)
-
-
-def test_paper_loss_is_half_noisy_half_clean():
-    p = d.Process("uniform", 9, 9, 32, loss="paper")
-    rows = d.noise_levels(p, 0, 512)
-    x = np.random.default_rng(0).integers(0, 9, (512, 33))
-    batch = d.make_batch(p, x, rows, rows.microbatch_rows(0, 1))
-    np.testing.assert_allclose(batch.weights.sum(0), [0.5, 0.5], rtol=1e-3)  # either part of a constant 1 nat
-    assert ((batch.weights > 0).sum(1) == 1).all()
-    changed = (batch.tokens.reshape(-1) != batch.targets)
-    assert not (changed & (batch.weights[:, 1] > 0)).any()  # clean positions are untouched
-    assert changed.sum() / rows.count.sum() == pytest.approx(8 / 9, abs=0.01)
-
-
-# (i) low discrepancy ----------------------------------------------------------------------------------------
-
-
-def test_lattice_marginals_are_uniform():
-    p = process()
-    t = np.stack([d.noise_levels(p, 8 * i, 8).t for i in range(4000)])
-    for j in range(8):  # every row of the step is uniform in its eighth, and the step covers all of them
-        u = np.sort(t[:, j] * 8 - j)
-        assert np.abs(u - np.arange(1, 4001) / 4000).max() < 1.95 / math.sqrt(4000)
-
-
-def test_lattice_cuts_the_variance_of_the_loss_as_predicted():
-    """For a mean cross-entropy of a·k/L a row's loss is a·k/L: standard deviation a/√(12 N) for
-    independent t, and a/(N √12) for the lattice with exact k (SPEC §3: .208 and .025 at N = 64, L = 1024)."""
-    a, N = 5.77, 64
-    std = {}
-    for time in ("iid", "uniform"):
-        p = d.Process("masked", V, M, 1024, time=time)
-        std[time] = np.std([a * d.noise_levels(p, i * N, N).count.mean() / 1024 for i in range(2000)])
-    assert std["iid"] == pytest.approx(a / math.sqrt(12 * N), rel=0.08)  # .208
-    assert std["uniform"] == pytest.approx(a / (N * math.sqrt(12)), rel=0.08)  # .026
-
-
-def test_micro_batches_and_ranks_get_lattices_of_their_own():
-    rows = d.noise_levels(process(), 0, 32)
-    for part in range(4):
-        np.testing.assert_allclose(np.diff(rows.t[rows.microbatch_rows(part, 4)]), 1 / 8)
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.floats(0, 1), st.floats(0.05, 2))
-def test_moving_gaussian_quantile_inverts_its_distribution(mean, sigma):
-    p = process(time="moving_gaussian", time_sigma=sigma, time_correction=True)
-    u = np.linspace(0.001, 1, 200)
-    t = d.time_quantile(p, u, mean)
-    assert (t > 0).all() and (t <= 1).all() and (np.diff(t) > 0).all()
-    np.testing.assert_allclose(d.time_cdf(p, t, mean), u, atol=1e-6)
-    h = 1e-5
-    inner = t[5:-5]
-    np.testing.assert_allclose(d.time_density(p, inner, mean),
-                               (d.time_cdf(p, inner + h, mean) - d.time_cdf(p, inner - h, mean)) / (2 * h), rtol=1e-4)
-
-
-# (j) the gathered head --------------------------------------------------------------------------------------
+def full_loss(hidden, head, x, levels, tokens):
+    """The loss with a softmax over every position: the mean over a row's masked ones, then over rows."""
+    logits = (hidden @ head[:50].T).log_softmax(-1)  # excluded columns left out instead of masked
+    nats = -logits.gather(-1, torch.tensor(x[:, 1:, None]))[..., 0]
+    weight = np.where(tokens == 50, 1 / levels.count[:, None] / len(x), 0.0)
+    return (nats * torch.tensor(weight)).sum()
 
 
 def test_gathered_head_equals_the_full_head():
-    """Loss and gradients of the gathered rows against softmax over every position, in fp64."""
+    """Loss and gradients of the gathered positions alone, in fp64."""
     torch.manual_seed(0)
     hidden = torch.randn(4, 16, 8, dtype=torch.float64, requires_grad=True)
     head = torch.randn(64, 8, dtype=torch.float64, requires_grad=True)
-    p = d.Process("masked", 50, 50, 16)
-    rows = d.noise_levels(p, 0, 4)
-    x = np.random.default_rng(0).integers(0, 50, (4, 17))
-    batch = d.make_batch(p, x, rows, rows.microbatch_rows(0, 1))
-    model = SimpleNamespace(config=SimpleNamespace(n_vocab=50), head=head)
-
-    class Network:
-        config, head = model.config, model.head
-
-        def __call__(self, tokens, time, documents, index):
-            return hidden.flatten(0, 1)[index]
-
-    tensors = d.Batch(*(None if a is None else torch.from_numpy(np.ascontiguousarray(a)) for a in batch))
-    loss = loss_of(Network(), tensors)
-    got = torch.autograd.grad(loss, (hidden, head))
-    logits = (hidden @ head[:50].T).log_softmax(-1)  # excluded columns left out instead of masked
-    nats = -logits.gather(-1, torch.tensor(x[:, 1:, None]))[..., 0]
-    weight = torch.tensor(np.where(batch.tokens == 50, 1 / rows.count[:, None] / 4, 0.0))  # linear: mean over masked, mean over rows
-    full = (nats * weight).sum()
+    x, levels, batch = gathered_batch(4)
+    picked = hidden.flatten(0, 1)[torch.from_numpy(batch.index)]
+    loss = d.loss_figures(picked, head, to_tensors(batch), 50)["loss"]
+    full = full_loss(hidden, head, x, levels, batch.tokens)
     assert loss.item() == pytest.approx(full.item(), rel=1e-6)
-    for a, b in zip(got, torch.autograd.grad(full, (hidden, head))):
+    gradients = torch.autograd.grad(loss, (hidden, head))
+    for a, b in zip(gradients, torch.autograd.grad(full, (hidden, head))):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
-    assert (got[1][50:] == 0).all()
+    assert (gradients[1][50:] == 0).all()
 
 
 def test_gathered_network_equals_the_full_one():
-    """Loss and every gradient of the gathered rows against a network and softmax over all positions."""
+    """Loss and every gradient of a network that computes its last block at the gathered positions only."""
     torch.manual_seed(0)
-    network = Transformer(ModelConfig(2, 2, 2, 8, 16, 64, 50, 50, 16, causal=False, init_std=0.3)).init_weights()
-    p = d.Process("masked", 50, 50, 16)
-    rows = d.noise_levels(p, 0, 16)
-    x = np.random.default_rng(0).integers(0, 50, (16, 17))
-    batch = d.make_batch(p, x, rows, rows.microbatch_rows(0, 1))
+    config = ModelConfig(2, 2, 2, 8, 16, 64, 50, 50, 16, causal=False, init_std=0.3)
+    network = Transformer(config).init_weights()
+    parameters = list(network.parameters())
+    x, levels, batch = gathered_batch(16)
     assert len(batch.index) < 16 * 16  # some positions are left out, some of those kept only fill up
-    tensors = d.Batch(*(None if a is None else torch.from_numpy(np.ascontiguousarray(a)) for a in batch))
+    tensors = transfer.to_tensors(batch)
     loss = loss_of(network, tensors)
-    got = torch.autograd.grad(loss, list(network.parameters()))
-    logits = (network(tensors.tokens) @ network.head[:50].T).log_softmax(-1)  # excluded columns left out instead of masked
-    nats = -logits.gather(-1, torch.tensor(x[:, 1:, None]))[..., 0]
-    weight = torch.tensor(np.where(batch.tokens == 50, 1 / rows.count[:, None] / 16, 0.0))  # linear: mean over masked, mean over rows
-    full = (nats * weight).sum()
+    full = full_loss(network(tensors.tokens), network.head, x, levels, batch.tokens)
     assert loss.item() == pytest.approx(full.item(), rel=1e-6)
-    for a, b in zip(got, torch.autograd.grad(full, list(network.parameters())), strict=True):
+    gradients = torch.autograd.grad(loss, parameters)
+    for a, b in zip(gradients, torch.autograd.grad(full, parameters), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    assert (got[0][51:] == 0).all()  # the embedding's padding, which is the head's too
+    assert (gradients[0][51:] == 0).all()  # the embedding's padding, which is the head's too
 
 
-# (h) the samplers reproduce the distribution ----------------------------------------------------------------
+@pytest.mark.parametrize("objective, loss", (("ar", "elbo"), ("masked", "elbo"), ("uniform", "paper")))
+def test_figures_are_named_and_the_loss_is_made_of_them(objective, loss):
+    """The paper's uniform loss is ½(noisy + clean), each the mean over its positions."""
+    p = d.Process(objective, 50, 50, 16, loss=loss)
+    levels = d.noise_levels(p, 0, 16)
+    x = np.random.default_rng(0).integers(0, 50, (16, 17))
+    batch = to_tensors(d.make_batch(p, x, levels, levels.microbatch_rows(0, 1)))
+    hidden = torch.randn(len(batch.targets), 8, dtype=torch.float64)
+    head = torch.randn(64, 8, dtype=torch.float64)
+    figures = d.loss_figures(hidden, head, batch, 50)
+    assert list(figures) == d.figure_names(p)
+    nats = torch.nn.functional.cross_entropy((hidden @ head[:50].T), batch.targets, reduction="none")
+    torch.testing.assert_close(figures["loss"], (nats[:, None] * batch.weights).sum(), check_dtype=False)
+    if loss == "paper":
+        for name, weight in zip(("noisy", "clean"), batch.weights.T):
+            torch.testing.assert_close(figures[name], 2 * (nats * weight).sum(), check_dtype=False)
 
 
-def chi_square(samples):
-    """Pearson's statistic of samples (n, L) against P, and its 99.9 % bound (Wilson-Hilferty)."""
-    index = (samples.numpy() * V ** np.arange(L)[::-1]).sum(1)
-    expected = P * len(index)
-    k = len(P) - 1
-    bound = k * (1 - 2 / (9 * k) + 3.09 * math.sqrt(2 / (9 * k))) ** 3
-    return ((np.bincount(index, minlength=len(P)) - expected) ** 2 / expected).sum(), bound
-
-
-# reverse steps ----------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------- reverse steps
 
 
 @settings(max_examples=50, deadline=None)
@@ -581,3 +417,7 @@ def test_uniform_step_follows_its_formula():
     q = (a * (np.arange(n_vocab) == z) + (1 - a) / n_vocab) * ((1 - then) * x + then / n_vocab)
     q /= q.sum()
     assert (np.abs(np.bincount(out, minlength=n_vocab) / n - q) < 4.5 * np.sqrt(q * (1 - q) / n)).all()
+
+
+# other tests import these from here
+STATES, P, chi_square = small_world.STATES, small_world.P, small_world.chi_square

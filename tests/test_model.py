@@ -19,17 +19,11 @@ from model import ModelConfig, Transformer, rotate
 PAPER = Path(__file__).resolve().parent.parent / "../shared/paper"
 needs_paper = pytest.mark.skipif(not PAPER.is_dir(), reason="the paper's tables are not on this machine")
 
-# (n_head, n_kv_head, head_dim): full, grouped, one shared key head; n_head·head_dim is 32, above and below d_model = 32
+# (n_head, n_kv_head, head_dim): full, grouped, one shared key head; n_head·head_dim is d_model = 32, or not
 HEADS = ((4, 4, 8), (4, 2, 8), (6, 1, 16), (3, 3, 6))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks this small gain nothing from threads, and lose much where the cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config(**more):
@@ -51,7 +45,8 @@ def build(seed=0, dtype=torch.float32, **more):
 
 
 def tokens(*shape, seed=1):
-    return torch.randint(101, shape, generator=torch.Generator().manual_seed(seed))  # the mask's id among them
+    """Random tokens, the mask's id among them."""
+    return torch.randint(101, shape, generator=torch.Generator().manual_seed(seed))
 
 
 # ------------------------------------------------------------------------------------------------------ Qwen3
@@ -61,12 +56,14 @@ def qwen3(model):
     """transformers' Qwen3 with the weights of `model`."""
     c = model.config
     reference = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=c.padded_vocab, hidden_size=c.d_model, intermediate_size=c.d_ff, num_hidden_layers=c.n_layer,
-        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.head_dim,
-        max_position_embeddings=c.seq_len, rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied,
-        rope_parameters=dict(rope_type="default", rope_theta=c.rope_base), attn_implementation="eager"))
-    names = (("blocks.", "model.layers."), ("attn_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm"),
-             (".attn.", ".self_attn."), ("embed.", "model.embed_tokens."))
+        vocab_size=c.padded_vocab, hidden_size=c.d_model, intermediate_size=c.d_ff,
+        num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head,
+        head_dim=c.head_dim, max_position_embeddings=c.seq_len, rms_norm_eps=c.norm_eps,
+        tie_word_embeddings=c.tied, attn_implementation="eager",
+        rope_parameters=dict(rope_type="default", rope_theta=c.rope_base)))
+    names = (("blocks.", "model.layers."), ("attn_norm", "input_layernorm"),
+             ("mlp_norm", "post_attention_layernorm"), (".attn.", ".self_attn."),
+             ("embed.", "model.embed_tokens."))
     weights = {"lm_head.weight": model.head}
     for name, p in model.named_parameters():
         for ours, theirs in names:
@@ -115,7 +112,8 @@ def test_bidirectional_logits_are_those_of_qwen3_without_its_mask(heads):
         mask = torch.zeros(2, 1, 16, 16).masked_fill(~keep[:, None, None], torch.finfo(torch.float32).min)
         ours = F.linear(model(ids, documents=(~keep).int()), model.head)
         close(ours[keep], qwen3(model)(ids, attention_mask=mask).logits[keep])
-    close(F.linear(model(ids), model.head), qwen3(model)(ids, attention_mask=torch.zeros(2, 1, 16, 16)).logits)
+    everything = torch.zeros(2, 1, 16, 16)
+    close(F.linear(model(ids), model.head), qwen3(model)(ids, attention_mask=everything).logits)
 
 
 # ---------------------------------------------------------------------------------------------- Who sees whom
@@ -145,7 +143,8 @@ def test_causal_outputs_depend_on_no_later_token_and_on_every_earlier_one(n_laye
 
 
 @pytest.mark.parametrize("causal", (False, True))
-@pytest.mark.parametrize("documents", ([0] * 7 + [1] * 5, [0, 1, 1, 0, 1, 1, 0, 0, 1, 0, 1, 1], [3, 3, 3, 9, 9, 5, 5, 5, 5, 5, 0, 0]))
+@pytest.mark.parametrize("documents", (
+    [0] * 7 + [1] * 5, [0, 1, 1, 0, 1, 1, 0, 0, 1, 0, 1, 1], [3, 3, 3, 9, 9, 5, 5, 5, 5, 5, 0, 0]))
 def test_attention_stays_within_a_document(documents, causal):
     documents = torch.tensor([documents])
     seen = dependence(build(causal=causal), tokens(1, 12), documents)
@@ -171,14 +170,19 @@ def test_a_padded_row_equals_the_shorter_row_alone(causal):
 @pytest.mark.parametrize("causal", (False, True))
 @pytest.mark.parametrize("n_kv_head", (4, 2))
 def test_picked_positions_are_those_of_the_whole(causal, n_kv_head):
-    """The last block computes only what counts: values and every gradient equal those of picking afterwards."""
+    """The last block computes only what counts: values and all gradients are those of picking afterwards."""
     model = build(causal=causal, n_kv_head=n_kv_head)
     ids, index = tokens(3, 16), torch.tensor([0, 5, 17, 33, 33, 47])
     documents = (torch.arange(16) >= torch.tensor([[16], [3], [16]])).int()
-    picked, whole = model(ids, documents=documents, index=index), model(ids, documents=documents).flatten(0, 1)[index]
+    picked = model(ids, documents=documents, index=index)
+    whole = model(ids, documents=documents).flatten(0, 1)[index]
     close(picked, whole)
     direction = torch.randn(whole.shape, generator=torch.Generator().manual_seed(3))
-    for a, b in zip(*(torch.autograd.grad((h * direction).sum(), list(model.parameters())) for h in (picked, whole)), strict=True):
+
+    def gradients(hidden):
+        return torch.autograd.grad((hidden * direction).sum(), list(model.parameters()))
+
+    for a, b in zip(gradients(picked), gradients(whole), strict=True):
         assert (a - b).norm() < 2e-6 * b.norm()
 
 
@@ -195,7 +199,7 @@ def test_dropout_acts_in_training_only():
 
 
 def turned(x, positions, base):
-    """The rotation as complex multiplication: components i and i + half are one number. x (L, head_dim) fp64."""
+    """The rotation as complex multiplication, i and i + half being one number: x (L, head_dim) fp64."""
     half = x.shape[-1] // 2
     angle = positions[:, None] / base ** (torch.arange(half, dtype=torch.float64) / half)
     z = torch.complex(x[:, :half], x[:, half:]) * torch.polar(torch.ones_like(angle), angle)
@@ -216,13 +220,15 @@ def test_scores_depend_on_relative_positions_only():
     q, k = torch.randn(2, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     def score(i, j):
-        return (rotate(q[None], model.cos[i], model.sin[i]) * rotate(k[None], model.cos[j], model.sin[j])).sum()
+        query, key = rotate(q[None], model.cos[i], model.sin[i]), rotate(k[None], model.cos[j], model.sin[j])
+        return (query * key).sum()
 
     for distance in (-40, -1, 0, 1, 7, 900):
         first = max(0, -distance)
         scores = torch.stack([score(first + shift + distance, first + shift) for shift in (0, 1, 50, 1000)])
         assert (scores - scores[0]).abs().max() < 1e-5
-    assert abs(score(0, 1) - score(1, 0)) > 0.1 and abs(score(0, 1) - score(0, 7)) > 0.1  # direction and distance count
+    # direction and distance count
+    assert abs(score(0, 1) - score(1, 0)) > 0.1 and abs(score(0, 1) - score(0, 7)) > 0.1
 
 
 # ------------------------------------------------------------------------------------------------- The ladder
@@ -247,7 +253,7 @@ def test_table_6_counts_are_12_n_layer_d_model_squared():
     for count, d_model, _, _, n_layer in LADDER:
         assert count == round(12 * n_layer * d_model**2 / 1e6)
     odd = [count for count, d_model, head_dim, n_head, _ in LADDER if n_head * head_dim != d_model]
-    assert odd == [5, 14, 10682, 11976, 13343, 14653]  # SPEC §1
+    assert odd == [5, 14, 10682, 11976, 13343, 14653]  # docs/math.md §1
 
 
 @needs_paper
@@ -270,7 +276,8 @@ def test_ladder_finds_every_row_by_either_count():
         assert ladder(f"{label}M") == named(row)
         if count not in labels:  # the figures' N comes first
             assert ladder(f"{count}M") == named(row)
-    assert ladder("1086M") == ladder("1002M") == ladder("1.1B") == ladder(" 1086m ") == named((1792, 128, 14, 26))
+    for name in ("1086M", "1002M", "1.1B", " 1086m "):
+        assert ladder(name) == named((1792, 128, 14, 26))
     assert ladder("15B") == named((5120, 128, 40, 47))
     assert ladder("14M") == named((224, 32, 7, 4))  # not the row that Table 6 prints as 14
 
@@ -286,15 +293,16 @@ def test_unknown_or_ambiguous_names_are_refused(name):
 
 @pytest.mark.parametrize("name", ("0.3B", "1.5B"))
 def test_a_name_that_fits_several_figure_labels_is_refused(name):
-    with pytest.raises(ValueError):  # 1.5B: 1509M or 1523M, but by no means the 1645M that Table 6 prints as 1529
+    """1.5B: 1509M or 1523M, but by no means the 1645M that Table 6 prints as 1529."""
+    with pytest.raises(ValueError):
         ladder(name)
 
 
 def count_without_norms(d_model, head_dim, n_head, n_layer):
     """Parameters of the network itself, with GPT-2's vocabulary, without allocating it."""
+    shape = dict(n_layer=n_layer, n_head=n_head, n_kv_head=n_head, head_dim=head_dim, d_model=d_model)
     with torch.device("meta"):
-        model = Transformer(config(n_layer=n_layer, n_head=n_head, n_kv_head=n_head, head_dim=head_dim, d_model=d_model,
-                                   d_ff=swiglu_width(d_model), n_vocab=50257, mask_id=50257, tied=True))
+        model = Transformer(config(**shape, d_ff=swiglu_width(d_model), n_vocab=50257, mask_id=50257))
     norms = sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
     assert norms == d_model + n_layer * (2 * d_model + 2 * head_dim)
     return model.n_params() - norms
@@ -302,7 +310,8 @@ def count_without_norms(d_model, head_dim, n_head, n_layer):
 
 def test_ladder_params_count_the_network():
     for _, d_model, head_dim, n_head, _ in LADDER:  # one block of each: whole ones take long to build
-        assert count_without_norms(d_model, head_dim, n_head, 1) == ladder_params(d_model, head_dim, n_head, 1)
+        shape = (d_model, head_dim, n_head, 1)
+        assert count_without_norms(*shape) == ladder_params(*shape)
     for name in ("7M", "34M", "124M", "1086M"):
         assert round(count_without_norms(**ladder(name)) / 1e6) == int(name[:-1])
         assert count_without_norms(**ladder(name)) == ladder_params(**ladder(name))
@@ -314,8 +323,8 @@ def test_ladder_params_count_the_network():
 
 @pytest.mark.parametrize("scaled", (True, False))
 def test_initial_weights(scaled):
-    c = config(n_layer=8, d_model=128, head_dim=32, n_kv_head=2, d_ff=192, tied=False, timed=True, scaled_init=scaled)
-    model = Transformer(c).init_weights(torch.Generator().manual_seed(0))
+    shape = dict(n_layer=8, d_model=128, head_dim=32, n_kv_head=2, d_ff=192, tied=False, timed=True)
+    model = Transformer(config(**shape, scaled_init=scaled)).init_weights(torch.Generator().manual_seed(0))
     residual = 0
     for name, p in model.named_parameters():
         if "norm" in name:
@@ -333,7 +342,10 @@ def test_initial_weights(scaled):
 
 
 def test_initial_weights_are_a_function_of_the_generator():
-    first, again, other = (Transformer(config()).init_weights(torch.Generator().manual_seed(s)) for s in (0, 0, 1))
+    def model(seed):
+        return Transformer(config()).init_weights(torch.Generator().manual_seed(seed))
+
+    first, again, other = model(0), model(0), model(1)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters()))
     assert not torch.equal(first.embed.weight, other.embed.weight)
     assert not torch.equal(first.blocks[0].attn.q_proj.weight, first.blocks[1].attn.q_proj.weight)
@@ -345,7 +357,8 @@ def test_initial_weights_are_a_function_of_the_generator():
 
 
 def test_n_params():
-    tied, untied, timed = Transformer(config()), Transformer(config(tied=False)), Transformer(config(timed=True))
+    tied, untied = Transformer(config()), Transformer(config(tied=False))
+    timed = Transformer(config(timed=True))
     block = 4 * 32 * 32 + 3 * 32 * 64 + 2 * 32 + 2 * 8
     assert tied.n_params(embeddings=False) == untied.n_params(embeddings=False) == 2 * block + 32
     assert tied.n_params() == tied.n_params(False) + 128 * 32  # 100 tokens and the mask, in 64s
@@ -354,10 +367,10 @@ def test_n_params():
 
 
 def measure_flops(model, rows, share):
-    """FLOPs per token of a training step whose head sees `share` of the tokens: (all, of the attention's products)."""
+    """FLOPs per token of a training step whose head sees `share` of the tokens: (all, the attention's)."""
     length = model.config.seq_len
     counter = FlopCounterMode(display=False)
-    with sdpa_kernel(SDPBackend.MATH), counter:  # two plain products, which the counter knows; the others recompute
+    with sdpa_kernel(SDPBackend.MATH), counter:  # two plain products, which the counter knows
         index = None if share == 1 else torch.arange(int(share * rows * length))
         hidden = model(tokens(rows, length), index=index).flatten(0, -2)
         targets = torch.zeros(len(hidden), dtype=torch.long)
@@ -374,7 +387,7 @@ def test_flops_are_those_of_forward_and_backward(heads, share, more):
     model = build(n_head=n_head, n_kv_head=n_kv_head, head_dim=head_dim, **more)
     total, attention = measure_flops(model, 2, share)
     assert model.flops_per_token(share, causal=False) == total
-    assert model.flops_per_token(share, causal=True) == total - attention / 2  # what causal attention needs to do
+    assert model.flops_per_token(share, causal=True) == total - attention / 2  # what causal attention needs
     assert model.flops_per_token(share) == model.flops_per_token(share, causal=model.config.causal)
 
 
@@ -415,7 +428,7 @@ def test_time_embedding_tells_times_apart():
     model, ids = build(timed=True), tokens(1, 16).repeat(9, 1)
     times = torch.tensor([0.0, 0.001, 0.01, 0.1, 0.25, 0.5, 0.75, 0.999, 1.0])
     hidden = model(ids, times)
-    apart = torch.cdist(hidden.flatten(1), hidden.flatten(1)) / math.sqrt(hidden[0].numel())  # root mean square
+    apart = torch.cdist(hidden.flatten(1), hidden.flatten(1)) / math.sqrt(hidden[0].numel())
     assert apart[~torch.eye(9, dtype=torch.bool)].min() > 0.01
     assert torch.equal(model(ids, times), hidden)
     torch.testing.assert_close(model(ids, times.flip(0)).flip(0), hidden)  # each row has its own time
@@ -452,15 +465,17 @@ def test_a_timed_network_runs_in_any_dtype(dtype):
 @pytest.mark.parametrize("causal, offsets", ((False, (-1, 1, -2, 2)), (True, (-1, -2, -3, -4))))
 @pytest.mark.parametrize("n_kv_head", (4, 2))
 def test_local_init_points_every_head_at_one_neighbour(causal, offsets, n_kv_head):
-    """The attention scores of random text, computed by hand from the first block, peak at each head's offset."""
-    c = ModelConfig(1, 4, n_kv_head, 16, 128, 64, 50, 50, 64, causal=causal, init_std=0.06, rope_base=100.0, local_init=True)
+    """The attention scores of random text, by hand from the first block, peak at each head's offset."""
+    c = ModelConfig(1, 4, n_kv_head, 16, 128, 64, 50, 50, 64, causal=causal, init_std=0.06, rope_base=100.0,
+                    local_init=True)
     for on in (True, False):
         torch.manual_seed(0)
         net = Transformer(dataclasses.replace(c, local_init=on)).init_weights()
         attn = net.blocks[0].attn
         x = net.blocks[0].attn_norm(net.embed(torch.randint(0, 51, (8, 64))))
         q = attn.q_norm(attn.q_proj(x).view(8, 64, 4, 16)).transpose(1, 2)
-        k = attn.k_norm(attn.k_proj(x).view(8, 64, n_kv_head, 16)).transpose(1, 2).repeat_interleave(4 // n_kv_head, 1)
+        k = attn.k_norm(attn.k_proj(x).view(8, 64, n_kv_head, 16)).transpose(1, 2)
+        k = k.repeat_interleave(4 // n_kv_head, 1)
         scores = rotate(q, net.cos, net.sin) @ rotate(k, net.cos, net.sin).transpose(-1, -2)  # (8, 4, 64, 64)
         best = scores.argmax(-1) - torch.arange(64)
         inner = best[:, :, 5:-5]

@@ -1,14 +1,18 @@
 """A group of ranks that does one job after the other: starting processes takes longer than runs this short.
 
-    torchrun --nproc_per_node=4 tests/processes/train_jobs.py FOLDER
+    python tests/processes/train_jobs.py FOLDER WORLD
 
-FOLDER/0.json, 1.json, … are jobs, done as they appear; what rank 0 prints goes into 0.out, and 0.done says
-that it is done. A file called stop ends the group. tests/runs.py (Group) is the other side.
+Forks WORLD ranks, so that torch is imported once. FOLDER/0.json, 1.json, … are jobs, done as they appear;
+what rank 0 prints goes into 0.out, and 0.done says that it is done. A file called stop ends the group.
+tests/runs.py (Group) is the other side.
 """
 
 import contextlib
 import gc
 import json
+import os
+import signal
+import socket
 import sys
 import threading
 import time
@@ -109,8 +113,8 @@ def jobs(folder, watch):
         yield path, json.loads(path.read_text())
 
 
-def main():
-    folder = Path(sys.argv[1])
+def work(folder):
+    """Do jobs as one rank."""
     ranks = distributed.init_distributed(CPU, 60)
     watch = watchdog.Watchdog(ranks, 60, threading.Event())
     with watchdog.guarded(ranks, watch):
@@ -125,6 +129,28 @@ def main():
             if ranks.rank == 0:
                 path.with_suffix(".done").touch()
         distributed.shut_down(ranks)
+
+
+def main():
+    folder, world = Path(sys.argv[1]), int(sys.argv[2])
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    os.environ.update(WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="localhost",
+                      MASTER_PORT=str(port))
+    children = []
+    for rank in range(world):
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+        child = os.fork()
+        if not child:
+            work(folder)
+        children.append(child)
+    for _ in children:
+        _, status = os.wait()
+        if status:  # the others would wait for it
+            for child in children:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+            raise SystemExit(1)
 
 
 if __name__ == "__main__":

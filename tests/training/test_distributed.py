@@ -118,7 +118,8 @@ def test_weights_in_several_files(train_on, corpus, tmp_path):
         networks.append(dict(load_model(folder, record).named_parameters()))
 
         # one process goes on from them
-        train_on(1, *flags, f"--run_dir={run}", "--steps=11", "--resume=yes")
+        shutil.copytree(run, tmp_path / f"{name}_on_one")
+        train_on(1, *flags, f"--run_dir={tmp_path / f'{name}_on_one'}", "--steps=11", "--resume=yes")
     for name, w in networks[0].items():
         torch.testing.assert_close(w, networks[1][name], rtol=1e-4, atol=1e-5)
 
