@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, call_main
+from runs import TINY
 from safetensors.torch import load_file
 from test_model import build, tokens
-from test_train import TINY
 
 import data
 import diffusion

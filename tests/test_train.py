@@ -3,7 +3,6 @@
 import json
 import os
 
-import conftest
 import numpy as np
 import pytest
 import torch
@@ -276,6 +275,3 @@ def test_ways_to_train_agree(run_main, compile, flags):
     compiled = run_main("--steps=10", f"--compile={compile}", *flags, run="compiled")
     tolerance = 0.02 if "--fp8" in flags else 1e-4
     assert training_losses(compiled) == pytest.approx(training_losses(eager), rel=tolerance)
-
-
-run_main = conftest.run_main  # other tests import it from here

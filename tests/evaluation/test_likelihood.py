@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_diffusion import STATES, Denoiser, L, M, P, V
+from small_world import STATES, Denoiser, L, M, P, V
 
 import diffusion as d
 from evaluation import likelihood
