@@ -347,13 +347,6 @@ def test_train_refuses_before_anything_starts(tmp_path):
     assert [p.name for p in tmp_path.iterdir() if p.name != "__pycache__"] == ["x.py"]  # no run folder
 
 
-def test_sample_refuses(tmp_path):
-    process = start(ROOT / "sample.py", "--prompt=a", "--text=[MASK]", cwd=tmp_path)
-    out, err = process.communicate(timeout=120)
-    assert (process.returncode, out) == (2, "")
-    assert err.splitlines() == ["sample.py: give one of prompt, prompt_file, prompts and text"]
-
-
 # ----------------------------------------------------------------------------------- needs of one for another
 
 

@@ -26,15 +26,15 @@ HEADS = ((4, 4, 8), (4, 2, 8), (6, 1, 16), (3, 3, 6))
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def config(**more):
+def config(**settings):
     shape = dict(n_layer=2, n_head=4, n_kv_head=4, head_dim=8, d_model=32, d_ff=64, n_vocab=100, mask_id=100,
                  seq_len=16, causal=False)
-    return ModelConfig(**(shape | more))
+    return ModelConfig(**(shape | settings))
 
 
-def build(seed=0, dtype=torch.float32, **more):
+def build(seed=0, dtype=torch.float32, **settings):
     """A network far from its initialisation: every part moves the output, the norms' weights too."""
-    model = Transformer(config(**more))
+    model = Transformer(config(**settings))
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         if p.dim() == 1:
@@ -73,8 +73,8 @@ def qwen3(model):
     return reference.to(model.embed.weight.dtype).eval()
 
 
-def close(ours, theirs):
-    # Both take norms in fp32 whatever the dtype, and cosines are rounded to fp32, so fp64 gains little.
+def assert_near(ours, theirs):
+    """Assert equality to fp32's precision: both take norms and cosines in it, whatever the dtype."""
     assert theirs.std() > 0.5 and ours.shape == theirs.shape
     assert (ours - theirs).abs().max() < 3e-6 * theirs.abs().max()
 
@@ -88,16 +88,16 @@ def test_causal_logits_are_those_of_qwen3(heads, tied, dtype):
     model = build(causal=True, tied=tied, dtype=dtype, n_head=n_head, n_kv_head=n_kv_head, head_dim=head_dim)
     for length in (16, 5):
         ids = tokens(3, length)
-        close(F.linear(model(ids), model.head), qwen3(model)(ids).logits)
+        assert_near(F.linear(model(ids), model.head), qwen3(model)(ids).logits)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("more", (dict(rope_base=500.0), dict(norm_eps=0.1)))
-def test_rope_base_and_epsilon_reach_every_layer(more):
-    model = build(causal=True, **more)
+@pytest.mark.parametrize("setting", (dict(rope_base=500.0), dict(norm_eps=0.1)))
+def test_rope_base_and_epsilon_reach_every_layer(setting):
+    model = build(causal=True, **setting)
     ids = tokens(2, 16)
     logits = F.linear(model(ids), model.head)
-    close(logits, qwen3(model)(ids).logits)
+    assert_near(logits, qwen3(model)(ids).logits)
     usual = build(causal=True)
     assert (logits - F.linear(usual(ids), usual.head)).abs().max() > 0.1  # the setting matters here
 
@@ -111,9 +111,9 @@ def test_bidirectional_logits_are_those_of_qwen3_without_its_mask(heads):
     for keep[1, 9:] in (True, False):
         mask = torch.zeros(2, 1, 16, 16).masked_fill(~keep[:, None, None], torch.finfo(torch.float32).min)
         ours = F.linear(model(ids, documents=(~keep).int()), model.head)
-        close(ours[keep], qwen3(model)(ids, attention_mask=mask).logits[keep])
+        assert_near(ours[keep], qwen3(model)(ids, attention_mask=mask).logits[keep])
     everything = torch.zeros(2, 1, 16, 16)
-    close(F.linear(model(ids), model.head), qwen3(model)(ids, attention_mask=everything).logits)
+    assert_near(F.linear(model(ids), model.head), qwen3(model)(ids, attention_mask=everything).logits)
 
 
 # ---------------------------------------------------------------------------------------------- Who sees whom
@@ -176,7 +176,7 @@ def test_picked_positions_are_those_of_the_whole(causal, n_kv_head):
     documents = (torch.arange(16) >= torch.tensor([[16], [3], [16]])).int()
     picked = model(ids, documents=documents, index=index)
     whole = model(ids, documents=documents).flatten(0, 1)[index]
-    close(picked, whole)
+    assert_near(picked, whole)
     direction = torch.randn(whole.shape, generator=torch.Generator().manual_seed(3))
 
     def gradients(hidden):
@@ -198,7 +198,7 @@ def test_dropout_acts_in_training_only():
 # ------------------------------------------------------------------------------------------- Rotary positions
 
 
-def turned(x, positions, base):
+def rotate_as_complex(x, positions, base):
     """The rotation as complex multiplication, i and i + half being one number: x (L, head_dim) fp64."""
     half = x.shape[-1] // 2
     angle = positions[:, None] / base ** (torch.arange(half, dtype=torch.float64) / half)
@@ -211,7 +211,7 @@ def test_rotation_is_complex_multiplication_at_every_position(head_dim, base):
     # long enough that angles computed in fp32 would be off by more than the tolerance
     model = Transformer(config(head_dim=head_dim, rope_base=base, seq_len=4096))
     x = torch.randn(4096, head_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    truth = turned(x, torch.arange(4096, dtype=torch.float64), base)
+    truth = rotate_as_complex(x, torch.arange(4096, dtype=torch.float64), base)
     assert (rotate(x, model.cos, model.sin) - truth).abs().max() < 2e-6
 
 
@@ -234,19 +234,21 @@ def test_scores_depend_on_relative_positions_only():
 # ------------------------------------------------------------------------------------------------- The ladder
 
 
-def read(name):
+def read_table(name):
+    """The rows of a table of the paper's, as dicts."""
     with open(PAPER / name, newline="") as file:
         return list(csv.DictReader(file))
 
 
-def named(row):
+def shape_of(row):
+    """A row of the ladder as the keyword arguments that `ladder` returns."""
     return dict(zip(("d_model", "head_dim", "n_head", "n_layer"), row))
 
 
 @needs_paper
 def test_ladder_is_table_6():
     columns = ("Parameters (million)", "d_model", "kv_size", "n_heads", "n_layers")
-    assert LADDER == [tuple(int(row[c]) for c in columns) for row in read("table6.csv")]
+    assert LADDER == [tuple(int(row[c]) for c in columns) for row in read_table("table6.csv")]
 
 
 def test_table_6_counts_are_12_n_layer_d_model_squared():
@@ -258,12 +260,12 @@ def test_table_6_counts_are_12_n_layer_d_model_squared():
 
 @needs_paper
 def test_figure_labels_are_ladder_params():
-    runs = read("isoflop_points.csv")
+    runs = read_table("isoflop_points.csv")
     for run in runs:
         shape = {k: int(run[k]) for k in ("d_model", "head_dim", "n_head", "n_layer")}
         assert round(ladder_params(**shape) / 1e6) == int(run["params"]) / 1e6
         assert ladder(f"{int(run['params']) // 10**6}M") == shape
-    labels = {int(run["params"]) for run in runs + read("epoch_curves.csv")}
+    labels = {int(run["params"]) for run in runs + read_table("epoch_curves.csv")}
     assert len(labels) == 45
     for label in labels:
         ladder(f"{label // 10**6}M")  # raises ValueError if it is unknown
@@ -273,13 +275,13 @@ def test_ladder_finds_every_row_by_either_count():
     labels = [round(ladder_params(*row) / 1e6) for _, *row in LADDER]
     assert len(set(labels)) == len(labels) == 55
     for label, (count, *row) in zip(labels, LADDER):
-        assert ladder(f"{label}M") == named(row)
+        assert ladder(f"{label}M") == shape_of(row)
         if count not in labels:  # the figures' N comes first
-            assert ladder(f"{count}M") == named(row)
+            assert ladder(f"{count}M") == shape_of(row)
     for name in ("1086M", "1002M", "1.1B", " 1086m "):
-        assert ladder(name) == named((1792, 128, 14, 26))
-    assert ladder("15B") == named((5120, 128, 40, 47))
-    assert ladder("14M") == named((224, 32, 7, 4))  # not the row that Table 6 prints as 14
+        assert ladder(name) == shape_of((1792, 128, 14, 26))
+    assert ladder("15B") == shape_of((5120, 128, 40, 47))
+    assert ladder("14M") == shape_of((224, 32, 7, 4))  # not the row that Table 6 prints as 14
 
 
 UNKNOWN = ("", "M", "B", "1086", 1086, None, "3M", "-7M", "7.0M", "1B", "2B", "99B", "gpt2", "²M")
@@ -381,10 +383,10 @@ def measure_flops(model, rows, share):
 
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("share", (1.0, 0.5))
-@pytest.mark.parametrize("more", (dict(), dict(tied=False, causal=True)))
-def test_flops_are_those_of_forward_and_backward(heads, share, more):
+@pytest.mark.parametrize("settings", (dict(), dict(tied=False, causal=True)))
+def test_flops_are_those_of_forward_and_backward(heads, share, settings):
     n_head, n_kv_head, head_dim = heads
-    model = build(n_head=n_head, n_kv_head=n_kv_head, head_dim=head_dim, **more)
+    model = build(n_head=n_head, n_kv_head=n_kv_head, head_dim=head_dim, **settings)
     total, attention = measure_flops(model, 2, share)
     assert model.flops_per_token(share, causal=False) == total
     assert model.flops_per_token(share, causal=True) == total - attention / 2  # what causal attention needs

@@ -257,18 +257,3 @@ def test_moving_gaussian_quantile_inverts_its_distribution(mean, sigma):
     inner, h = t[5:-5], 1e-5
     slope = (d.time_cdf(p, inner + h, mean) - d.time_cdf(p, inner - h, mean)) / (2 * h)
     np.testing.assert_allclose(d.time_density(p, inner, mean), slope, rtol=1e-4)
-
-
-# ----------------------------------------------------------------------------------------- annealed attention
-
-
-def test_an_annealed_mask_shows_the_past_and_a_share_of_the_future():
-    past = np.tri(300, dtype=bool)
-    for share in (0.0, 0.3, 1.0):
-        mask = d.annealed_mask(0, 7, 300, share)
-        seen = mask[~past].mean()
-        deviation = math.sqrt(share * (1 - share) / (300 * 299 / 2))
-        assert mask[past].all() and abs(seen - share) <= 4 * deviation
-    again, next_step = (d.annealed_mask(0, step, 300, 0.3) for step in (7, 8))
-    assert (again == d.annealed_mask(0, 7, 300, 0.3)).all()
-    assert (again != next_step).any()  # drawn anew for each step

@@ -136,15 +136,6 @@ def test_short_rows_are_padded_and_the_mean_is_over_what_counts(corpus):
     assert 0.3 < np.mean(shares) < 0.7
 
 
-def test_attention_is_annealed_step_by_step(corpus):
-    run = build_run(*TINY, f"--corpus={corpus}", "--anneal=4", "--steps=6")
-    masks = [batch.visible for batch in train.batches(run, 0, 0)]
-    future = ~np.tri(32, dtype=bool)
-    shares = [mask[future].mean() for mask in masks[:4]]
-    assert all(mask[~future].all() for mask in masks[:4]) and masks[4:] == [None, None]
-    assert shares == pytest.approx([0.25, 0.5, 0.75, 1.0], abs=0.1) and shares[3] == 1
-
-
 # ------------------------------------------------------------------------------------------------- validation
 
 

@@ -4,7 +4,6 @@ import shutil
 
 import pytest
 import torch
-from runs import start
 
 import configurator
 import train
@@ -111,13 +110,3 @@ def test_a_run_folder_that_cannot_be_is_one_line(refused, tmp_path):
     (tmp_path / "file").write_text("")
     error = refused("--steps=3", run="file/run")
     assert error.count("\n") == 1 and "Not a directory" in error
-
-
-def test_all_problems_are_reported_at_once_without_a_traceback(corpus, tmp_path):
-    with open(tmp_path / "log", "w") as log:
-        flags = ("--stepz=1", "--lr=fast", "--n_layer=0", f"--run_dir={tmp_path / 'run'}")
-        assert start(*flags, f"--corpus={corpus}", log=log).wait(timeout=100) == 2
-    lines = (tmp_path / "log").read_text().splitlines()
-    assert all(line.startswith("train.py: ") for line in lines)
-    for message in ("did you mean 'steps'", "--lr=fast: expected a number", "must be at least 1"):
-        assert any(message in line for line in lines)
