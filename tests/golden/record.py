@@ -265,6 +265,19 @@ def do_train(box, name, flags, ranks=1):
     return training_figures(box["work"] / "runs" / name)
 
 
+def do_tasks(box):
+    """Benchmarks along a run: by train.py itself at 48006ab, now by eval.py beside it."""
+    flags = shlex.split(TRAIN["tasks"])
+    if not (box["checkout"] / "evaluation/watch.py").is_file():
+        return do_train(box, "tasks", TRAIN["tasks"])
+    ours = [flag for flag in flags if "eval_tasks" not in flag and "task_path" not in flag]
+    do_train(box, "tasks", shlex.join([*ours, "--save_every=10"]))
+    scoring = "--bound=False --tasks=cats --limit=4 --masks=8 --task_path=tasks --device=cpu"
+    run(box, ["eval.py", "--watch=runs/tasks", *scoring.split()])
+    shutil.rmtree(box["work"] / "runs/tasks/step_00000010")  # which 48006ab did not save
+    return training_figures(box["work"] / "runs/tasks")
+
+
 def do_stopped(box):
     """The run "masked", stopped by SIGTERM and resumed: must give the same figures."""
     words = ["train.py", *shlex.split(TRAIN["masked"]), "--corpus=corpora/words", "--run_dir=runs/stopped"]
@@ -434,6 +447,7 @@ def all_cases():
             *re.findall(r"--init_from=runs/(\w+)", flags),
         )
         cases[name] = needs, lambda box, name=name: do_train(box, name, TRAIN[name])
+    cases["tasks"] = cases["tasks"][0], do_tasks
     for name in RANKS:
         cases[name] = ("corpora",), lambda box, name=name: do_train(box, name, RANKS[name], ranks=2)
     cases["stopped"] = ("corpora",), do_stopped
