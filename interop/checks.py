@@ -89,8 +89,8 @@ def own_tokenizer(folder, recorded_name):
 def choose_vocabulary(path, tokenizer, objective, n_rows, n_text, mask_id):
     """(n_vocab, mask_id) of a network whose embedding has `n_rows` rows.
 
-    n_text: how many ids are text, where no tokenizer tells (None);
-    mask_id: the mask it was trained with, None if it doesn't say.
+    tokenizer: None if there is none; n_text: how many ids are text, as far as its settings tell;
+    mask_id: the mask of its training, None if its settings don't tell.
     """
     for what, value in (("mask", mask_id), ("vocabulary", n_text)):
         if value is not None and (type(value) is not int or not 0 <= value <= n_rows):

@@ -61,8 +61,8 @@ def open_source(cfg, path):
     objective = checks.choose_objective(cfg, "ar" if shape["causal"] else "masked", path)
     tokenizer = checks.open_tokenizer(cfg, path, settings.get("tokenizer_name", ""))
     if tokenizer is None and cfg.tokenizer != "none":
-        has_old = (path / "vocab.json").is_file()
-        remedy = " (transformers makes one of its vocab.json: docs/checkpoints.md)" if has_old else ""
+        has_vocab = (path / "vocab.json").is_file()
+        remedy = " (transformers makes one of its vocab.json: docs/checkpoints.md)" if has_vocab else ""
         raise ValueError(f"{path} has no tokenizer.json{remedy}: give --tokenizer, or none (nothing can be "
                          "sampled or evaluated then)")
     n_rows = settings["vocab_size"]

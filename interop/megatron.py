@@ -258,10 +258,9 @@ def write(folder, source, weights, n_tensor, n_pipeline, on_progress):
             if c.tied and pipeline == n_pipeline - 1 > 0:  # the last stage's head is a copy of the embedding
                 shards[HEAD] = take_shard(EMBEDDING, whole[EMBEDDING].read())
             rank = f"mp_rank_{tensor:02d}" + (f"_{pipeline:03d}" if n_pipeline > 1 else "")
-            place = folder / f"iter_{source.step:07d}" / rank
-            place.mkdir(parents=True)
-            contents = dict(args=args, checkpoint_version=3.0, iteration=source.step, model=shards)
-            torch.save(contents, place / "model_optim_rng.pt")
+            path = folder / f"iter_{source.step:07d}" / rank / "model_optim_rng.pt"
+            path.parent.mkdir(parents=True)
+            torch.save(dict(args=args, checkpoint_version=3.0, iteration=source.step, model=shards), path)
     (folder / "latest_checkpointed_iteration.txt").write_text(str(source.step))
 
 

@@ -173,8 +173,8 @@ class DiffLM(PreTrainedModel):
     ):
         """Logits (B, L, vocab_size) of the token at each position; −inf for ids that are no text.
 
-        attention_mask (B, L): 0 is padding. labels (B, L): the loss is their mean cross-entropy, of which those
-        that are −100 are left out.
+        attention_mask (B, L): 0 is padding. labels (B, L): the loss is their mean cross-entropy, without
+        those that are −100.
         """
         x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None and attention_mask is None:

@@ -31,8 +31,8 @@ def open_source(path):
         tokenizer_name = record["corpus"]["tokenizer"]
         step = record["step"]
     weights = {}
-    for path in checkpoint.weight_files(folder):
-        weights |= tensors.open_safetensors(path)
+    for file in checkpoint.weight_files(folder):
+        weights |= tensors.open_safetensors(file)
     checks.check_tensors(folder, weight_shapes(config), weights)
     tokenizer = load_tokenizer(tokenizer_name, (folder.parent, folder)) if tokenizer_name else None
     return Source("ours", folder, config, objective, weights, weights, tokenizer, step)
