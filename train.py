@@ -291,7 +291,10 @@ def training_step(run, objective, optimizer, feed, clock):
     parameters = update.parameters(optimizer)
     norm = full_tensor(nn.utils.get_total_norm([p.grad for p in parameters]))
     nn.utils.clip_grads_with_norm_(parameters, cfg.clip or float("inf"), norm)
-    optimizer.found_inf = update.is_bad(norm, cfg.skip_norm).float()  # AdamW then changes nothing
+    # A bad gradient changes nothing: AdamW's kernel reads this flag (GradScaler's) and leaves weights,
+    # moments and its count of updates alone. The host learns of it when the norm arrives (StepLog.judge,
+    # Guard.count).
+    optimizer.found_inf = update.is_bad(norm, cfg.skip_norm).float()
     optimizer.step()
     optimizer.zero_grad(set_to_none=not cfg.cuda_graphs)
     return figures | {"grad_norm": norm}
@@ -361,9 +364,11 @@ def train(cfg, device, watch):
         network = Transformer(run.model_config).use(cfg.recompute, cfg.fp8)
     if cfg.layout() == "no":
         network.to_empty(device=device).tables()
-    plain, clock = Objective(network, posterior=cfg.loss == "paper"), RankClock(device)
-    objective = compile_and_wrap(
-        plain, cfg.compile, ranks, cfg.layout(), cfg.shard_size, run.dtype, device, cfg.cuda_graphs, clock)
+    objective = Objective(network, posterior=cfg.loss == "paper")
+    clock = RankClock(device)
+    compiled = compile_and_wrap(
+        objective, cfg.compile, ranks, cfg.layout(), cfg.shard_size, run.dtype, device, cfg.cuda_graphs,
+        clock)
     optimizer = update.make_optimizer(network, cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
     state = RunState()
     guard = Guard(run, state, network, optimizer)
@@ -390,11 +395,11 @@ def train(cfg, device, watch):
     # training
     if ranks.world > 1 and cfg.layout() == "no" and to_do:
         with contextlib.closing(open_feed(run, state)) as feed:
-            fix_bucket_order(objective.train(), next(feed), run.autocast)
+            fix_bucket_order(compiled.train(), next(feed), run.autocast)
     feed, stopping, steps_here = open_feed(run, state), False, 0
     if state.step == 0:
-        log.validation(*validate(run, plain, watch.alive))
-    objective.train()
+        log.validation(*validate(run, objective, watch.alive))
+    compiled.train()
     log.restart_clock()
     while state.step < run.steps:
         watch.at(state.step)
@@ -402,8 +407,9 @@ def train(cfg, device, watch):
         update.set_learning_rate(optimizer, lr)
         if cfg.dropout:  # dropout masks, too, are a function of the step
             torch.manual_seed(hash((cfg.seed, state.step + 1, ranks.rank)))
-        clock.running = ranks.world > 1 and (state.step + 1) % cfg.log_every == 1 % cfg.log_every
-        figures = training_step(run, objective, optimizer, feed, clock)
+        first_of_a_line = state.step % cfg.log_every == 0
+        clock.running = ranks.world > 1 and first_of_a_line
+        figures = training_step(run, compiled, optimizer, feed, clock)
         state.advance(cfg.batch_size)
         log.add(figures)
         steps_here += 1
@@ -413,7 +419,7 @@ def train(cfg, device, watch):
             measured = torch.cuda.max_memory_allocated(device) / 2**30
             say(ranks, f"peak memory {measured:.2f} GiB measured, {predicted / 2**30:.2f} predicted")
         if state.step == run.steps:
-            log.flush()  # nothing comes after these figures in which they could be seen
+            log.flush()  # the last gradients must be judged now: no later step could still go back
 
         # too many skipped updates: back to the last good checkpoint, and on with other data
         stopping, going_back = any_rank(ranks, watch.stop.is_set(), guard.must_go_back())
@@ -426,7 +432,7 @@ def train(cfg, device, watch):
             log.restart_clock()
             continue
 
-        # figures, validation, checkpoint
+        # figures that have arrived (the guard counts bad gradients), validation, checkpoint
         every = cfg.log_every, cfg.eval_every, cfg.save_every
         logging, validating, saving = (run.is_due(steps, state.step) for steps in every)
         saving = saving or stopping or state.step in run.kept_steps
@@ -436,9 +442,11 @@ def train(cfg, device, watch):
         if logging and clock.spans:
             log.compare_ranks(clock)
         if validating:
-            log.validation(*validate(run, plain, watch.alive))
+            log.validation(*validate(run, objective, watch.alive))
         last = stopping or state.step == run.steps or state.step in run.kept_steps
-        if saving and (last or not state.bad_in_a_row):  # amid skipped updates there is nothing good to keep
+        if saving and not last and (state.bad_in_a_row or guard.must_go_back()):
+            warn(ranks, f"step {state.step}: no checkpoint amid skipped updates")
+        elif saving:
             saver.save(state.step, checkpoint_record(run, state))
         if validating or saving:
             log.restart_clock()

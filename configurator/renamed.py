@@ -11,7 +11,7 @@ SETTINGS = {
 # of what a checkpoint records beside its settings
 RECORD = {
     "samples": "next_sample",
-    "passed": "skipped_samples",
+    "passed": "passed_samples",
     "streak": "bad_in_a_row",
 }
 

@@ -56,7 +56,7 @@ class ScoreLog:
         before that log is read: a line that comes too late goes into the old file.
         """
         path = self.run / "metrics.jsonl"
-        tokens = (record["next_sample"] - record["skipped_samples"]) * record["model"]["seq_len"]
+        tokens = (record["next_sample"] - record["passed_samples"]) * record["model"]["seq_len"]
         line = dict(step=record["step"], tokens=tokens)
         line |= {name: value if math.isfinite(value) else str(value) for name, value in figures.items()}
         with open(path, "ab", buffering=0) as file:

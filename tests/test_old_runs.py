@@ -62,7 +62,7 @@ def test_an_old_record_has_todays_names():
     old = dict(samples=80, passed=16, streak=2, settings=dict(block_len=8, lr=1), model=dict(block_len=8),
                pending=[[2.5, 1.0], [1.25, 0.5, 3.0]])
     new = renamed_record(old)
-    assert (new["next_sample"], new["skipped_samples"], new["bad_in_a_row"]) == (80, 16, 2)
+    assert (new["next_sample"], new["passed_samples"], new["bad_in_a_row"]) == (80, 16, 2)
     assert new["settings"] == dict(seq_len=8, lr=1) and new["model"] == dict(seq_len=8)
     halves = dict(loss=1.75, noisy=2.5, clean=1.0, grad_norm=3.0)
     assert new["pending"] == [dict(loss=2.5, grad_norm=1.0), halves]

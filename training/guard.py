@@ -17,11 +17,11 @@ class Guard:
 
     def __init__(self, run, state, network, optimizer):
         self.run, self.state, self.network, self.optimizer = run, state, network, optimizer
-        self.worst = 0  # most bad steps in a row since a checkpoint was read
+        self.worst = 0  # most bad steps in a row since a checkpoint was read: norms arrive several at a time
         self.returns = Counter()  # to each checkpoint folder
 
-    def accepts(self, norm):
-        """Count a step by its gradient's norm; whether its update happened."""
+    def count(self, norm):
+        """Count a step by its gradient's norm; returns whether its update happened."""
         if not is_bad(norm, self.run.cfg.skip_norm):
             self.state.bad_in_a_row = 0
             return True
@@ -51,6 +51,8 @@ class Guard:
         except FileNotFoundError:
             configurator.fail(f"step {step}: {trouble} in {worst} steps in a row, and there is no checkpoint "
                               "from before; lower --lr")
+        except OSError as problem:
+            configurator.fail(f"step {step}: {trouble} in {worst} steps in a row, and {problem}")
         self.returns[folder] += 1
         if self.returns[folder] > 3:
             configurator.fail(f"step {step}: went back to {folder} three times, and again {trouble}; "
@@ -64,5 +66,5 @@ class Guard:
                   from_step=step, first_sample=first, last_sample=last)
         if log.journal:
             log.journal.back_to(state.step)
-        state.skipped_samples += before.next_sample - state.next_sample
+        state.passed_samples += before.next_sample - state.next_sample
         state.next_sample = before.next_sample

@@ -258,9 +258,10 @@ class StepLog:
             norm = distributed.full_tensor(nn.utils.get_total_norm(list(self.network.parameters())))
             row = nn.functional.pad(norm[None, None], (len(self.names) - 1, 0))
             values = torch.cat((values, row))
-        if ranks.world > 1:
-            values[:, -1] /= ranks.world  # the norms are the same on every rank, the parts of the loss add up
+        if ranks.world > 1:  # the parts of the loss add up over ranks; the norms are the same on each
+            norms = values[:, -1].clone()
             dist.all_reduce(values)
+            values[:, -1] = norms
         copy, line = AsyncCopy(values), None
         if lr is not None:
             line = Line(self.clock, self.clock_tokens, lr)
@@ -287,7 +288,7 @@ class StepLog:
 
     def judge(self, step, figures):
         """Keep a good step's figures for the next line; log that a bad one was skipped."""
-        if self.guard.accepts(figures["grad_norm"]):
+        if self.guard.count(figures["grad_norm"]):
             self.state.pending.append(figures)
             return
         loss, norm = diffusion.total_loss(figures), figures["grad_norm"]
@@ -334,9 +335,9 @@ class StepLog:
     # ------------------------------------------------------------------------------ what else is logged
 
     def log(self, step, **values):
-        """Write one line into metrics.jsonl, with the tokens that had been learned from by then."""
+        """Write one line into metrics.jsonl, with the tokens read by then, without those that were passed."""
         if self.journal:
-            samples = self.state.samples_at(step, self.run.cfg.batch_size) - self.state.skipped_samples
+            samples = self.state.samples_at(step, self.run.cfg.batch_size) - self.state.passed_samples
             self.journal.write(step=step, tokens=samples * self.run.cfg.seq_len, **values)
 
     def event(self, name, text, **values):

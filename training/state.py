@@ -67,7 +67,7 @@ class RunState:
 
     step: int = 0  # optimizer steps done
     next_sample: int = 0  # from which the data go on
-    skipped_samples: int = 0  # of those before, the ones that the run went back past and never learned from
+    passed_samples: int = 0  # of those before, the ones that were given up when the run went back
     bad_in_a_row: int = 0  # steps up to this one whose gradient was refused
     pending: list = field(default_factory=list)  # figures of good steps that are in no line of the log yet
 
@@ -77,7 +77,7 @@ class RunState:
         self.next_sample += batch_size
 
     def samples_at(self, step, batch_size):
-        """The next sample after another step of this course."""
+        """The first sample after another step of this course."""
         return self.next_sample - (self.step - step) * batch_size
 
     def record(self):

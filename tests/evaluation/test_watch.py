@@ -178,7 +178,7 @@ def test_next_checkpoint_is_the_oldest_without_scores(tmp_path):
     assert log.next_checkpoint().name == "step_00000003"
 
 
-RECORD = dict(step=6, next_sample=60, skipped_samples=10, model=dict(seq_len=4), settings={})
+RECORD = dict(step=6, next_sample=60, passed_samples=10, model=dict(seq_len=4), settings={})
 
 
 def log_at_step_6(folder):

@@ -181,7 +181,7 @@ def test_a_record_gets_todays_names():
         step=7, samples=56, passed=8, streak=1, settings=dict(block_len=32, lr=1e-3, eval_tasks="arc"),
         model=dict(block_len=32, d_model=8), pending=[[1.0, 2.0, 0.5], [3.0, 0.25]])
     assert renamed_record(old) == dict(
-        step=7, next_sample=56, skipped_samples=8, bad_in_a_row=1,
+        step=7, next_sample=56, passed_samples=8, bad_in_a_row=1,
         settings=dict(seq_len=32, lr=1e-3, eval_tasks="arc"), model=dict(seq_len=32, d_model=8),
         pending=[dict(loss=3.0, noisy=2.0, clean=4.0, grad_norm=0.5), dict(loss=3.0, grad_norm=0.25)])
 

@@ -36,7 +36,7 @@ def test_the_state_counts_samples():
 
 def test_the_state_comes_back_from_its_record():
     figures = [dict(loss=1.0, grad_norm=2.0), dict(loss=3.0, grad_norm=4.0)]
-    saved = record(step=5, next_sample=48, skipped_samples=8, bad_in_a_row=1, pending=figures)
+    saved = record(step=5, next_sample=48, passed_samples=8, bad_in_a_row=1, pending=figures)
     state = RunState()
     state.restore(json.loads(json.dumps(saved)), ["loss", "grad_norm"])
     assert state == RunState(5, 48, 8, 1, figures)
@@ -63,11 +63,11 @@ def bare_guard(tmp_path=Path(), max_skips=3, skip_norm=0.0, **state):
 def test_bad_steps_in_a_row_are_counted():
     guard = bare_guard(max_skips=3, skip_norm=5.0)
     norms = [1.0, 6.0, float("nan"), 5.0, float("inf")]
-    assert [guard.accepts(norm) for norm in norms] == [True, False, False, True, False]
+    assert [guard.count(norm) for norm in norms] == [True, False, False, True, False]
     assert guard.state.bad_in_a_row == 1 and guard.worst == 2 and not guard.must_go_back()
-    assert not guard.accepts(6.0) and not guard.must_go_back()
-    assert not guard.accepts(6.0) and guard.must_go_back()
-    assert guard.accepts(1.0) and guard.state.bad_in_a_row == 0
+    assert not guard.count(6.0) and not guard.must_go_back()
+    assert not guard.count(6.0) and guard.must_go_back()
+    assert guard.count(1.0) and guard.state.bad_in_a_row == 0
     assert guard.must_go_back()  # good steps afterwards don't undo it: their figures came in late
 
 
@@ -111,10 +111,10 @@ def test_going_back_is_to_the_last_good_checkpoint_and_past_the_data(saved, tmp_
     saved[20] = record(step=20, next_sample=160, pending=pending)
     guard, ledger = bare_guard(tmp_path, step=33, next_sample=264), Ledger()
     for _ in range(3):
-        guard.accepts(float("nan"))
+        guard.count(float("nan"))
     assert guard.must_go_back()
     guard.go_back(ledger, ledger)
-    assert guard.state == RunState(20, 264, skipped_samples=104, pending=pending)
+    assert guard.state == RunState(20, 264, passed_samples=104, pending=pending)
     assert not guard.must_go_back()
     went_back = dict(from_step=33, first_sample=160, last_sample=263)
     assert ledger.calls == ["wait", "forget after step_00000020", ("back", went_back)]
@@ -124,7 +124,7 @@ def test_going_back_is_to_the_last_good_checkpoint_and_past_the_data(saved, tmp_
     saved[24] = guard.state.record() | dict(step=24, next_sample=296)
     guard.state.step, guard.state.next_sample = 26, 312
     guard.go_back(ledger, ledger)
-    assert guard.state == RunState(24, 312, skipped_samples=104 + 16, pending=pending)
+    assert guard.state == RunState(24, 312, passed_samples=104 + 16, pending=pending)
 
 
 def test_going_back_in_vain_ends_with_a_reason(saved, tmp_path, capsys):
@@ -202,14 +202,14 @@ def test_after_several_in_a_row_the_run_goes_back_and_past_the_data(run_main, po
     assert (back["from_step"], back["first_sample"], back["last_sample"]) == (28, 160, 8 * 28 - 1)
     assert logged_steps(run) == [step for step in range(1, 61) if step not in (21, 22)]
     last = read_checkpoint(run / "step_00000060")
-    assert last["next_sample"] - last["skipped_samples"] == 60 * 8 and last["skipped_samples"] == 64
+    assert last["next_sample"] - last["passed_samples"] == 60 * 8 and last["passed_samples"] == 64
 
     # Exactly what a run does that is told at step 20 to begin behind that range.
     again = run.with_name("again")
     shutil.copytree(run / "step_00000020", again / "step_00000020")
     shutil.copyfile(run / "metrics.jsonl", again / "metrics.jsonl")
     path = again / "step_00000020/checkpoint.json"
-    told = json.loads(path.read_text()) | dict(next_sample=8 * 28, skipped_samples=64)
+    told = json.loads(path.read_text()) | dict(next_sample=8 * 28, passed_samples=64)
     del told["record_sha256"]
     path.write_text(json.dumps(told | dict(record_sha256=record_digest(told))))
     run_main(*flags, "--resume=yes", run="again")
@@ -224,7 +224,7 @@ def test_bad_steps_between_two_lines_are_seen(run_main, poisoned):
     back = events(run)[-1]
     assert (back["from_step"], back["first_sample"], back["last_sample"]) == (31, 160, 8 * 31 - 1)
     assert logged_steps(run) == [10, 20, 30, 40, 50, 60]
-    assert read_checkpoint(run / "step_00000060")["skipped_samples"] == 88
+    assert read_checkpoint(run / "step_00000060")["passed_samples"] == 88
 
 
 def test_skipped_steps_cost_no_good_checkpoint(run_main, poisoned):

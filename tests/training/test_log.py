@@ -148,7 +148,7 @@ def test_bad_steps_alone_make_no_line(step_log, clock):
 def test_tokens_are_those_that_were_learned_from(step_log, clock):
     """After the run went back past some, its count of tokens goes on from where it went back to."""
     steps = step_log()
-    steps.state.step, steps.state.next_sample, steps.state.skipped_samples = 20, 8 * 28, 8 * 8
+    steps.state.step, steps.state.next_sample, steps.state.passed_samples = 20, 8 * 28, 8 * 8
     steps.event("back", "it went back")
     take_step(steps, 1.0, seconds=1, clock=clock)
     steps.flush()
