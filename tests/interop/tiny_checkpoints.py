@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from unittest import mock
 
-import divided
+import save_torch_dist
 import torch
 from safetensors.torch import load_file, save_file
 from test_model import build
@@ -243,9 +243,9 @@ def write_distributed(folder, network, objective, ranks=2, stacked=True, **args)
     states["rng_state/shard_0"] = torch.ones(8, dtype=torch.uint8)
     # processes that are forked from a server: torch is imported once for all of them
     multiprocessing.set_forkserver_preload(["torch.distributed.checkpoint", "torch.distributed.tensor"])
+    args_of_rank = ranks, str(place), whole | moments | states, place.parent / "store"
     torch.multiprocessing.start_processes(
-        divided.save, (ranks, str(place), whole | moments | states, place.parent / "store"), nprocs=ranks,
-        start_method="forkserver")
+        save_torch_dist.save_rank, args_of_rank, nprocs=ranks, start_method="forkserver")
     contents = dict(args=megatron_args(c, objective, **args), iteration=42, checkpoint_version=3.0)
     torch.save(contents, place / "common.pt")
     backend = dict(sharded_backend="torch_dist", sharded_backend_version=1)
