@@ -12,7 +12,7 @@ import functools
 
 import numpy as np
 
-from corpus.tokenfiles import Stream
+from corpus.stream import Stream
 
 VALIDATION_SEED = 2**63  # beyond every training seed: all runs are validated with the same noise
 
@@ -123,9 +123,9 @@ class Sequences:
         """
         tokens = rows[:, :-1] if causal else rows[:, 1:]
         ends = tokens == eos_id
-        if self.stream.borders:
+        if self.stream.document_starts:
             position = ids[:, None] * self.length + np.arange(self.length) + (0 if causal else 1)
-            number = self.stream.document(position + (ends if causal else 0))
+            number = self.stream.document_numbers(position + (ends if causal else 0))
             return (number - number[:, :1]).astype(np.int32)
         return np.cumsum(ends, axis=1, dtype=np.int32) - (0 if causal else ends)
 

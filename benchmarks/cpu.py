@@ -21,7 +21,7 @@ import diffusion
 import kernels
 from benchmarks.common import ROOT, speedup, spread, table, take_turns
 from benchmarks.training import TrainingStep, model_shape, plain_step
-from corpus import sources, tokenfiles, tokenizers
+from corpus import python_docs, tokenfiles, tokenizers
 from training import transfer
 
 
@@ -233,7 +233,7 @@ def prepare(cfg, device):
 def documents(size):
     """Documents of at least `size` bytes together: Python's documentation, again and again, each numbered."""
     texts = []
-    for number, text in enumerate(itertools.cycle(sources.python_docs())):
+    for number, text in enumerate(itertools.cycle(python_docs.documents())):
         texts.append(f"Document {number}.\n{text}")
         size -= len(texts[-1].encode())
         if size <= 0:

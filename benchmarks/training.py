@@ -18,7 +18,7 @@ import data
 import diffusion
 import kernels
 from configurator.ladder import swiglu_width
-from corpus import sources
+from corpus import python_docs
 from model import ModelConfig, Transformer
 from training import update
 from training.objective import Objective, compile_and_wrap
@@ -31,7 +31,7 @@ def real_tokens(n_vocab):
 
     All that are rarer than the first n_vocab − 1 share the last id.
     """
-    words = [word for text in sources.python_docs() for word in re.findall(r"\w+|\s+|[^\w\s]", text)]
+    words = [word for text in python_docs.documents() for word in re.findall(r"\w+|\s+|[^\w\s]", text)]
     by_frequency = Counter(words).most_common()
     ids = {word: min(rank, n_vocab - 1) for rank, (word, _) in enumerate(by_frequency)}
     return np.array([ids[word] for word in words])

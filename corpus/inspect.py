@@ -1,46 +1,109 @@
-"""What a corpus holds."""
+"""Show what a corpus holds, and check it: python data.py inspect FOLDER."""
 
-import hashlib
+from typing import NamedTuple
 
 import numpy as np
 
-from corpus.tokenfiles import document_lengths, load_corpus
-from corpus.tokenizers import load_tokenizer
+from corpus import tokenizers
+from corpus.files import sha256_of
+from corpus.stream import document_lengths
+from corpus.tokenfiles import load_corpus
 
 
-def inspect(folder, tokenizer_name="", val_share=0.0, seed=None, show=print):
-    """Print what a corpus holds: counts, document lengths, tokenizer, a random sample; then check it. Raises ValueError where it is broken."""
+def inspect_corpus(folder, tokenizer_name="", val_share=0.0, seed=None, show=print):
+    """Print a corpus's tokenizer, its counts, document lengths and a random sample; then check its files.
+
+    seed: of the sample; show: is called with each text to print. Raises ValueError for a broken corpus.
+    """
     corpus = load_corpus(folder, tokenizer_name, val_share)
     meta = corpus.meta
-    tokens = load_tokenizer(tokenizer_name or meta["tokenizer"], (corpus.folder,))
-    own = "files" in meta["train"]
-    show(f"{folder}: {'prepared by prepare.py' if own else meta['format'] + ' token files'}" + (f" from {', '.join(meta['sources'])}" if own else ""))
-    show(f"tokenizer {meta['tokenizer']}: {meta['n_vocab']:,} tokens, mask {meta['mask_id']}, eos {meta['eos_id']}, {corpus.train.dtype}")
+    tokenizer = tokenizers.load_tokenizer(tokenizer_name or meta["tokenizer"], (corpus.folder,))
+    is_prepared = "files" in meta["train"]
     random = np.random.default_rng(seed)
+
+    # What it is.
+    origin = f"{meta['format']} token files"
+    if is_prepared:
+        origin = f"prepared by data.py from {', '.join(meta['sources'])}"
+    show(f"{folder}: {origin}")
+    show(f"tokenizer {meta['tokenizer']}: {meta['n_vocab']:,} tokens, mask {meta['mask_id']}, "
+         f"eos {meta['eos_id']}, {corpus.train.dtype}")
+
+    # What is in each split.
     for split, stream in (("train", corpus.train), ("val", corpus.val)):
-        buckets, count, longest, total, least, largest = np.zeros(64, np.int64), 0, 0, 0, 0, 0
-        for lengths in document_lengths(stream, meta["eos_id"]):
-            if len(lengths):
-                buckets += np.bincount(np.ceil(np.log2(np.maximum(lengths, 1))).astype(int), minlength=64)
-                count, longest, total = count + len(lengths), max(longest, int(lengths.max())), total + int(lengths.sum())
-        for chunk in stream.chunks():
-            least, largest = min(least, int(chunk.min())), max(largest, int(chunk.max()))
-        n_files = len(stream.arrays) - stream.lead
-        show(f"\n{split}: {len(stream) - stream.lead:,} tokens in {n_files} file{'s' * (n_files > 1)}, {count:,} documents, "
-             f"{total / max(1, count):,.0f} tokens each on average, {longest:,} at most" + (f"; {meta[split]['bytes']:,} bytes" if own else ""))
-        if count:
-            shown = np.flatnonzero(buckets)
-            for power in range(shown[0], shown[-1] + 1):
-                bar = "█" * int(np.ceil(40 * buckets[power] / buckets.max()))
-                show(f"  ≤ {2**power:>13,} tokens  {buckets[power]:>12,}  {bar}")
-        if least < 0 or largest >= meta["n_vocab"]:
-            raise ValueError(f"{folder}: the {split} split holds token {least if least < 0 else largest}, beyond the vocabulary of {meta['n_vocab']}")
+        contents = survey(stream, meta["eos_id"])
+        n_bytes = f"; {meta[split]['bytes']:,} bytes" if is_prepared else ""
+        show(f"\n{split}: {describe(stream, contents)}{n_bytes}")
+        show_histogram(contents.buckets, show)
+        wrong = contents.smallest_id if contents.smallest_id < 0 else contents.largest_id
+        if not 0 <= wrong < meta["n_vocab"]:
+            raise ValueError(f"{folder}: the {split} split holds token {wrong}, "
+                             f"beyond the vocabulary of {meta['n_vocab']}")
         start = int(random.integers(0, max(1, len(stream) - 64)))
-        show(f"  sample from token {start:,}: {tokens.decode(stream.read(start, start + 64).tolist())!r}")
-    if not own:
-        return show("\nno checksums in this layout; sizes and vocabulary agree")
-    for split in ("train", "val"):
-        for file in meta[split]["files"]:
-            if hashlib.sha256(np.memmap(corpus.folder / file["name"], np.uint8, mode="r")).hexdigest() != file["sha256"]:
-                raise ValueError(f"{corpus.folder / file['name']}: its SHA-256 is not the one in meta.json; prepare the corpus again")
+        sample = stream.read(start, start + 64).tolist()
+        show(f"  sample from token {start:,}: {tokenizer.decode(sample)!r}")
+
+    # Whether its files are as they were written.
+    if not is_prepared:
+        show("\nno checksums in this layout; sizes and vocabulary agree")
+        return
+    check_digests(corpus)
     show("\nall SHA-256 sums agree")
+
+
+class Contents(NamedTuple):
+    """What a split holds."""
+
+    buckets: np.ndarray  # (64,) documents of more than 2**(i − 1) and at most 2**i tokens, eos not counted
+    n_documents: int
+    n_tokens: int  # in all documents, eos not counted
+    longest: int
+    smallest_id: int
+    largest_id: int
+
+
+def survey(stream, eos_id):
+    """Count the Contents of a stream, reading it twice."""
+    buckets = np.zeros(64, np.int64)
+    n_documents, n_tokens, longest = 0, 0, 0
+    for lengths in document_lengths(stream, eos_id):
+        if len(lengths):
+            powers = np.ceil(np.log2(np.maximum(lengths, 1))).astype(int)
+            buckets += np.bincount(powers, minlength=64)
+            n_documents += len(lengths)
+            n_tokens += int(lengths.sum())
+            longest = max(longest, int(lengths.max()))
+
+    smallest_id, largest_id = 0, 0
+    for chunk in stream.chunks():
+        smallest_id = min(smallest_id, int(chunk.min()))
+        largest_id = max(largest_id, int(chunk.max()))
+    return Contents(buckets, n_documents, n_tokens, longest, smallest_id, largest_id)
+
+
+def describe(stream, contents):
+    """One line on the size of a split."""
+    n_files = len(stream.arrays) - stream.n_prepended
+    files = f"{n_files} file" if n_files == 1 else f"{n_files} files"
+    average = contents.n_tokens / max(1, contents.n_documents)
+    return (f"{len(stream) - stream.n_prepended:,} tokens in {files}, {contents.n_documents:,} documents, "
+            f"{average:,.0f} tokens each on average, {contents.longest:,} at most")
+
+
+def show_histogram(buckets, show):
+    """Show how many documents are how long, a line per power of two."""
+    powers = np.flatnonzero(buckets)
+    if not len(powers):
+        return
+    for power in range(powers[0], powers[-1] + 1):
+        bar = "█" * int(np.ceil(40 * buckets[power] / buckets.max()))
+        show(f"  ≤ {2**power:>13,} tokens  {buckets[power]:>12,}  {bar}")
+
+
+def check_digests(corpus):
+    """Raise ValueError unless each token file of a prepared corpus has the SHA-256 in its meta.json."""
+    for split in ("train", "val"):
+        for file in corpus.meta[split]["files"]:
+            path = corpus.folder / file["name"]
+            if sha256_of(path) != file["sha256"]:
+                raise ValueError(f"{path}: its SHA-256 is not the one in meta.json; prepare the corpus again")

@@ -1,4 +1,19 @@
-"""Tokenizers: bytes, tiktoken's encodings, and tokenizer.json files."""
+"""Tokenizers: bytes, tiktoken's encodings, and tokenizer.json files.
+
+Each of the three classes has
+
+    name          what meta.json and load_tokenizer call it
+    n_vocab       the ids that can occur in text are below it (eos included, the mask not)
+    eos_id        the token that ends a document
+    mask_id       the id of the mask, n_vocab or above
+    specials      {text: id} of the special tokens
+    allows_cuts   True if the pieces of a long text (corpus/cutting.py) have the same tokens as the whole text
+
+    encode(text) → array of ids        encode_batch(texts) → list of such arrays        decode(ids) → text
+    token_bytes() → (n_vocab,) uint16, the length of each token in UTF-8 bytes: 0 for eos and other specials
+
+What looks like a special token in a text is text, too.
+"""
 
 import hashlib
 import json
@@ -6,16 +21,16 @@ from pathlib import Path
 
 import numpy as np
 
-# Each has: name; n_vocab, the ids that can occur in text (eos included, mask not); eos_id, which ends a document;
-# mask_id ≥ n_vocab; specials {text: id}; encode_batch(texts) → arrays of ids; encode(text); decode(ids) → text;
-# token_bytes() (n_vocab,) uint16, the length of each token in UTF-8 bytes (eos and other specials have none);
-# cuts, whether pieces that sources.last_cut separates are tokenized as the whole text would be.
 
-
-class Bytes:
+class ByteTokenizer:
     """UTF-8 bytes: 0..255 are text, 256 ends a document, 257 is the mask."""
 
-    name, n_vocab, eos_id, mask_id, specials, cuts = "bytes", 257, 256, 257, {"<eos>": 256}, True
+    name = "bytes"
+    n_vocab = 257
+    eos_id = 256
+    mask_id = 257
+    specials = {"<eos>": 256}
+    allows_cuts = True
 
     def encode(self, text):
         return np.frombuffer(text.encode("utf-8"), np.uint8)
@@ -30,28 +45,31 @@ class Bytes:
         return np.array([1] * 256 + [0], np.uint16)
 
 
-class Tiktoken:
-    """A tiktoken encoding by name; the mask is the first id after its end-of-text token."""
+class TiktokenTokenizer:
+    """A tiktoken encoding by its name. The mask is the first id above its text and its end-of-text token."""
 
-    cuts = True
+    allows_cuts = True
 
     def __init__(self, name):
         import tiktoken
 
         if name not in tiktoken.list_encoding_names():
-            raise ValueError(f"unknown tokenizer '{name}'; choose bytes, one of {', '.join(tiktoken.list_encoding_names())}, "
+            names = ", ".join(tiktoken.list_encoding_names())
+            raise ValueError(f"unknown tokenizer '{name}'; choose bytes, one of {names}, "
                              "or give the path of a tokenizer.json")
         try:
             self.encoding = tiktoken.get_encoding(name)
         except OSError as problem:  # requests' exceptions are OSErrors
             raise ValueError(f"cannot download tokenizer '{name}' ({type(problem).__name__}); "
                              "set TIKTOKEN_CACHE_DIR to a folder that holds its files") from None
-        self.name, self.eos_id, self.specials = name, self.encoding.eot_token, dict(self.encoding._special_tokens)
-        text = self.encoding._mergeable_ranks.values()  # p50k_base has text above its eos; other specials are no text
-        self.n_vocab = self.mask_id = max(self.eos_id, *text) + 1
+        self.name = name
+        self.eos_id = self.encoding.eot_token
+        self.specials = dict(self.encoding._special_tokens)
+        text_ids = self.encoding._mergeable_ranks.values()  # in p50k_base some are above the eos
+        self.n_vocab = self.mask_id = max(self.eos_id, *text_ids) + 1
 
     def encode(self, text):
-        return self.encoding.encode_to_numpy(text, disallowed_special=())  # what looks like a special token is text, too
+        return self.encoding.encode_to_numpy(text, disallowed_special=())
 
     def encode_batch(self, texts):
         return [self.encode(text) for text in texts]
@@ -66,100 +84,157 @@ class Tiktoken:
         return lengths
 
 
-class TokenizerFile:
-    """A tokenizer.json (Hugging Face's `tokenizers`). Known by its digest: a copy travels with the corpus and the run."""
+class HuggingFaceTokenizer:
+    """A tokenizer.json, the format of Hugging Face's `tokenizers`.
 
-    ENDS = ("<|endoftext|>", "<|end_of_text|>", "<|eos|>", "<eos>", "</s>", "<|im_end|>", "[SEP]")
-    MASKS = ("<|mdm_mask|>", "<|mask|>", "<mask>", "[MASK]")
-    SPLITS = [dict(type="Split", behavior="Isolated", invert=False, pattern={  # Qwen's and Llama 3's
-        "Regex": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"})
-        for digits in ("", "{1,3}")]
+    Its name holds the digest of the file, of which a copy travels with the corpus and the run. `eos` names
+    the token that ends a document; empty: the first of EOS_NAMES that is a special token. Raises ValueError
+    if the file is no tokenizer.json, has no such token, or has tokens that do not spell text.
+    """
+
+    EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|eos|>", "<eos>", "</s>", "<|im_end|>", "[SEP]")
+    MASK_NAMES = ("<|mdm_mask|>", "<|mask|>", "<mask>", "[MASK]")
 
     def __init__(self, path, eos=""):
-        try:
-            import tokenizers
-        except ImportError:
-            raise ValueError("a tokenizer.json needs the tokenizers package: pip install '.[data]'") from None
         self.path = Path(path)
         raw = self.path.read_bytes()
-        try:
-            self.inner, layout = tokenizers.Tokenizer.from_str(raw.decode("utf-8")), json.loads(raw)
-        except Exception as problem:  # the package raises plain Exceptions
-            raise ValueError(f"{path}: no tokenizer.json: {str(problem).splitlines()[0]}") from None
-        self.inner.encode_special_tokens = True  # what looks like a special token is text, too
-        self.inner.no_padding()
-        self.inner.no_truncation()
+        self.inner, layout = parse_tokenizer_json(raw, path)
         vocab = self.inner.get_vocab(with_added_tokens=True)
-        self.specials = {t["content"]: t["id"] for t in layout.get("added_tokens", ()) if t["special"]}
-        eos = eos or next((end for end in self.ENDS if end in self.specials), "")
-        if eos not in vocab:
-            raise ValueError(f"{path}: " + (f"has no token {eos!r}" if eos else "which token ends a document?") + "; give it with --eos="
-                             + (f" (its specials: {', '.join(self.specials)})" if self.specials else ""))
-        self.eos, self.eos_id = eos, vocab[eos]
-        text = max(i for i in vocab.values() if i not in self.specials.values())
-        own = next((self.specials[mask] for mask in self.MASKS if self.specials.get(mask, -1) > max(text, self.eos_id)), None)
-        self.n_vocab = self.mask_id = max(vocab.values()) + 1 if own is None else own  # one that comes after the text ends it: LLaDA's, Dream's
-        self.name = f"tokenizer.json {hashlib.sha256(raw).hexdigest()[:16]} {eos}"
-        *splits, last = components(layout.get("pre_tokenizer")) or [{}]
-        plain = (layout.get("normalizer") or {"type": "NFC"})["type"] == "NFC"  # which composes nothing with a newline or a space
-        self.cuts = plain and last.get("type") == "ByteLevel" and not last["add_prefix_space"] and (
-            all(part in self.SPLITS for part in splits) if splits else last.get("use_regex", True))
-        self.lengths = self.measure(vocab, layout)
+        added_tokens = layout.get("added_tokens", ())
+        self.specials = {token["content"]: token["id"] for token in added_tokens if token["special"]}
 
-    def measure(self, vocab, layout):
-        """Bytes of text behind each token, for the two kinds of BPE that lose none."""
-        kinds = {part["type"] for key in ("pre_tokenizer", "decoder") for part in components(layout.get(key))}
-        added = {t["id"] for t in layout.get("added_tokens", ())}
-        lengths = np.zeros(self.n_vocab, np.uint16)
+        eos = eos or next((name for name in self.EOS_NAMES if name in self.specials), "")
+        if eos not in vocab:
+            problem = f"has no token {eos!r}" if eos else "which token ends a document?"
+            hint = f" (its specials: {', '.join(self.specials)})" if self.specials else ""
+            raise ValueError(f"{path}: {problem}; give it with --eos={hint}")
+        self.eos, self.eos_id = eos, vocab[eos]
+        self.name = f"tokenizer.json {hashlib.sha256(raw).hexdigest()[:16]} {eos}"
+
+        self.n_vocab = self.mask_id = self.find_mask(vocab)
+        self.allows_cuts = allows_cuts(layout)
+        self.lengths = self.measure_tokens(vocab, layout)
+
+    def find_mask(self, vocab):
+        """The id of the mask: its own, if it lies above all text (as LLaDA's and Dream's), else a new id."""
+        last_text_id = max(i for i in vocab.values() if i not in self.specials.values())
+        for name in self.MASK_NAMES:
+            if self.specials.get(name, -1) > max(last_text_id, self.eos_id):
+                return self.specials[name]
+        return max(vocab.values()) + 1
+
+    def measure_tokens(self, vocab, layout):
+        """Each token's length in UTF-8 bytes, for the two kinds of BPE that lose no text."""
+        parts = components(layout.get("pre_tokenizer")) + components(layout.get("decoder"))
+        kinds = {part["type"] for part in parts}
         if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
-            raise ValueError(f"{self.path}: neither byte-level nor with byte fallback: its tokens do not spell the text they stand for")
+            raise ValueError(f"{self.path}: neither byte-level nor with byte fallback: "
+                             "its tokens do not spell the text they stand for")
+        added_ids = {token["id"] for token in layout.get("added_tokens", ())}
+        lengths = np.zeros(self.n_vocab, np.uint16)
         for token, i in vocab.items():
             if i >= self.n_vocab:
                 continue
-            if i in added:
+            if i in added_ids:
                 lengths[i] = 0 if token in self.specials else len(token.encode("utf-8"))
             elif "ByteLevel" in kinds:
                 lengths[i] = len(token)  # one character stands for one byte
+            elif len(token) == 6 and token.startswith("<0x"):
+                lengths[i] = 1
             else:
-                byte = len(token) == 6 and token.startswith("<0x")
-                lengths[i] = 1 if byte else len(token.replace("▁", " ").encode("utf-8"))
+                lengths[i] = len(token.replace("▁", " ").encode("utf-8"))
         return lengths
 
     def encode(self, text):
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts):
-        return [np.array(e.ids, np.uint32) for e in self.inner.encode_batch_fast(texts, add_special_tokens=False)]
+        encodings = self.inner.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
     def decode(self, ids):
-        return self.inner.decode([int(i) for i in ids if i < self.n_vocab and i != self.eos_id], skip_special_tokens=False)
+        text_ids = [int(i) for i in ids if i < self.n_vocab and i != self.eos_id]
+        return self.inner.decode(text_ids, skip_special_tokens=False)
 
     def token_bytes(self):
         return self.lengths
 
 
+def parse_tokenizer_json(raw, path):
+    """(tokenizers.Tokenizer, its layout as a dict) of a tokenizer.json's bytes. Raises ValueError."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise ValueError("a tokenizer.json needs the tokenizers package: pip install '.[data]'") from None
+    try:
+        inner = tokenizers.Tokenizer.from_str(raw.decode("utf-8"))
+        layout = json.loads(raw)
+    except Exception as problem:  # the package raises plain Exceptions
+        raise ValueError(f"{path}: no tokenizer.json: {str(problem).splitlines()[0]}") from None
+    inner.encode_special_tokens = True  # as text
+    inner.no_padding()
+    inner.no_truncation()
+    return inner, layout
+
+
 def components(part):
     """A pre-tokenizer or decoder of a tokenizer.json as a list: those of a sequence, or itself."""
-    return [] if not part else part.get("pretokenizers") or part.get("decoders") or [part]
+    if not part:
+        return []
+    return part.get("pretokenizers") or part.get("decoders") or [part]
+
+
+def split_pattern(digits):
+    """A pre-tokenizer that splits text as Qwen's and Llama 3's do, with so many digits in a token."""
+    regex = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + digits
+             + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    return dict(type="Split", behavior="Isolated", invert=False, pattern={"Regex": regex})
+
+
+KNOWN_SPLITS = [split_pattern(""), split_pattern("{1,3}")]  # Qwen's, Llama 3's
+
+
+def allows_cuts(layout):
+    """Whether this tokenizer.json joins nothing across the places where corpus/cutting.py cuts."""
+    normalizer = layout.get("normalizer") or {"type": "NFC"}
+    if normalizer["type"] != "NFC":  # NFC composes nothing with a newline or a space
+        return False
+    *splits, last = components(layout.get("pre_tokenizer")) or [{}]
+    if last.get("type") != "ByteLevel" or last["add_prefix_space"]:
+        return False
+    if splits:
+        return all(split in KNOWN_SPLITS for split in splits)
+    return last.get("use_regex", True)
 
 
 def load_tokenizer(name, folders=(), eos=""):
-    """The tokenizer called `name`: bytes, a tiktoken encoding, or the path of a tokenizer.json (or of a folder with one).
+    """Load a tokenizer: bytes, a tiktoken encoding, or the path of a tokenizer.json or of a folder with one.
 
-    The name that such a file's tokenizer has afterwards is looked for in `folders`, by digest. Raises ValueError.
+    The name that a tokenizer.json's tokenizer has itself ("tokenizer.json DIGEST EOS") is looked for in
+    `folders`. eos: see HuggingFaceTokenizer. Raises ValueError.
     """
     if name.startswith("tokenizer.json "):
-        _, digest, eos = name.split(" ", 2)
-        for path in (Path(folder) / "tokenizer.json" for folder in folders):
-            if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest().startswith(digest):
-                return TokenizerFile(path, eos)
-        raise ValueError(f"no tokenizer.json of digest {digest} in {' or '.join(map(str, folders))}; put the one that prepared the corpus there")
+        return find_tokenizer_json(name, folders)
+
     path = Path(name) / "tokenizer.json"
-    path = path if path.is_file() else Path(name)
+    if not path.is_file():
+        path = Path(name)
     if path.suffix == ".json":
         if not path.is_file():
             raise ValueError(f"{path}: no such tokenizer file")
-        return TokenizerFile(path, eos)
+        return HuggingFaceTokenizer(path, eos)
+
     if eos:
         raise ValueError(f"eos={eos}: only a tokenizer.json leaves that open")
-    return Bytes() if name == "bytes" else Tiktoken(name)
+    return ByteTokenizer() if name == "bytes" else TiktokenTokenizer(name)
+
+
+def find_tokenizer_json(name, folders):
+    """The tokenizer of the name "tokenizer.json DIGEST EOS", from one of `folders`. Raises ValueError."""
+    _, digest, eos = name.split(" ", 2)
+    for folder in folders:
+        path = Path(folder) / "tokenizer.json"
+        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest().startswith(digest):
+            return HuggingFaceTokenizer(path, eos)
+    raise ValueError(f"no tokenizer.json of digest {digest} in {' or '.join(map(str, folders))}; "
+                     "put the one that prepared the corpus there")

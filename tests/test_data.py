@@ -455,13 +455,13 @@ def test_documents_that_files_list(scratch, contents, draw, share):
     check_documents(data.Sequences(stream, length), tokens, owner)
     cut = int(len(tokens) * (1 - share))
     if len(tokens) - cut > length:  # what was cut off counts from another place
-        check_documents(data.Sequences(stream.cut(cut)[1], length), tokens[cut:], owner[cut:])
+        check_documents(data.Sequences(stream.split_at(cut)[1], length), tokens[cut:], owner[cut:])
 
 
 def test_documents_of_a_mixture_are_those_of_its_sources(tmp_path):
     """One lists its documents, the other has eos tokens."""
     write_pair(tmp_path / "web", [[[1, 2, 3]], [[4, 5]], [[6, 7, 8, 9, EOS]], [[10, 11]]], 4)
-    _, listed, _ = tokenfiles.open_foreign([tmp_path / "web.bin"], tokenizers.Bytes())
+    listed = tokenfiles.open_token_files([tmp_path / "web.bin"], tokenizers.ByteTokenizer()).stream
     ended = np.array([EOS, 1, EOS, 2, 3, EOS, EOS, 4, 5], np.uint16)
     sources = [data.Sequences(listed, 4), data.Sequences(ended, 4)]
     sequences, ids = data.Mixture(sources), np.array([4, 0, 3, 2, 1, 0])

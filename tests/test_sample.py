@@ -56,8 +56,8 @@ def test_holes_are_filled_anywhere_and_nothing_else_changes(run_main, write, ord
     if order == "low_confidence":
         assert f"{min(steps, 5)} forward passes" in out.err
     assert "░" not in out.out and out.out.startswith("ab") and out.out.endswith("ef\n")
-    ids = sample.holes(text, tokenizers.Bytes())
-    assert ids.count(tokenizers.Bytes.mask_id) == 5 and len(ids) == 11
+    ids = sample.holes(text, tokenizers.ByteTokenizer())
+    assert ids.count(tokenizers.ByteTokenizer.mask_id) == 5 and len(ids) == 11
 
 
 def test_many_prompts(run_main, write, tmp_path):  # noqa: F811
@@ -142,7 +142,7 @@ def test_recordings(run_main, write, tmp_path):  # noqa: F811
 def test_a_character_of_several_tokens_is_drawn_whole():
     text = "aé→😀b"
     ids = list(text.encode())
-    reel = film.Reel([257] * len(ids), tokenizers.Bytes())
+    reel = film.Reel([257] * len(ids), tokenizers.ByteTokenizer())
     half = ids[:2] + [257] * (len(ids) - 2)
     for row in (half, ids):
         reel.record(torch.tensor([[0, 0, *row]]))  # right-aligned
@@ -228,5 +228,5 @@ def test_a_trained_model_writes_what_it_read(run_main, write, corpus):  # noqa: 
     """One block by heart: the AR model at temperature 0 continues it exactly."""
     run = run_main("--objective=ar", "--unique_tokens=32", "--epochs=3000", "--lr=5e-3", "--weight_decay=0")
     block = data.Sequences(tokenfiles.load_corpus(corpus).train, 32, 1337, 32).rows(np.zeros(1, np.int64))[0, :-1]  # from the first token on, as it was trained
-    text = tokenizers.Bytes().decode(block.tolist())
+    text = tokenizers.ByteTokenizer().decode(block.tolist())
     assert write(run, f"--prompt={text[:20]}", "--length=12", "--temperature=0").out == text + "\n"

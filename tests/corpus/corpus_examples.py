@@ -1,4 +1,4 @@
-"""Example corpora: texts and tokens to try, and token files of every layout, written from their published formats."""
+"""Example corpora: texts, tokens, and token files of every layout, written from their published formats."""
 
 import functools
 import json
@@ -13,18 +13,21 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from corpus import tokenfiles, tokenizers
+from corpus.stream import Stream, document_lengths
+from corpus.tokenizers import ByteTokenizer
 
-EOS = tokenizers.Bytes.eos_id
-needs_gpt2 = pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="no tiktoken files beside the repository")
-quick = settings(max_examples=40, deadline=None)
+EOS = ByteTokenizer.eos_id
+quick = settings(max_examples=50, deadline=None)
+needs_gpt2 = pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ,
+                                reason="no tiktoken files beside the repository")
 
 
 # ------------------------------------------------------------------------------------------------- texts
 
 
 def stories(n, first=0):
-    return [f"Document {i} is about {i * i}.\nIt ends — hier: {'é' * (i % 5)}🙂" for i in range(first, first + n)]
+    numbers = range(first, first + n)
+    return [f"Document {i} is about {i * i}.\nIt ends — hier: {'é' * (i % 5)}🙂" for i in numbers]
 
 
 def byte_documents(n, first=0):
@@ -54,7 +57,7 @@ def with_leading_eos(tokens):
 
 
 def split_documents(tokens):
-    """The documents of tokens, each with the eos that ends it; the last may have none. An eos in front is of none."""
+    """The documents of tokens, each with the eos that ends it, if any. An eos in front is of none of them."""
     documents = [[]]
     for token in tokens[1:] if tokens[0] == EOS else tokens:
         documents[-1].append(token)
@@ -63,7 +66,7 @@ def split_documents(tokens):
     return documents[:-1] if not documents[-1] else documents
 
 
-def document_lengths(tokens):
+def expected_lengths(tokens):
     """The lengths of the documents of tokens, without their eos."""
     return [len(document) - (document[-1] == EOS) for document in split_documents(tokens)]
 
@@ -153,12 +156,12 @@ def all_tokens(stream):
 
 def lengths_of(stream, eos=EOS):
     """The lengths of a stream's documents."""
-    return [n for lengths in tokenfiles.document_lengths(stream, eos) for n in lengths.tolist()]
+    return [n for lengths in document_lengths(stream, eos) for n in lengths.tolist()]
 
 
 def small_chunks(size):
     """Let streams hand out their tokens in chunks of this size."""
-    return mock.patch.object(tokenfiles.Stream, "chunks", functools.partialmethod(tokenfiles.Stream.chunks, size))
+    return mock.patch.object(Stream, "chunks", functools.partialmethod(Stream.chunks, size))
 
 
 def one_line(caught):

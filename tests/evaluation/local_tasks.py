@@ -125,11 +125,11 @@ def rigged(prices, objective="masked", seq_len=2048, **settings):
     """A harness.NanoQuokka whose bytes cost what `prices` says."""
     import torch
 
-    from corpus.tokenizers import Bytes
+    from corpus.tokenizers import ByteTokenizer
     from evaluation import harness
     from sampling.generator import Generator
 
     record = dict(settings=dict(objective=objective, loss="elbo", schedule="linear"),
                   model=dict(n_vocab=257, mask_id=257, seq_len=seq_len, causal=objective == "ar"))
-    generator = Generator(record, Bytes(), torch.device("cpu"), False, SimpleNamespace())
+    generator = Generator(record, ByteTokenizer(), torch.device("cpu"), False, SimpleNamespace())
     return harness.NanoQuokka(generator=generator, objective=Rigged(prices), **settings)

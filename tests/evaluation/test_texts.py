@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corpus.tokenfiles import Stream
+from corpus.stream import Stream
 from evaluation import texts
 
 

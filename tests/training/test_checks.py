@@ -100,7 +100,7 @@ def test_a_token_beyond_the_vocabulary_in_a_corpus_too_large_to_check(
     shutil.copytree(corpus, tmp_path / "large")
     with open(tmp_path / f"large/{split}.bin", "r+b") as file:
         file.write(b"\xff\xff" * 3000)
-    monkeypatch.setattr(tokenfiles, "CHECKED", 0)
+    monkeypatch.setattr(tokenfiles, "MAX_HASHED_BYTES", 0)
     error = refused("--steps=100", f"--corpus={tmp_path / 'large'}")
     assert f"the {name} split holds token 65535" in error
     assert split == "train" or not (tmp_path / "run").exists()

@@ -1,0 +1,46 @@
+"""Files on a disk: mapped, hashed, and made to last."""
+
+import hashlib
+import os
+
+import numpy as np
+
+
+def map_tokens(path, dtype, count, source, offset=0):
+    """Memory-map the `count` tokens that a file holds from byte `offset` on.
+
+    Raises ValueError if it does not hold exactly these; source: the name of what says that it should.
+    """
+    size = path.stat().st_size if path.is_file() else 0
+    expected = offset + count * dtype.itemsize
+    if size != expected or not count:
+        raise ValueError(f"{path}: {size} bytes, but {source} says {count} tokens of {dtype.name} "
+                         f"({expected} bytes): truncated, or another dtype; prepare it again")
+    return np.memmap(path, dtype, mode="r", offset=offset, shape=(count,))
+
+
+def sha256_of(path):
+    """The SHA-256 of a file, in hex."""
+    content = np.memmap(path, np.uint8, mode="r") if path.stat().st_size else b""
+    return hashlib.sha256(content).hexdigest()
+
+
+def sync_to_disk(file):
+    """Wait until what was written to an open file is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_path(path):
+    """Wait until a closed file, or a folder's list of files, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def stamp(path):
+    """(bytes, time of the last change in ns) of a file, or of all the files in a folder."""
+    paths = path.rglob("*") if path.is_dir() else [path]
+    stats = [p.stat() for p in paths]
+    n_bytes = sum(stat.st_size for stat in stats)
+    return n_bytes, max((stat.st_mtime_ns for stat in stats), default=0)

@@ -1,0 +1,297 @@
+"""Tasks: the documents of all sources in portions of about 1 MiB, for the processes that tokenize.
+
+Which tasks there are, and what is in them, depends on the sources alone. Each comes with the Place where the
+next one starts: an interrupted preparation goes on from there as if nothing had happened.
+
+There is one function per kind of source. Each yields (task, next place, bytes of the source read so far).
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from corpus import cutting, python_docs
+from corpus.cutting import read_pieces
+from corpus.sources import COMPRESSED, open_source
+
+
+class Task(NamedTuple):
+    """Work for one process."""
+
+    kind: str  # what `content` is: lines, separated, files, records, piece or undecodable
+    where: str  # the source's path, for messages
+    content: Any
+    first: int = 0  # number of its first line or record, or position of its first byte
+
+
+class Place(NamedTuple):
+    """Where the next task starts. It is kept on the disk, as a list."""
+
+    source: int = 0  # number of the source
+    byte: int = 0  # bytes of it that came before
+    count: int = 0  # lines or records of it that came before
+
+
+class Piece(NamedTuple):
+    """A part of a document that is too large for one task."""
+
+    split: str
+    text: str
+    digest: bytes  # of the whole document; b"" if there is no other document
+    is_first: bool
+    is_last: bool
+    n_replaced: int = 0  # places where bytes became U+FFFD
+
+
+def make_tasks(sources, place, cfg, allow_cuts=True):
+    """Yield (task, next place, bytes read of the source) from `place` on.
+
+    allow_cuts: whether the tokenizer lets long documents be cut into pieces.
+    """
+    functions = dict(docs=documentation_tasks, txt=separated_tasks, jsonl=line_tasks,
+                     parquet=parquet_tasks, hf=dataset_tasks)
+    number = place.source
+    while number < len(sources):
+        source = sources[number]
+        start = place if number == place.source else Place(number)
+        if source.kind != "txt" or cfg.separator:
+            yield from functions[source.kind](source, start, cfg)
+            number += 1
+        elif len(sources) == 1:
+            yield from only_text_tasks(source, start, cfg, allow_cuts)
+            number += 1
+        else:
+            files = small_files(sources, number) if start.byte == 0 else []
+            if files:
+                number += len(files)
+                yield Task("files", "", files), Place(number), 0
+            else:
+                yield from large_text_tasks(source, start, cfg, allow_cuts)
+                number += 1
+
+
+# ------------------------------------------------------------------------------------------ files of text
+
+
+def small_files(sources, number):
+    """[(path, bytes)] of the .txt files from `number` on that fit into one task together."""
+    files, total = [], 0
+    for source in sources[number:]:
+        if source.kind != "txt" or total >= cutting.TASK_BYTES:
+            break
+        with open_source(source) as (file, _):
+            content = file.read(cutting.TASK_BYTES + 1)
+        if len(content) > cutting.TASK_BYTES:
+            break
+        files.append((source.path, content))
+        total += len(content) + 100  # a file takes time of its own
+    return files
+
+
+def only_text_tasks(source, place, cfg, allow_cuts):
+    """A .txt file that is the only source, as one document: its end is for validation."""
+    size = source.size
+    if Path(source.path).suffix in COMPRESSED:
+        with open_source(source) as (file, _):
+            size = sum(len(block) for block in iter(lambda: file.read(cutting.TASK_BYTES), b""))
+    border = int(size * (1 - cfg.val))
+    with open_source(source, border) as (file, _):  # never inside a character
+        tail = file.read(4)
+    border += next((i for i, byte in enumerate(tail) if byte & 0xC0 != 0x80), len(tail))
+    yield from piece_tasks(source, place, [("train", 0, border), ("val", border, size)], b"", cfg, allow_cuts)
+
+
+def large_text_tasks(source, place, cfg, allow_cuts):
+    """A large .txt file as one document. It is read twice, because its digest decides its split."""
+    digest, size = hashlib.sha256(), 0
+    try:
+        for text, position, _ in read_pieces(source, 0, None, cfg.bad_bytes):
+            digest.update(text.encode("utf-8"))
+            size = position
+    except ValueError:
+        if cfg.bad_bytes != "skip":
+            raise
+        yield Task("undecodable", source.path, None), Place(place.source + 1), source.size
+        return
+    digest = digest.digest()
+    yield from piece_tasks(source, place, [(choose_split(digest, cfg.val), 0, size)], digest, cfg, allow_cuts)
+
+
+def piece_tasks(source, place, ranges, digest, cfg, allow_cuts):
+    """The pieces of a text, of which [start, stop) belongs to a split: ranges = [(split, start, stop)]."""
+    _, _, size = ranges[-1]
+    for split, start, stop in ranges:
+        if place.byte >= stop:
+            continue
+        is_first = place.byte <= start
+        for text, position, n in read_pieces(source, max(place.byte, start), stop, cfg.bad_bytes, allow_cuts):
+            piece = Piece(split, text, digest, is_first, position == stop, n)
+            bytes_read = source.size * position // size  # of the file, which may be compressed
+            yield Task("piece", source.path, piece), Place(place.source, position), bytes_read
+            is_first = False
+
+
+def choose_split(digest, val_share):
+    """A document's split, by its SHA-256: adding files never moves it, and equal documents never part."""
+    return "val" if int.from_bytes(digest[:8], "big") < val_share * 2**64 else "train"
+
+
+def line_tasks(source, place, cfg):
+    """The lines of a .jsonl file."""
+    byte, n_lines = place.byte, place.count
+    with open_source(source, byte) as (file, bytes_read):
+        while block := file.read(cutting.TASK_BYTES):
+            if not block.endswith(b"\n"):
+                block += file.readline(cutting.MAX_BYTES)
+            if len(block) > cutting.MAX_BYTES:
+                raise ValueError(f"{source.path}: from line {n_lines + 1} on: "
+                                 f"a line of more than {cutting.MAX_BYTES >> 20} MiB")
+            task = Task("lines", source.path, block, n_lines + 1)
+            byte += len(block)
+            n_lines += block.count(b"\n")
+            yield task, Place(place.source, byte, n_lines), bytes_read()
+
+
+def separated_tasks(source, place, cfg):
+    """The documents of a .txt file with separators between them."""
+    separator = separator_bytes(cfg)
+    byte, held = place.byte, b""
+    with open_source(source, byte) as (file, bytes_read):
+        while True:
+            block = file.read(max(cutting.TASK_BYTES, len(held)))  # twice as much while there is no separator
+            held += block
+            is_last = not block
+            if is_last:
+                end = len(held)
+            else:  # behind the last separator; they may overlap, and the leftmost counts
+                end = len(held) - len(held.split(separator)[-1])
+            if not end and not is_last:
+                if len(held) > cutting.MAX_BYTES:
+                    raise ValueError(f"{source.path}: no separator {cfg.separator!r} within "
+                                     f"{cutting.MAX_BYTES >> 20} MiB from byte {byte} on")
+                continue
+            if end:
+                task = Task("separated", source.path, held[:end], byte)
+                yield task, Place(place.source, byte + end), bytes_read()
+            if is_last:
+                return
+            byte, held = byte + end, held[end:]
+
+
+def separator_bytes(cfg):
+    """What stands between documents, as bytes."""
+    return cfg.separator.replace("\\n", "\n").replace("\\t", "\t").encode("utf-8")
+
+
+# ------------------------------------------------------------------------------------------------ records
+
+
+def record_tasks(records, source, place, n_records):
+    """Tasks of the texts that follow behind `place`; n_records: of the whole source."""
+    row = place.count
+    for texts in group_records(records):
+        task = Task("records", source.path, texts, row + 1)
+        row += len(texts)
+        yield task, Place(place.source, 0, row), source.size * row // max(1, n_records)
+
+
+def group_records(records):
+    """Yield lists of records, of a task's size each."""
+    texts, size = [], 0
+    for text in records:
+        texts.append(text)
+        size += len(text) if isinstance(text, (str, bytes)) else 0
+        if size >= cutting.TASK_BYTES or len(texts) >= 1 << 14:
+            yield texts
+            texts, size = [], 0
+    if texts:
+        yield texts
+
+
+def parquet_tasks(source, place, cfg):
+    """The rows of a .parquet file."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f"{source.path}: .parquet needs the pyarrow package: "
+                         "pip install '.[data]'") from None
+    try:
+        # pre_buffer would read the whole column first.
+        with pyarrow.parquet.ParquetFile(source.path, buffer_size=1 << 20, pre_buffer=False) as file:
+            check_field(cfg.field, file.schema_arrow.names, source.path)
+            n_groups = file.num_row_groups
+            first_rows = np.cumsum([0] + [file.metadata.row_group(i).num_rows for i in range(n_groups)])
+            group = int(np.searchsorted(first_rows, place.count, side="right")) - 1
+            groups = list(range(group, n_groups))
+            batches = file.iter_batches(batch_size=256, row_groups=groups, columns=[cfg.field])
+            records = (text for batch in batches for text in text_as_bytes(batch.column(0)).to_pylist())
+            for _ in range(place.count - int(first_rows[group])):
+                next(records)
+            yield from record_tasks(records, source, place, int(first_rows[-1]))
+    except (pyarrow.ArrowException, OSError) as problem:
+        if isinstance(problem, OSError) and problem.errno:
+            raise
+        reason = str(problem).splitlines()[0]
+        raise ValueError(f"{source.path}: not a whole parquet file: {reason}") from None
+
+
+def text_as_bytes(column):
+    """A column of an Arrow table with its text as bytes: whether they are UTF-8 is checked later."""
+    import pyarrow.types as types
+
+    if types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    checks = (types.is_string, types.is_large_string, types.is_string_view)
+    is_text = any(check(column.type) for check in checks)
+    return column.cast("large_binary") if is_text else column
+
+
+def dataset_tasks(source, place, cfg):
+    """The rows of a Hugging Face dataset."""
+    table = load_dataset(source.path, cfg)
+    check_field(cfg.field, table.column_names, f"hf:{source.path}")
+    table = table.select_columns([cfg.field])
+    starts = range(place.count, len(table), 256)
+    records = (text for start in starts for text in table[start : start + 256][cfg.field])
+    yield from record_tasks(records, source, place, len(table))
+
+
+def load_dataset(name, cfg):
+    """Load a dataset: its name on the hub, a folder of its files, or what save_to_disk wrote."""
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(f"{name}: Hugging Face datasets need a package: pip install '.[hf]'") from None
+    is_saved = any((Path(name) / mark).is_file() for mark in ("state.json", "dataset_dict.json"))
+    try:
+        if is_saved:
+            table = datasets.load_from_disk(name)
+        else:
+            table = datasets.load_dataset(name, cfg.hf_config or None, split=cfg.hf_split)
+    except Exception as problem:  # a hub, a network and a package of many kinds of exceptions
+        reason = str(problem).splitlines()[0] if str(problem) else ""
+        raise ValueError(f"hf:{name}: {type(problem).__name__}: {reason}") from None
+    if isinstance(table, datasets.DatasetDict):
+        if cfg.hf_split not in table:
+            raise ValueError(f"hf:{name}: no split '{cfg.hf_split}'; there are {', '.join(table)}; "
+                             "name one with --hf_split")
+        table = table[cfg.hf_split]
+    return table
+
+
+def check_field(field, names, where):
+    """Raise ValueError if a table has no such column."""
+    if field not in names:
+        raise ValueError(f"{where}: no column '{field}'; there are {', '.join(names)}; "
+                         "name the text's with --field")
+
+
+def documentation_tasks(source, place, cfg):
+    """The documentation inside this Python."""
+    records = python_docs.documents()
+    for _ in range(place.count):
+        next(records)
+    yield from record_tasks(records, source, place, 0)

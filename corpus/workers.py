@@ -1,0 +1,256 @@
+"""From tasks to tokens, in this process or in several.
+
+A TaskTokenizer takes a Task (corpus/tasks.py) and gives a Result: the tokens of each of its documents, or of
+a piece of a long one. tokenize_tasks does so for many tasks, and gives the results in the tasks' order.
+"""
+
+import collections
+import contextlib
+import hashlib
+import json
+import multiprocessing.connection
+import os
+import signal
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+
+from corpus import cutting, tokenizers
+from corpus.cutting import SURROGATE, cut_text, decode_replacing
+from corpus.tasks import separator_bytes
+
+
+class Document(NamedTuple):
+    """The tokens of a document, or of a piece of it."""
+
+    digest: bytes  # SHA-256 of the whole document's text; b"" if there is no other document
+    n_bytes: int  # of text
+    tokens: bytes  # in the files' dtype; behind the document's last token its eos
+    is_first: bool = True
+    is_last: bool = True
+    split: str = ""  # if the digest does not decide it
+
+
+class Result(NamedTuple):
+    """What a task gave."""
+
+    documents: list
+    left_out: dict  # {reason: documents and records that were left out}
+    n_replaced: int = 0  # places where bytes became U+FFFD
+
+
+class TaskTokenizer:
+    """Tokenizes tasks, in the way that the settings say. Made once per process."""
+
+    def __init__(self, cfg):
+        self.tokenizer = tokenizers.load_tokenizer(cfg.tokenizer_name(), eos=cfg.eos)
+        self.cfg = cfg
+        self.dtype = token_dtype(self.tokenizer)
+        self.eos = np.array([self.tokenizer.eos_id], self.dtype)
+        self.left_out = collections.Counter()  # of the current task
+        self.n_replaced = 0
+
+    def __call__(self, task):
+        """The Result of a task. Raises ValueError for bad input that the settings do not let it leave out."""
+        if task.kind == "piece":
+            return self.tokenize_piece(task.content)
+        if task.kind == "undecodable":
+            return Result([], dict(undecodable=1))
+
+        self.left_out.clear()
+        self.n_replaced = 0
+        texts_of = dict(lines=self.texts_of_lines, records=self.texts_of_records,
+                        separated=self.texts_of_separated, files=self.texts_of_files)
+        texts = list(texts_of[task.kind](task))
+        self.left_out["empty"] = texts.count("")
+
+        texts = [text for text in texts if text]
+        documents = []
+        for text, ids in zip(texts, self.encode(texts)):
+            raw = text.encode("utf-8")
+            tokens = np.append(ids, self.eos).tobytes()
+            documents.append(Document(hashlib.sha256(raw).digest(), len(raw), tokens))
+        return Result(documents, dict(self.left_out), self.n_replaced)
+
+    def tokenize_piece(self, piece):
+        """The Result of a piece of a long document."""
+        (ids,) = self.encode([piece.text])
+        if piece.is_last:
+            ids = np.append(ids, self.eos)
+        n_bytes = len(piece.text.encode("utf-8"))
+        document = Document(piece.digest, n_bytes, ids.tobytes(), piece.is_first, piece.is_last, piece.split)
+        return Result([document], {}, piece.n_replaced)
+
+    def encode(self, texts):
+        """The ids of each text, in the files' dtype. Long texts are cut where the tokenizer allows it."""
+        max_length = cutting.TASK_BYTES if self.tokenizer.allows_cuts else float("inf")
+        short_texts = [text if len(text) <= max_length else "" for text in texts]
+        ids = [array.astype(self.dtype) for array in self.tokenizer.encode_batch(short_texts)]
+        for i, text in enumerate(texts):
+            if len(text) > max_length:
+                pieces = [self.tokenizer.encode(piece).astype(self.dtype) for piece in cut_text(text)]
+                ids[i] = np.concatenate(pieces)
+        return ids
+
+    # Each of these yields a text, "" for an empty one, None for a record that is left out.
+
+    def texts_of_lines(self, task):
+        """The texts in lines of JSON."""
+        for number, line in enumerate(task.content.split(b"\n"), task.first):
+            if line.strip():
+                yield self.text_of_line(line, f"{task.where}:{number}")
+
+    def text_of_line(self, line, where):
+        line = self.decode(line, where, unit=" of the line")
+        if line is None:
+            return None
+        field = self.cfg.field
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as problem:  # also integers too long for Python, and deep nesting
+            return self.reject(where, f"not JSON: {problem}")
+        if not isinstance(record, dict) or field not in record:
+            names = field_names(record)
+            return self.reject(where, f"no field '{field}'; there are {names}; name the text's with --field")
+        return self.checked_text(record[field], where, f"field '{field}'")
+
+    def texts_of_records(self, task):
+        """The texts in the rows of a table: text, or its bytes."""
+        for number, text in enumerate(task.content, task.first):
+            where = f"{task.where}, record {number}"
+            if isinstance(text, bytes):
+                yield self.decode(text, where)
+            else:
+                yield self.checked_text(text, where, "its text")
+
+    def texts_of_separated(self, task):
+        """The texts in a file with separators between them."""
+        separator = separator_bytes(self.cfg)
+        byte = task.first
+        for raw in task.content.removesuffix(separator).split(separator):
+            yield self.decode(raw, task.where, byte)
+            byte += len(raw) + len(separator)
+
+    def texts_of_files(self, task):
+        """The texts in small files."""
+        for path, raw in task.content:
+            yield self.decode(raw, path)
+
+    def decode(self, raw, where, first_byte=0, unit=""):
+        """Bytes as text. What is no UTF-8 is replaced, left out (None), or a ValueError, as the settings say.
+
+        first_byte: what the ValueError counts from, and unit: in what.
+        """
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError as problem:
+            bad_byte = first_byte + problem.start
+        if self.cfg.bad_bytes == "stop":
+            raise ValueError(f"{where}: not UTF-8 at byte {bad_byte}{unit}; see --bad_bytes")
+        if self.cfg.bad_bytes == "skip":
+            self.left_out["undecodable"] += 1
+            return None
+        text, n_replaced = decode_replacing(raw)
+        self.n_replaced += n_replaced
+        return text
+
+    def checked_text(self, text, where, what):
+        """A record's text, if it is one that UTF-8 can say."""
+        if not isinstance(text, str):
+            return self.reject(where, f"{what} is not text")
+        if SURROGATE.search(text):  # which JSON's escapes can say
+            return self.reject(where, f"{what} holds half a character (a lone surrogate)")
+        return text
+
+    def reject(self, where, problem):
+        """Leave a record out, or raise ValueError, as the settings say."""
+        if self.cfg.bad_records == "skip":
+            self.left_out["malformed"] += 1
+            return None
+        raise ValueError(f"{where}: {problem}; --bad_records=skip leaves such records out")
+
+
+def field_names(record):
+    """The names of a record's first ten fields, as text."""
+    names = list(record) if isinstance(record, dict) else []
+    shown = [name if name.isprintable() else repr(name) for name in names[:10]]
+    if len(names) > 10:
+        shown.append("…")
+    return ", ".join(shown) or "none"
+
+
+def token_dtype(tokenizer):
+    """The dtype of token files: the smaller one if it can hold the mask as well."""
+    return np.dtype(np.uint16 if tokenizer.mask_id < 2**16 else np.uint32)
+
+
+# --------------------------------------------------------------------------------------------- processes
+
+
+def tokenize_tasks(tasks, cfg, n_processes):
+    """Yield (Result, next place, bytes read) for each of make_tasks' tasks, in their order.
+
+    n_processes: 0 does the work in this process.
+    """
+    if n_processes:
+        yield from tokenize_in_processes(tasks, cfg, n_processes)
+        return
+    tokenize = TaskTokenizer(cfg)
+    for task, place, bytes_read in tasks:
+        yield tokenize(task), place, bytes_read
+
+
+def tokenize_in_processes(tasks, cfg, n_processes):
+    """As tokenize_tasks, in a pool of processes."""
+    running = collections.deque()
+    pool = ProcessPoolExecutor(n_processes, multiprocessing.get_context("spawn"), start_process, (cfg,))
+    try:
+        for task, place, bytes_read in tasks:
+            with interrupts_deferred():
+                running.append((pool.submit(run_task, task), place, bytes_read))
+            if len(running) > 3 * n_processes:  # which bounds the memory
+                future, place, bytes_read = running.popleft()
+                yield future.result(), place, bytes_read
+        while running:
+            future, place, bytes_read = running.popleft()
+            yield future.result(), place, bytes_read
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+task_tokenizer = None  # of this process, if it is one of a pool's
+
+
+def start_process(cfg):
+    """Prepare a process of the pool: make its TaskTokenizer, and end it when its parent ends."""
+    global task_tokenizer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    parent = multiprocessing.parent_process().sentinel
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+    task_tokenizer = TaskTokenizer(cfg)
+
+
+def end_with(parent):
+    """Wait for the parent's end, then end this process: a parent that was killed can't end its children."""
+    multiprocessing.connection.wait([parent])
+    os._exit(1)
+
+
+def run_task(task):
+    """The Result of a task, in a process of the pool."""
+    return task_tokenizer(task)
+
+
+@contextlib.contextmanager
+def interrupts_deferred():
+    """Let Ctrl-C wait for the end of the block.
+
+    Processes that start in it never receive one: their parent tells them to stop.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
