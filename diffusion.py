@@ -378,8 +378,9 @@ def loss_figures(hidden, head, batch, n_vocab, posterior=False):
 
 
 # -------------------------------------------------------------------------------------------- reverse steps
-# Each step is factored into WHICH positions change and WHAT they become; then fp32 is enough (SPEC §7): a single draw over
-# {every token times the chance of opening, staying masked} has to resolve probabilities down to 1e-9, which fp32's numbers near 1 can't.
+# A step is two choices: WHICH positions change and WHAT they become. Then fp32 is enough (docs/math.md §7):
+# one draw over {every token times the probability of unmasking, staying masked} has to resolve probabilities
+# down to 1e-9, which fp32 cannot near 1.
 
 
 def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
@@ -393,42 +394,45 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
         ordered, order = logits.sort(dim=-1, descending=True)
         probs = ordered.softmax(-1)
         before = probs.cumsum(-1) - probs
-        cut = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
-        logits = logits.masked_fill(cut, float("-inf"))
+        excluded = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
+        logits = logits.masked_fill(excluded, float("-inf"))
     return logits
 
 
 def draw_tokens(logits, u, temperature=1.0):
-    """One token per position, the likeliest at temperature 0. logits (C, V), u (C, 2) uniform in (0, 1] → (C,).
+    """One token per position, the likeliest at temperature 0. logits (C, V), u (C, 2) in (0, 1] → (C,).
 
-    By inverting the distribution function in two stages, first over groups of 256 tokens, then within one, so that of V fp32 weights
-    only a few hundred numbers need a running sum (in fp64): a token of probability 1e-7 at the end of the vocabulary keeps its
-    share; one fp32 running sum over 50 257 would round it away. A token of probability 0 is never drawn.
+    The distribution function is inverted in two stages, over groups of 256 tokens and then within one, so
+    that of V fp32 weights only a few hundred numbers need a running sum (in fp64): a token of probability
+    1e-7 at the end of the vocabulary keeps its share; one fp32 running sum over 50 257 would round it away.
+    A token of probability 0 is never drawn.
     """
     if temperature == 0:
         return logits.argmax(-1)
     weights = (logits - logits.amax(-1, keepdim=True)).exp()
     groups = F.pad(weights, (0, -weights.shape[-1] % 256)).unflatten(-1, (-1, 256))  # (C, V/256, 256)
-    group = first_above(groups.sum(-1), u[:, 0])
+    group = inverse_cdf(groups.sum(-1), u[:, 0])
     members = groups.gather(1, group[:, None, None].expand(-1, 1, 256))[:, 0]  # (C, 256)
-    return 256 * group + first_above(members, u[:, 1])
+    return 256 * group + inverse_cdf(members, u[:, 1])
 
 
-def first_above(weights, u):
-    """The first index whose running sum reaches u times the total: never one of weight 0. (C, n), u (C,) in (0, 1] → (C,).
+def inverse_cdf(weights, u):
+    """The first index whose running sum reaches u times the total: never one of weight 0.
 
-    In fp64, which costs little for a few hundred numbers. A GPU's running sums need not grow monotonically, hence the explicit conditions.
+    weights (C, n), u (C,) in (0, 1] → (C,). In fp64, which costs little for a few hundred numbers. A GPU's
+    running sums need not grow monotonically, hence the explicit conditions.
     """
-    some, running = weights > 0, weights.double().cumsum(-1)
-    reached = some & (running >= u[:, None] * running[:, -1:])
-    last = weights.shape[-1] - 1 - some.flip(-1).to(torch.uint8).argmax(-1)
+    positive, running = weights > 0, weights.double().cumsum(-1)
+    reached = positive & (running >= u[:, None] * running[:, -1:])
+    last = weights.shape[-1] - 1 - positive.flip(-1).to(torch.uint8).argmax(-1)
     return torch.where(reached.any(-1), reached.to(torch.uint8).argmax(-1), last)
 
 
-def draws(seed, stream, row, step, length):
-    """Two independent uniforms in (0, 1] per position, multiples of 2⁻³² in fp64: a pure function of (seed, stream, row, step, position). (B, length, 2).
+def draw_uniforms(seed, stream, row, step, length):
+    """Two independent uniforms in (0, 1] per position, multiples of 2⁻³² in fp64: (B, length, 2).
 
-    row and step: (B,) or scalars. Rows know their own steps, so they come out the same in any batch.
+    A pure function of (seed, stream, row, step, position). row and step: (B,) or scalars. Rows know their own
+    steps, so they come out the same in any batch.
     """
     sample = np.asarray(row, np.uint64) * np.uint64(1 << 40) + np.asarray(step, np.uint64)
     bits = random_bits(seed, stream, np.atleast_1d(sample), length)
@@ -436,50 +440,59 @@ def draws(seed, stream, row, step, length):
     return (halves.astype(np.float64) + 1) * 2.0**-32
 
 
-def shares(count, steps):
-    """How many of `count` positions open at each of `steps` steps: equally many, those over at the first. (B,), (B,) → (B, max steps)."""
+def tokens_per_step(count, steps):
+    """How many of `count` positions are unmasked at each of `steps` steps. (B,), (B,) → (B, max steps).
+
+    Equally many at each; the remainder goes to the first steps, one each.
+    """
     step = np.arange(max(1, steps.max(initial=1)))
-    base, over = np.divmod(count, np.maximum(steps, 1))
-    return np.where(step < steps[:, None], base[:, None] + (step < over[:, None]), 0)
+    base, remainder = np.divmod(count, np.maximum(steps, 1))
+    return np.where(step < steps[:, None], base[:, None] + (step < remainder[:, None]), 0)
 
 
-def rank_within(keys, among):
-    """The place of each position among those of its row, smallest key first; elsewhere the row's length. (B, L) → (B, L)."""
-    order = np.argsort(np.where(among, keys, np.inf), axis=1, kind="stable")
+def rank_within(keys, included):
+    """Each included position's rank within its row, smallest key first; elsewhere L. (B, L) → (B, L)."""
+    order = np.argsort(np.where(included, keys, np.inf), axis=1, kind="stable")
     rank = np.empty_like(order)
     np.put_along_axis(rank, order, np.arange(keys.shape[1])[None], axis=1)
-    return np.where(among, rank, keys.shape[1])
+    return np.where(included, rank, keys.shape[1])
 
 
-def opening_steps(u, hole, steps, s):
-    """WHEN each masked position opens, as steps of the reverse process on the grid t_i = 1 − i/S (schedule s). (B, L) → (B, L).
+def unmasking_steps(u, is_masked, steps, s):
+    """The step at which each masked position is unmasked, of steps[b] on the grid t_i = 1 − i/S; else −1.
 
-    A position is masked at t exactly if its u ≤ r(t): the step from t to t′ opens it with probability
-    (α_t′ − α_t)/(1 − α_t), independently, as it should. Nothing here depends on the network, so the steps at which
-    nothing opens need no pass. Elsewhere −1.
+    u, is_masked (B, L), steps (B,), s a Schedule → (B, L). A position is masked at t exactly if its u ≤ r(t):
+    the step from t to t′ unmasks it with probability (α_t′ − α_t)/(1 − α_t), independently, as it should.
+    Nothing here depends on the network, so steps that unmask nothing need no pass.
     """
-    time = np.clip(s.inverse(u.astype(np.float64)), 0, 1)
-    return np.where(hole, np.clip(np.floor((1 - time) * steps[:, None]), 0, steps[:, None] - 1), -1).astype(np.int64)
+    t = np.clip(s.inverse(u.astype(np.float64)), 0, 1)
+    step = np.clip(np.floor((1 - t) * steps[:, None]), 0, steps[:, None] - 1)
+    return np.where(is_masked, step, -1).astype(np.int64)
 
 
-def remasking_chance(kind, eta, ratio, next_ratio):
-    """σ, the chance that a written position is masked again between noise ratios (ReMDM's eq. 9, capped or rescaled).
+def remasking_probability(kind, eta, ratio, next_ratio):
+    """σ, with which a written position is masked again between two noise ratios (ReMDM, eq. 9).
 
-    At most σ_max = min(1, (1 − α_s)/α_t): with it the marginals stay those of the forward process.
+    kind: capped or rescaled. arXiv 2503.00307. At most σ_max = min(1, (1 − α_s)/α_t): with it the marginals
+    stay those of the forward process.
     """
-    most = np.minimum(1, next_ratio / np.maximum(1 - ratio, 1e-12))
-    return np.minimum(eta, most) if kind == "capped" else eta * most
+    sigma_max = np.minimum(1, next_ratio / np.maximum(1 - ratio, 1e-12))
+    return np.minimum(eta, sigma_max) if kind == "capped" else eta * sigma_max
 
 
-def opening_chance(ratio, next_ratio, sigma=0.0):
-    """The chance that a masked position opens between noise ratios, (α_s − (1 − σ)α_t)/(1 − α_t), written without cancellation:
-    exactly 1 at the last step, however small its ratio. 0 where nothing is noisy any more."""
+def unmasking_probability(ratio, next_ratio, sigma=0.0):
+    """The probability that a masked position is unmasked between two noise ratios.
+
+    (α_s − (1 − σ)α_t)/(1 − α_t), written without cancellation: exactly 1 at the last step, however small its
+    ratio. 0 where nothing is noisy any more.
+    """
     return (ratio - next_ratio + sigma * (1 - ratio)) / np.where(ratio > 0, ratio, 1) * (ratio > 0)
 
 
 def uniform_step(logits, z, ratio, next_ratio, u, temperature=1.0, top_k=0, top_p=1.0):
-    """z (C,) at noise ratio `next_ratio` (C,) from z at `ratio` (C,), given leave-one-out logits (C, V) and u (C, 5) in (0, 1].
+    """Draw tokens at noise ratio `next_ratio` (C,) from z (C,) at `ratio` (C,). → (C,).
 
+    logits (C, V) leave-one-out, u (C, 5) in (0, 1].
     q(z_s = j | z_t) ∝ (a·1[j = z_t] + (1 − a)/V)·q_j with q_j = α_s x̂_j + (1 − α_s)/V, a = α_t/α_s:
     stay with probability a·q_z/(a·q_z + (1 − a)/V), else draw from q, which is x̂ with probability α_s
     and uniform otherwise.
@@ -491,11 +504,15 @@ def uniform_step(logits, z, ratio, next_ratio, u, temperature=1.0, top_k=0, top_
     alpha_s, a = 1 - next_ratio, (1 - ratio) / (1 - next_ratio)
     q_z = alpha_s * probs.gather(-1, z[:, None])[:, 0] + (1 - alpha_s) / V
     stay = a * q_z / (a * q_z + (1 - a) / V)
-    anything = (u[:, 4] * V).ceil().long() - 1
-    return torch.where(u[:, 2] <= stay, z, torch.where(u[:, 3] <= alpha_s, token, anything))
+    random_token = (u[:, 4] * V).ceil().long() - 1
+    drawn = torch.where(u[:, 3] <= alpha_s, token, random_token)
+    return torch.where(u[:, 2] <= stay, z, drawn)
 
 
 def leave_one_out(logits, z, ratio):
-    """Leave-one-out logits from full-posterior ones: log(1 + Vα/(1−α)) lower at the noisy token (SPEC §6). (C, V), (C,), (C,)."""
+    """Leave-one-out logits (C, V) from full-posterior ones, for z and ratio (C,) (docs/math.md §6).
+
+    They lie log(1 + Vα/(1−α)) lower at the noisy token.
+    """
     shift = torch.log1p(logits.shape[-1] * (1 - ratio) / ratio)
     return logits.scatter_add(-1, z[:, None], -shift[:, None].to(logits.dtype))

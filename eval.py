@@ -182,9 +182,9 @@ def ending_all_ranks(ranks, cfg):
 
 def evaluate(cfg, ranks):
     """Measure a checkpoint, print its figures and keep them; raises ValueError or OSError."""
-    generator = Generator.of(cfg.run_dir, cfg.device, cfg.dtype)
+    generator = Generator.from_checkpoint(cfg.run_dir, cfg.device, cfg.dtype)
     inputs = open_inputs(cfg, generator, open_tasks(cfg, ranks), ranks)
-    generator.load()
+    generator.load_weights()
     measured, losses = measure_checkpoint(cfg, generator, inputs, ranks)
     if ranks.rank == 0:
         report.print_report(measured, generator.folder.parent, generator.record["step"])
@@ -232,7 +232,7 @@ def open_inputs(cfg, generator, tasks, ranks):
     out = Path(cfg.out or generator.folder.parent / folder)
     if ranks.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-    return Inputs(validation, judge.load() if judge else None, tasks, out)
+    return Inputs(validation, judge.load_weights() if judge else None, tasks, out)
 
 
 def check_objective(cfg, objective):
@@ -333,7 +333,7 @@ def attempt(ranks, function, *arguments):
 
 def open_generator(cfg, folder):
     """The Generator of a checkpoint folder with its weights; raises ValueError or OSError."""
-    return Generator.of(folder, cfg.device, cfg.dtype).load()
+    return Generator.from_checkpoint(folder, cfg.device, cfg.dtype).load_weights()
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x, cos, sin, mask, index, recall=None):
+    def forward(self, x, cos, sin, mask, index, cache=None):
         B, L, _ = x.shape
         c = self.c
         qkv = joint_linear(x, self.q_proj, self.k_proj, self.v_proj, fp8=self.fp8)
@@ -104,45 +104,59 @@ class Attention(nn.Module):
         q, k, v = qkv.view(B, L, -1, c.head_dim).split((c.n_head, c.n_kv_head, c.n_kv_head), dim=2)
         q, k, v = (x.transpose(1, 2) for x in (self.q_norm(q), self.k_norm(k), v))  # (B, H, L, head_dim)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if recall is not None:
-            y = recall.attend(q, k, v, mask)
-            return joint_linear(pick(y.transpose(1, 2).reshape(B, L, -1), index), self.o_proj)
-        if c.n_kv_head < c.n_head:
-            k, v = (t.repeat_interleave(c.n_head // c.n_kv_head, dim=1) for t in (k, v))
-        y = attention(q, k, v, mask, c.causal, c.dropout if self.training else 0.0)
+        if cache is not None:
+            y = grouped_attention(q, *cache.update(k, v), mask)
+        else:
+            if c.n_kv_head < c.n_head:
+                k, v = (t.repeat_interleave(c.n_head // c.n_kv_head, dim=1) for t in (k, v))
+            y = attention(q, k, v, mask, c.causal, c.dropout if self.training else 0.0)
         return joint_linear(pick(y.transpose(1, 2).reshape(B, L, -1), index), self.o_proj, fp8=self.fp8)
 
 
-class KVCache:
-    """Keys and values of every layer and position, so that a pass needs to compute only the positions that are asked for.
+def grouped_attention(q, k, v, mask):
+    """Attention of the n_head queries (B, H, W, head_dim) to fewer keys and values (B, n_kv_head, K, head_dim), as q.
 
-    For a causal network that is exact. A bidirectional one's positions all depend on each other: what isn't computed
-    anew is as old as the pass that wrote it, and whoever decodes decides when to write all of it again.
+    The heads that share keys become more rows of one product: nothing is copied. mask (B or 1, 1, W or 1, K) or None.
+    """
+    B, H, W, head_dim = q.shape
+    group = H // k.shape[1]
+    if mask is not None and mask.shape[2] > 1:
+        mask = mask.repeat(1, 1, group, 1)
+    return attention(q.reshape(B, -1, group * W, head_dim), k, v, mask, False, 0.0).view(B, H, W, head_dim)
+
+
+class KVCache:
+    """Keys and values of every layer at every column, so that a pass computes only some columns anew.
+
+    A causal network loses nothing by it. In a bidirectional one all positions depend on each other: what a pass does not
+    compute is as old as the pass that stored it, and the decoder decides when to compute all of it again.
     """
 
-    def __init__(self, config, rows, length, device, dtype=torch.float32):
-        c = config
-        shape = c.n_layer, rows, c.n_kv_head, length + 1, c.head_dim  # one column more, never read: writing there is writing nowhere
-        self.keys, self.values = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
+    def __init__(self, config, batch, length, device, dtype=torch.float32):
+        """Room for `batch` rows of `length` columns and one extra that is never read: masked-out writes go there."""
+        c = self.config = config
+        shape = c.n_layer, batch, c.n_kv_head, length + 1, c.head_dim
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.length = length
+
+    def layers(self, columns, n_keys):
+        """A LayerCache of each layer, for a pass that writes at `columns` (B, W) and sees the first `n_keys` columns."""
+        return [LayerCache(*layer, columns, n_keys) for layer in zip(self.keys, self.values)]
 
 
 class LayerCache:
-    """One layer's part of a Memory during one pass over `columns` (B, W), of which `stored` (B, W) are to be written."""
+    """One layer's keys and values (B, n_kv_head, length + 1, head_dim) during one pass."""
 
-    def __init__(self, memory, layer, stored, upto):
-        self.keys, self.values, self.stored, self.upto = memory.keys[layer], memory.values[layer], stored, upto
+    def __init__(self, keys, values, columns, n_keys):
+        self.keys, self.values, self.columns, self.n_keys = keys, values, columns, n_keys
 
-    def attend(self, q, k, v, mask):
-        """Write this pass's keys and values, then attend to the first `upto` columns. q (B, H, W, head_dim), mask (B or 1, 1, W or 1, upto) → as q."""
-        into = self.stored[:, None, :, None].expand_as(k)
-        keys = self.keys.scatter_(2, into, k.to(self.keys.dtype))[:, :, : self.upto].to(q.dtype)
-        values = self.values.scatter_(2, into, v.to(self.values.dtype))[:, :, : self.upto].to(q.dtype)
-        B, H, W, head_dim = q.shape
-        group = H // keys.shape[1]  # the heads that share keys stand beside each other: more rows of one product, no copies
-        if mask is not None and mask.shape[2] > 1:
-            mask = mask.repeat(1, 1, group, 1)
-        return attention(q.reshape(B, -1, group * W, head_dim), keys, values, mask, False, 0.0).view(B, H, W, head_dim)
+    def update(self, k, v):
+        """Store k and v (B, n_kv_head, W, head_dim) and return the n_keys first keys and values, as k and v are typed."""
+        columns = self.columns[:, None, :, None].expand_as(k)
+        keys = self.keys.scatter_(2, columns, k.to(self.keys.dtype))
+        values = self.values.scatter_(2, columns, v.to(self.values.dtype))
+        return keys[:, :, : self.n_keys].to(k.dtype), values[:, :, : self.n_keys].to(v.dtype)
 
 
 def pick(x, index):
@@ -205,14 +219,14 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = RMSNorm(c.d_model, c.norm_eps), MLP(c)
         self.drop = nn.Dropout(c.dropout)
 
-    def forward(self, x, cos, sin, mask, index=None, recall=None):
+    def forward(self, x, cos, sin, mask, index=None, cache=None):
         if self.recompute == "no" or not torch.is_grad_enabled():
-            return self.compute(x, cos, sin, mask, index, recall)
+            return self.compute(x, cos, sin, mask, index, cache)
         keeping = {"elementwise": dict(context_fn=keeping_all_products), "selective": dict(context_fn=keeping_most_products), "full": {}}
         return checkpoint(self.compute, x, cos, sin, mask, index, use_reentrant=False, **keeping[self.recompute])
 
-    def compute(self, x, cos, sin, mask, index, recall=None):
-        x = pick(x, index) + self.drop(self.attn(self.attn_norm(x), cos, sin, mask, index, recall))
+    def compute(self, x, cos, sin, mask, index, cache=None):
+        x = pick(x, index) + self.drop(self.attn(self.attn_norm(x), cos, sin, mask, index, cache))
         return x + self.drop(self.mlp(self.mlp_norm(x)))
 
 
@@ -337,44 +351,56 @@ class Transformer(nn.Module):
         whole = index is None
         if self.config.shift:
             index = predecessors(torch.arange(ids.numel(), device=ids.device) if whole else index, ids.shape[1], documents)
-        x = self.embed(ids)
-        if self.time is not None:
-            x = x + self.time(t).to(x.dtype)
-        if torch.is_autocast_enabled(x.device.type):  # the residual stream, too, in bf16: half the traffic (Megatron's way)
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        x = self.drop(x)
+        x = self.embed_ids(ids, t)
         L = ids.shape[1]
-        cos, sin = (self.cos[:L], self.sin[:L]) if positions is None else (self.cos[positions][:, None], self.sin[positions][:, None])
+        cos, sin = (self.cos[:L], self.sin[:L]) if positions is None else self.rotary(positions)
         c = self.config
         if visible is not None:
             mask = visible[None, None] if documents is None else visible & (documents[:, :, None] == documents[:, None, :])[:, None]
         else:
             mask = None if documents is None else document_mask(documents, c.causal, c.dropout if self.training else 0.0)
-        for block in self.blocks[:-1]:
-            x = block(x, cos, sin, mask)
-        x = self.norm(self.blocks[-1](x, cos, sin, mask, index))
+        x = self.run_blocks(x, cos, sin, mask, index)
         return x.view(*ids.shape, -1) if whole else x
 
-    def read(self, ids, memory, columns, mine=None, index=None, positions=None, real=None, upto=None):
-        """Like `forward`, for the `columns` (B, W) of a canvas that hold `ids` (B, W); keys and values of the others come from
-        `memory`, into which those of `mine` (B, W) (None: all of them) go. real (B, L): the columns that exist; positions (B, W)
-        if they are not the columns; upto: the number of columns that are looked at (a causal network sees none after its own)."""
-        c = self.config
-        upto = upto or memory.length
+    def forward_cached(self, ids, cache, columns, kept=None, index=None, positions=None, real=None, n_keys=None):
+        """Hidden states of some columns, as `forward`'s; keys and values at all others come from the KVCache `cache`.
+
+        ids (B, W) stand at `columns` (B, W); of those `kept` (B, W; None: all) keys and values are stored. index as in
+        `forward`; positions (B, W) if they are not the columns. real (B, L): False where a column is padding. n_keys: how
+        many columns are seen, from the first on (None: all); a causal network sees none after its own anyway.
+        """
+        n_keys = n_keys or cache.length
+        x = self.embed_ids(ids)
+        cos, sin = self.rotary(columns if positions is None else positions)
+        key, query = torch.arange(n_keys, device=ids.device), columns[:, None, :, None]
+        mask = None
+        if real is not None:
+            mask = real[:, None, None, :n_keys] | (key == query)  # padding sees itself: no row without a key
+        if self.config.causal and (columns.shape[1] > 1 or n_keys == cache.length):
+            past = key <= query  # (B, 1, W, n_keys)
+            mask = past if mask is None else mask & past
+        stored = columns if kept is None else torch.where(kept, columns, cache.length)
+        return self.run_blocks(x, cos, sin, mask, index, cache.layers(stored, n_keys))
+
+    def embed_ids(self, ids, t=None):
+        """The first residual stream: tokens, and where the network is timed t (B,). (B, L) → (B, L, D)."""
         x = self.embed(ids)
-        if torch.is_autocast_enabled(x.device.type):
+        if self.time is not None:
+            x = x + self.time(t).to(x.dtype)
+        if torch.is_autocast_enabled(x.device.type):  # in bf16, too: half the traffic (Megatron's way)
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        at = columns if positions is None else positions
-        cos, sin = self.cos[at][:, None], self.sin[at][:, None]
-        stored = columns if mine is None else torch.where(mine, columns, memory.length)
-        key = torch.arange(upto, device=ids.device)
-        mask = None if real is None else real[:, None, None, :upto] | (key == columns[:, None, :, None])  # padding sees itself: no row without a key
-        if c.causal and (columns.shape[1] > 1 or upto == memory.length):
-            seen = key <= columns[:, None, :, None]  # (B, 1, W, upto)
-            mask = seen if mask is None else mask & seen
-        for i, block in enumerate(self.blocks):
-            x = block(x, cos, sin, mask, index if i == c.n_layer - 1 else None, LayerCache(memory, i, stored, upto))
-        return self.norm(x)
+        return self.drop(x)
+
+    def rotary(self, positions):
+        """cos and sin at positions (B, L): (B, 1, L, head_dim/2) each."""
+        return self.cos[positions][:, None], self.sin[positions][:, None]
+
+    def run_blocks(self, x, cos, sin, mask, index, caches=None):
+        """All blocks and the last norm; the last block goes on with the positions `index` alone after its attention."""
+        caches = caches or [None] * len(self.blocks)
+        for block, cache in zip(self.blocks[:-1], caches):
+            x = block(x, cos, sin, mask, cache=cache)
+        return self.norm(self.blocks[-1](x, cos, sin, mask, index, caches[-1]))
 
     def use(self, recompute="no", fp8=False):
         """Choose how to train. Returns self.

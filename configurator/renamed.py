@@ -6,6 +6,7 @@ Whatever reads settings or records passes them through here; nothing else knows 
 # of settings, in flags, override files and records
 SETTINGS = {
     "block_len": "seq_len",
+    "beside": "fallback",
 }
 
 # of what a checkpoint records beside its settings

@@ -25,7 +25,7 @@ import data
 from configurator import setting, split
 from corpus import tokenfiles
 from evaluation.texts import entropy, judge_nll, open_judge
-from sampling.decode import CONFIDENT, PLANNED, DecodeConfig
+from sampling.decode import CONFIDENCE_ORDERS, PLANNED_ORDERS, DecodeConfig
 from sampling.generator import Generator
 
 REMASKING = ("capped", "rescaled", "confidence")
@@ -48,7 +48,7 @@ class Config:
         "", "with commas (empty: 1/16, 1/8, 1/4, 1/2 of the tokens and all of them; "
         "with remasking twice as many, too)")
     thresholds: str = setting("0.3,0.5,0.7,0.9", "of order=threshold, with commas")
-    beside: Literal["random", "surest"] = setting(
+    fallback: Literal["random", "surest"] = setting(
         "random", "of order=threshold: what opens beside what is sure enough")
     temperatures: str = setting("1.0", "with commas")
     caches: str = setting("no", "of no, prefix and dual, with commas; they need block")
@@ -81,7 +81,7 @@ class Config:
             is_missing = name == "temperatures" and not split(text)
             if is_missing or not are_numbers(text, kind, fits):
                 problems.append(f"{name}={text}: expected {expected}, with commas between")
-        known = [*PLANNED, *CONFIDENT, *(f"ancestral:{kind}" for kind in REMASKING)]
+        known = [*PLANNED_ORDERS, *CONFIDENCE_ORDERS, *(f"ancestral:{kind}" for kind in REMASKING)]
         for order in split(self.orders):
             if order not in known:
                 problems.append(f"orders: there is no '{order}'; choose from {', '.join(known)}")
@@ -117,7 +117,7 @@ def decode_configs(cfg, objective, n):
         configs = [shared._replace(temperature=t, cache="prefix") for t in temperatures]
         return {name_of("left to right", "", "no", config.temperature, several): config for config in configs}
 
-    default = ["ancestral"] if objective == "uniform" else [*PLANNED, *CONFIDENT, "ancestral:rescaled"]
+    default = ["ancestral"] if objective == "uniform" else [*PLANNED_ORDERS, *CONFIDENCE_ORDERS, "ancestral:rescaled"]
     orders = split(cfg.orders) or default
     if objective == "uniform" and (orders != ["ancestral"] or cfg.block):
         raise ValueError("a uniform model decodes in its reverse process only: "
@@ -126,7 +126,7 @@ def decode_configs(cfg, objective, n):
     for name in orders:
         order, _, remask = name.partition(":")
         config = shared._replace(
-            order=order, beside=cfg.beside, remask=remask or "no", eta=cfg.eta, block=cfg.block)
+            order=order, fallback=cfg.fallback, remask=remask or "no", eta=cfg.eta, block=cfg.block)
         for cache in split(cfg.caches):
             for t in temperatures:
                 for budget, config_of_budget in with_budgets(cfg, config, n).items():
@@ -168,7 +168,7 @@ class Decoding(NamedTuple):
     rows: list
     seconds: float
     passes: float  # that a row by itself needs
-    cache_gap: tuple | None  # decode.Result.gap's
+    cache_gap: tuple | None  # decode.Result.cache_gap's
 
 
 def decode(generator, rows, config, micro_batch):
@@ -178,8 +178,9 @@ def decode(generator, rows, config, micro_batch):
     for first in range(0, len(rows), micro_batch):
         results.append(generator.generate(rows[first : first + micro_batch], config, first))
     seconds = time.perf_counter() - start
-    passes = sum(result.own * len(result.rows) for result in results) / len(rows)
-    return Decoding([row for result in results for row in result.rows], seconds, passes, results[0].gap())
+    passes = sum(result.passes_per_row * len(result.rows) for result in results) / len(rows)
+    return Decoding([row for result in results for row in result.rows], seconds, passes,
+                    results[0].cache_gap())
 
 
 def measure(judge, rows, skip):
@@ -268,7 +269,7 @@ def held_out_rows(cfg, generator, length):
         return None
     try:
         opened = tokenfiles.load_corpus(corpus, settings.get("tokenizer", ""), settings.get("val_share", 0.0))
-        sequences = data.Sequences(opened.val, length, cfg.seed, 0, generator.tokens.n_vocab, "validation")
+        sequences = data.Sequences(opened.val, length, cfg.seed, 0, generator.tokenizer.n_vocab, "validation")
         return sequences.rows(np.arange(cfg.samples))[:, 1:].tolist()
     except (ValueError, OSError) as problem:
         hint = "or say --corpus=none, without held-out text"
@@ -280,7 +281,7 @@ def main(argv):
 
     # everything that can be wrong with the user's settings and files
     try:
-        generator = Generator.of(cfg.run_dir, cfg.device, cfg.dtype)
+        generator = Generator.from_checkpoint(cfg.run_dir, cfg.device, cfg.dtype)
         judge = open_judge(cfg.judge, cfg.device, generator)
         n = sample_length(cfg, generator, judge)
         if set(split(cfg.caches)) - {"no"} and generator.record["model"].get("shift"):
@@ -290,13 +291,13 @@ def main(argv):
         held_out = held_out_rows(cfg, generator, cfg.prompt + n)
         out = Path(cfg.out or (cfg.run_dir if Path(cfg.run_dir).is_dir() else "."))
         out.mkdir(parents=True, exist_ok=True)
-        generator.load()
-        judge.load()
+        generator.load_weights()
+        judge.load_weights()
     except (ValueError, OSError) as problem:
         configurator.fail(str(problem))
 
     # held-out text and the judge's own samples
-    holes = [generator.tokens.mask_id] * n
+    holes = [generator.tokenizer.mask_id] * n
     rows = [row[: cfg.prompt] + holes for row in held_out] if held_out else [holes] * cfg.samples
     references = []
     if held_out:

@@ -50,13 +50,13 @@ class NanoQuokka(TemplateLM):
                  order="low_confidence", steps=0, block=0, max_gen_toks=256, batch_size=None,
                  max_batch_size=None, generator=None, objective=None, ranks=distributed.SINGLE):
         super().__init__()
-        generator = generator or Generator.of(run_dir, device or "auto", dtype).load()
+        generator = generator or Generator.from_checkpoint(run_dir, device or "auto", dtype).load_weights()
         objective = objective or Objective(generator.model, generator.posterior).eval()
         default_tokens = 131_072 if generator.device.type == "cuda" else 16_384
         self.generator, self.tokenizer = generator, None
         self.scorer = Scorer(objective, generator.process, generator.device, generator.autocast, ranks,
                              int(masks), int(tokens) or default_tokens, int(seed))
-        config = DecodeConfig(steps=int(steps), seed=int(seed), end=True)
+        config = DecodeConfig(steps=int(steps), seed=int(seed), stop=True)
         if generator.objective == "masked":
             config = config._replace(order=order, block=int(block))
         elif generator.objective == "ar":
@@ -66,10 +66,10 @@ class NanoQuokka(TemplateLM):
 
     @property
     def eot_token_id(self):
-        return self.generator.tokens.eos_id
+        return self.generator.tokenizer.eos_id
 
     def tok_encode(self, string, add_special_tokens=None, **_):
-        return self.generator.tokens.encode(string).tolist()
+        return self.generator.tokenizer.encode(string).tolist()
 
     # -------------------------------------------------------------------------------------------- likelihoods
 
@@ -149,7 +149,7 @@ class NanoQuokka(TemplateLM):
             for first, batch in tqdm(batches, desc="writing", disable=disable_tqdm or ranks.rank > 0):
                 rows = self.generator.generate([text.row for text in batch], batch[0].config, first).rows
                 for text, row in zip(batch, rows):
-                    written = self.generator.tokens.decode(row[text.prompt_length :])
+                    written = self.generator.tokenizer.decode(row[text.prompt_length :])
                     texts[text.number] = postprocess_generated_text(written, text.stop_sequences, None)
         for part in distributed.all_gather(ranks, texts):
             texts |= part
@@ -184,6 +184,6 @@ class NanoQuokka(TemplateLM):
             top_k=int(settings.get("top_k") or 0),
             top_p=float(settings.get("top_p") or 1.0),
         )
-        row = prompt + [self.generator.tokens.mask_id] * n
+        row = prompt + [self.generator.tokenizer.mask_id] * n
         stop_sequences = handle_stop_sequences(settings.get("until"), None)
         return TextRequest(number, config, row, len(prompt), stop_sequences)

@@ -63,7 +63,7 @@ class Subject(NamedTuple):
     def row_scorer(self, micro_batch, objective=None):
         """The likelihood.RowScorer of its validation split; `objective` may be a compiled one."""
         generator, validation = self.generator, self.validation
-        read = partial(data.read_batch, validation.settings, generator.tokens.eos_id)
+        read = partial(data.read_batch, validation.settings, generator.tokenizer.eos_id)
         return likelihood.RowScorer(objective or self.objective, validation.sequences, read, micro_batch,
                                     self.ranks, generator.device, generator.autocast)
 
@@ -185,12 +185,12 @@ def ordered_nats(cfg, subject, order, ids, row_numbers, on_progress):
     tokens = validation.sequences.read(ids)
     documents = positions = None
     if settings.document_attention:
-        documents = validation.sequences.documents(ids, tokens, generator.tokens.eos_id, False)
+        documents = validation.sequences.documents(ids, tokens, generator.tokenizer.eos_id, False)
         if settings.reset_positions:
             positions = torch.as_tensor(data.positions_within(documents), device=device)
         documents = torch.as_tensor(documents, device=device)
     x = torch.as_tensor(tokens[:, 1:], dtype=torch.int64, device=device)
-    nats = likelihood.chain_rule(subject.objective, x, order, generator.tokens.mask_id, generator.autocast,
+    nats = likelihood.chain_rule(subject.objective, x, order, generator.tokenizer.mask_id, generator.autocast,
                                  cfg.seed, row_numbers, documents, positions, on_progress)
     return nats.mean(1)
 
@@ -220,7 +220,7 @@ def measure_texts(cfg, subject, judge):
     generator = subject.generator
     max_length = min(generator.seq_len, judge.seq_len) if judge else generator.seq_len
     if cfg.texts:
-        written = texts.read_texts(cfg.texts, generator.tokens, max_length)
+        written = texts.read_texts(cfg.texts, generator.tokenizer, max_length)
     else:
         written = write_texts(cfg, generator, cfg.length or max_length)
     rows = [text.new for text in written]
@@ -255,7 +255,7 @@ def write_texts(cfg, generator, length):
     rows = []
     for first in range(0, cfg.samples, cfg.micro_batch):
         count = min(cfg.micro_batch, cfg.samples - first)
-        holes = [[generator.tokens.mask_id] * length] * count
+        holes = [[generator.tokenizer.mask_id] * length] * count
         rows += generator.generate(holes, config, first).rows
     return [texts.Text(row, row, 0) for row in rows]
 

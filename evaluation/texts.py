@@ -22,11 +22,11 @@ def open_judge(run_dir, device, generator):
 
     Its weights are read by `load`.
     """
-    judge = Generator.of(run_dir, device, "float32")
+    judge = Generator.from_checkpoint(run_dir, device, "float32")
     if judge.objective != "ar":
         raise ValueError(f"judge={run_dir} is a {judge.objective} model; its NLL would not be exact, "
                          "so name an autoregressive one")
-    own, other = generator.tokens, judge.tokens
+    own, other = generator.tokenizer, judge.tokenizer
     if (own.name, own.n_vocab) != (other.name, other.n_vocab):
         raise ValueError(f"the judge reads tokens of '{other.name}', the writer writes those of '{own.name}'")
     return judge
@@ -39,7 +39,7 @@ def judge_nll(judge, rows, skip, micro_batch=32):
     The rows are of one length.
     """
     ids = torch.tensor(rows, device=judge.device)
-    inputs = F.pad(ids[:, :-1], (1, 0), value=judge.tokens.eos_id)  # documents begin after a separator
+    inputs = F.pad(ids[:, :-1], (1, 0), value=judge.tokenizer.eos_id)  # documents begin after a separator
     nats = []
     for x, y in zip(inputs.split(micro_batch), ids.split(micro_batch)):
         logits = judge.model.logits(judge.model(x))

@@ -1,6 +1,7 @@
-"""Seeing a diffusion model write: in the terminal while it happens, or recorded as a GIF or a page.
+"""Watch a model write: in the terminal while it happens, or recorded as a GIF or a page.
 
-A token's colour says at which pass it appeared, from blue (early) to red (late); what was given is bold, holes are blocks.
+A token's colour tells the pass at which it appeared, from blue (early) to red (late). The prompt is bold,
+positions that are still masked are blocks.
 """
 
 import colorsys
@@ -8,97 +9,134 @@ import contextlib
 import json
 from html import escape
 
-HOLE = "░"
-GIVEN = -1
+BLOCK = "░"
+PROMPT = -1  # the pass at which a prompt token appeared
 
 
-class Reel:
-    """The first sample after every pass, and at which pass each of its tokens appeared."""
+class Recording:
+    """One sample after every pass, and the pass at which each of its tokens appeared."""
 
-    def __init__(self, template, tokens):
-        self.tokens, self.mask_id = tokens, tokens.mask_id
-        self.frames = [list(template)]
-        self.when = [[None if i == self.mask_id else GIVEN for i in template]]
+    def __init__(self, row, tokenizer):
+        """row: the ids with which the sample begins, the mask's where they are new."""
+        self.tokenizer, self.mask_id = tokenizer, tokenizer.mask_id
+        self.frames = [list(row)]
+        self.passes = [[None if i == self.mask_id else PROMPT for i in row]]  # None: still masked
 
-    def record(self, z):
-        """Take z (B, L) after a pass; rows are right-aligned."""
-        ids, now = z[0, -len(self.frames[0]) :].tolist(), len(self.frames) - 1
-        self.when.append([w if w == GIVEN else None if i == self.mask_id else now if i != old else w
-                          for i, old, w in zip(ids, self.frames[-1], self.when[-1])])
+    def add(self, z):
+        """Add the first row of z (B, L) after a pass; rows are right-aligned."""
+        before, number = self.frames[-1], len(self.frames) - 1
+        ids = z[0, -len(before) :].tolist()
+        passes = []
+        for old, new, appeared in zip(before, ids, self.passes[-1]):
+            if appeared != PROMPT and new == self.mask_id:
+                appeared = None
+            elif appeared != PROMPT and new != old:
+                appeared = number
+            passes.append(appeared)
         self.frames.append(ids)
+        self.passes.append(passes)
 
     def pieces(self, number):
-        """Frame `number` as (text, pass or GIVEN or None for a hole). A character of several tokens appears with its last one."""
-        out, pending, latest = [], [], GIVEN
-        ids, when = self.frames[number], self.when[number]
-        for place, (i, w) in enumerate(zip(ids, when)):
-            if i == self.mask_id:
-                out.append((HOLE, None))
+        """Frame `number` as (text, pass; PROMPT; None for a block) each.
+
+        A character of several tokens appears with its last one.
+        """
+        pieces, pending, latest = [], [], PROMPT
+        ids = self.frames[number]
+        for place, (token, appeared) in enumerate(zip(ids, self.passes[number])):
+            if token == self.mask_id:
+                pieces.append((BLOCK, None))
                 continue
-            pending.append(i)
-            latest = max(latest, w)
-            text = self.tokens.decode(pending)
-            more = place + 1 < len(ids) and ids[place + 1] != self.mask_id
-            if not (text.endswith("\N{REPLACEMENT CHARACTER}") and more and len(pending) < 4):
-                out.append((text, latest))
-                pending, latest = [], GIVEN
-        return out
+            pending.append(token)
+            latest = max(latest, appeared)
+            text = self.tokenizer.decode(pending)
+            is_last = place + 1 == len(ids) or ids[place + 1] == self.mask_id
+            is_whole = not text.endswith("\N{REPLACEMENT CHARACTER}") or len(pending) == 4
+            if is_whole or is_last:
+                pieces.append((text, latest))
+                pending, latest = [], PROMPT
+        return pieces
 
-    def colour(self, when):
-        """(r, g, b) of what appeared at pass `when`."""
-        part = when / max(1, len(self.frames) - 2)
-        return tuple(round(255 * x) for x in colorsys.hsv_to_rgb(0.6 * (1 - part), 0.75, 0.85))
+    def color(self, number):
+        """(r, g, b) of tokens that appeared at pass `number`."""
+        share = number / max(1, len(self.frames) - 2)
+        return tuple(round(255 * x) for x in colorsys.hsv_to_rgb(0.6 * (1 - share), 0.75, 0.85))
 
-    def readable(self, number):
+    def rich_text(self, number):
         """Frame `number` for the terminal."""
         from rich.text import Text
 
         text = Text()
-        for piece, when in self.pieces(number):
-            style = "dim" if when is None else "bold" if when == GIVEN else "rgb({},{},{})".format(*self.colour(when))
+        for piece, appeared in self.pieces(number):
+            if appeared is None:
+                style = "dim"
+            elif appeared == PROMPT:
+                style = "bold"
+            else:
+                style = "rgb({},{},{})".format(*self.color(appeared))
             text.append(piece, style=style)
         return text
 
-    def gif(self, path, width=80, size=18, most=200):
-        """An animated GIF of `width` columns; of many passes every n-th, so that there are at most `most` pictures."""
+    def save_gif(self, path, width=80, size=18, most=200):
+        """Write an animated GIF of `width` columns; of many passes every n-th, at most `most` pictures."""
         import matplotlib
         from PIL import Image, ImageDraw, ImageFont
 
         font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSansMono.ttf", size)
-        wide, high = font.getlength("M"), round(size * 1.3)
+        column_width, line_height = font.getlength("M"), round(size * 1.3)
         last = len(self.frames) - 1
-        numbers = sorted({*range(0, last, -(-last // most)), last}) if last else [0]
-        pages = [self.laid_out(number, width) for number in numbers]
-        height = (max(y for page in pages for _, y, _, _ in page) + 1) * high if any(pages) else high
+        every = max(1, -(-last // most))
+        pages = [self.wrap(number, width) for number in sorted({*range(0, last, every), last})]
+        n_lines = 1 + max((line for page in pages for _, line, _, _ in page), default=0)
         images = []
         for page in pages:
-            image = Image.new("RGB", (round(wide * width) + 16, height + 16), "white")
+            image = Image.new("RGB", (round(column_width * width) + 16, n_lines * line_height + 16), "white")
             draw = ImageDraw.Draw(image)
-            for x, y, character, when in page:
-                colour = (190, 190, 190) if when is None else (0, 0, 0) if when == GIVEN else self.colour(when)
-                draw.text((8 + x * wide, 8 + y * high), character, fill=colour, font=font)
+            for column, line, character, appeared in page:
+                place = 8 + column * column_width, 8 + line * line_height
+                draw.text(place, character, fill=self.ink(appeared), font=font)
             images.append(image)
-        each = max(20, min(200, 6000 // len(images)))  # ms: about six seconds in all, then the last picture stays
-        images[0].save(path, save_all=True, append_images=images[1:], duration=[each] * (len(images) - 1) + [3000], loop=0)
+        each = max(20, min(200, 6000 // len(images)))  # ms: six seconds in all, then the last picture stays
+        durations = [each] * (len(images) - 1) + [3000]
+        images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0)
 
-    def laid_out(self, number, width):
-        """The characters of a frame as (column, line, character, when), wrapped."""
-        page, x, y = [], 0, 0
-        for piece, when in self.pieces(number):
+    def ink(self, appeared):
+        """The colour of a character on paper."""
+        if appeared is None:
+            return 190, 190, 190
+        return (0, 0, 0) if appeared == PROMPT else self.color(appeared)
+
+    def wrap(self, number, width):
+        """The characters of a frame as (column, line, character, pass), in lines of `width` columns."""
+        page, column, line = [], 0, 0
+        for piece, appeared in self.pieces(number):
             for character in piece:
-                if character == "\n" or x == width:
-                    x, y = 0, y + 1
-                if character != "\n":
-                    page.append((x, y, " " if character.isspace() or not character.isprintable() else character, when))
-                    x += 1
+                if character == "\n" or column == width:
+                    column, line = 0, line + 1
+                if character == "\n":
+                    continue
+                if character.isspace() or not character.isprintable():
+                    character = " "
+                page.append((column, line, character, appeared))
+                column += 1
         return page
 
-    def html(self, path):
-        """One page that needs nothing else: a slider over the passes, and a button that plays them."""
-        frames = [[[piece, -2 if when is None else when] for piece, when in self.pieces(n)] for n in range(len(self.frames))]
-        colours = [f"rgb{self.colour(n)}" for n in range(max(1, len(frames) - 1))]
-        page = PAGE.replace("@TITLE@", escape(f"{len(frames) - 1} passes")).replace("@LAST@", str(len(frames) - 1))
-        page = page.replace("@COLOURS@", json.dumps(colours)).replace("@FRAMES@", json.dumps(frames, ensure_ascii=False).replace("<", "\\u003c"))
+    def save_html(self, path):
+        """Write one page that needs nothing else: a slider over the passes, and a button that plays them."""
+        frames = [
+            [[piece, -2 if appeared is None else appeared] for piece, appeared in self.pieces(number)]
+            for number in range(len(self.frames))
+        ]
+        last = len(frames) - 1
+        values = {
+            "@TITLE@": escape(f"{last} passes"),
+            "@LAST@": str(last),
+            "@COLOURS@": json.dumps([f"rgb{self.color(number)}" for number in range(max(1, last))]),
+            "@FRAMES@": json.dumps(frames, ensure_ascii=False).replace("<", "\\u003c"),
+        }
+        page = PAGE
+        for key, value in values.items():
+            page = page.replace(key, value)
         with open(path, "w", encoding="utf-8") as file:
             file.write(page)
 
@@ -112,7 +150,10 @@ PAGE = """<!doctype html>
   b { color: #000 } i { color: #bbb; font-style: normal }
   input { width: 60ch; max-width: 70% }
 </style>
-<p><button id="play">play</button> <input id="at" type="range" min="0" max="@LAST@" value="@LAST@"> <span id="n"></span></p>
+<p>
+  <button id="play">play</button>
+  <input id="at" type="range" min="0" max="@LAST@" value="@LAST@"> <span id="n"></span>
+</p>
 <pre id="text"></pre>
 <script>
 const frames = @FRAMES@, colours = @COLOURS@;
@@ -130,7 +171,11 @@ let timer = null;
 document.getElementById("play").onclick = () => {
   clearInterval(timer);
   at.value = 0;
-  timer = setInterval(() => { show(); if (+at.value >= +at.max) clearInterval(timer); else at.value = +at.value + 1; }, 60);
+  timer = setInterval(() => {
+    show();
+    if (+at.value >= +at.max) clearInterval(timer);
+    else at.value = +at.value + 1;
+  }, 60);
 };
 at.oninput = () => { clearInterval(timer); show(); };
 show();
@@ -139,17 +184,22 @@ show();
 
 
 @contextlib.contextmanager
-def playing(reel, visible):
-    """What `decode.generate` is to call after each pass; drawn in the terminal if `visible`."""
-    if reel is None or not visible:
-        yield reel.record if reel else lambda z: None
-        return
-    from rich.live import Live
+def view(recording, in_terminal):
+    """A context with a function on_step(z) that adds a pass to a Recording, and may draw it.
 
-    with Live(reel.readable(0), auto_refresh=False, vertical_overflow="visible") as live:
+    Without a recording (None) it does nothing.
+    """
+    if recording is None:
+        yield lambda z: None
+    elif not in_terminal:
+        yield recording.add
+    else:
+        from rich.live import Live
 
-        def watch(z):
-            reel.record(z)
-            live.update(reel.readable(-1), refresh=True)
+        with Live(recording.rich_text(0), auto_refresh=False, vertical_overflow="visible") as live:
 
-        yield watch
+            def on_step(z):
+                recording.add(z)
+                live.update(recording.rich_text(-1), refresh=True)
+
+            yield on_step

@@ -310,7 +310,7 @@ def test_figures_are_named_and_the_loss_is_made_of_them(objective, loss):
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(1, 12))
 def test_shares_open_everything_as_evenly_as_can_be(counts, steps):
     counts = np.array(counts)
-    shares = d.shares(counts, np.full(len(counts), steps))
+    shares = d.tokens_per_step(counts, np.full(len(counts), steps))
     assert shares.shape == (len(counts), steps) and (shares.sum(1) == counts).all()
     assert (np.diff(shares, axis=1) <= 0).all() and (shares.max(1) - shares.min(1) <= 1).all()
 
@@ -328,14 +328,14 @@ def test_ranks_are_those_of_a_sort_among_the_chosen():
 def test_positions_open_with_the_probability_of_the_reverse_process(name):
     s, S = d.schedule(name), 10
     u = (np.arange(100_000)[None] + 0.5) / 100_000
-    when = d.opening_steps(u, np.ones_like(u, bool), np.array([S]), s)[0]
+    when = d.unmasking_steps(u, np.ones_like(u, bool), np.array([S]), s)[0]
     left = 1.0
     for i in range(S):
         ratio, then = float(s.r(1 - i / S)), float(s.r(1 - (i + 1) / S))
         opened = (when == i).mean()
-        assert abs(opened - left * d.opening_chance(ratio, then)) < 3e-5
+        assert abs(opened - left * d.unmasking_probability(ratio, then)) < 3e-5
         left -= opened
-    assert abs(left) < 1e-9 and (d.opening_steps(u, np.zeros_like(u, bool), np.array([S]), s) == -1).all()
+    assert abs(left) < 1e-9 and (d.unmasking_steps(u, np.zeros_like(u, bool), np.array([S]), s) == -1).all()
 
 
 @pytest.mark.parametrize("kind", ("capped", "rescaled"))
@@ -345,12 +345,12 @@ def test_remasking_keeps_the_marginals(kind):
     masked = 1.0
     for i in range(S):
         ratio, then = float(s.r(1 - i / S)), float(s.r(1 - (i + 1) / S))
-        sigma = d.remasking_chance(kind, eta, ratio, then)
-        masked = masked * (1 - d.opening_chance(ratio, then, sigma)) + (1 - masked) * sigma
+        sigma = d.remasking_probability(kind, eta, ratio, then)
+        masked = masked * (1 - d.unmasking_probability(ratio, then, sigma)) + (1 - masked) * sigma
         assert masked == pytest.approx(then, abs=1e-12) and 0 <= sigma <= 1
-    assert all(d.opening_chance(ratio, 0.0) == 1 for ratio in (1.0, 1e-3, 1e-12, 1e-30)) and d.opening_chance(0.0, 0.0) == 0
-    assert d.remasking_chance("rescaled", 1.0, 0.5, 0.4) == pytest.approx(0.8)  # (1 − α_s)/α_t
-    assert d.remasking_chance("capped", 0.1, 0.5, 0.4) == 0.1 and d.remasking_chance("capped", 0.9, 0.5, 0.4) == pytest.approx(0.8)
+    assert all(d.unmasking_probability(ratio, 0.0) == 1 for ratio in (1.0, 1e-3, 1e-12, 1e-30)) and d.unmasking_probability(0.0, 0.0) == 0
+    assert d.remasking_probability("rescaled", 1.0, 0.5, 0.4) == pytest.approx(0.8)  # (1 − α_s)/α_t
+    assert d.remasking_probability("capped", 0.1, 0.5, 0.4) == 0.1 and d.remasking_probability("capped", 0.9, 0.5, 0.4) == pytest.approx(0.8)
 
 
 def test_top_p_keeps_the_token_that_crosses_and_top_k_keeps_k():
@@ -361,7 +361,7 @@ def test_top_p_keeps_the_token_that_crosses_and_top_k_keeps_k():
 
 
 def uniforms(n, seed=0):
-    return torch.from_numpy(d.draws(seed, d.TOKEN, 0, 0, n)[0])
+    return torch.from_numpy(d.draw_uniforms(seed, d.TOKEN, 0, 0, n)[0])
 
 
 def test_draws_follow_the_probabilities():
@@ -391,7 +391,7 @@ def test_running_sums_that_shrink_draw_nothing_forbidden(monkeypatch):
     weights[0, :200] = 1.0
     for push in (1e-9, -1e-9):
         monkeypatch.setattr(torch.Tensor, "cumsum", lambda self, dim, push=push: real(self, dim) * torch.cat((torch.ones(255), torch.tensor([1 + push]))))
-        assert d.first_above(weights, u).item() == 199
+        assert d.inverse_cdf(weights, u).item() == 199
     monkeypatch.undo()
     logits = torch.full((50_257,), -torch.inf)
     logits[0], logits[-1] = 0.0, math.log(1e-7)
@@ -401,17 +401,17 @@ def test_running_sums_that_shrink_draw_nothing_forbidden(monkeypatch):
 
 
 def test_random_numbers_belong_to_row_step_and_position():
-    many = d.draws(3, d.TOKEN, np.arange(5), 7, 9)
+    many = d.draw_uniforms(3, d.TOKEN, np.arange(5), 7, 9)
     assert many.shape == (5, 9, 2) and many.dtype == np.float64 and many.min() > 0 and many.max() <= 1
-    assert np.array_equal(d.draws(3, d.TOKEN, np.array([4]), 7, 20)[0, :9], many[4])
-    assert len({d.draws(*key, 1).tobytes() for key in ((3, d.TOKEN, 4, 7), (4, d.TOKEN, 4, 7), (3, d.ORDER, 4, 7), (3, d.TOKEN, 5, 7), (3, d.TOKEN, 4, 8))}) == 5
+    assert np.array_equal(d.draw_uniforms(3, d.TOKEN, np.array([4]), 7, 20)[0, :9], many[4])
+    assert len({d.draw_uniforms(*key, 1).tobytes() for key in ((3, d.TOKEN, 4, 7), (4, d.TOKEN, 4, 7), (3, d.ORDER, 4, 7), (3, d.TOKEN, 5, 7), (3, d.TOKEN, 4, 8))}) == 5
 
 
 def test_uniform_step_follows_its_formula():
     """Frequencies of one step against q(z_s | z_t) written out in fp64."""
     n, n_vocab, ratio, then, z = 400_000, 5, 0.7, 0.4, 2
     logits = torch.tensor([0.5, -1.0, 0.2, 0.0, 1.0])
-    u = torch.from_numpy(np.concatenate([d.draws(0, stream, 0, 0, n)[0] for stream in (d.TOKEN, d.CHANGE, d.START)], axis=1))
+    u = torch.from_numpy(np.concatenate([d.draw_uniforms(0, stream, 0, 0, n)[0] for stream in (d.TOKEN, d.CHANGE, d.START)], axis=1))
     out = d.uniform_step(logits.expand(n, -1), torch.full((n,), z), torch.full((n,), ratio), torch.full((n,), then), u)
     x, a = logits.double().softmax(0).numpy(), (1 - ratio) / (1 - then)
     q = (a * (np.arange(n_vocab) == z) + (1 - a) / n_vocab) * ((1 - then) * x + then / n_vocab)

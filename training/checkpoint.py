@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import threading
 import time
 import warnings
@@ -115,6 +116,25 @@ def load_newest(run_dir, warn, ranks=SINGLE, fit=lambda record: True):
         elif fit(record):
             return folder, record
     raise FileNotFoundError(f"no usable checkpoint in '{run_dir}'")
+
+
+def print_warning(warning):
+    """Print one line for the user."""
+    print(f"warning: {warning}", file=sys.stderr)
+
+
+def open_checkpoint(path, warn=print_warning, ranks=SINGLE):
+    """(folder, record) of a checkpoint folder, or of the newest undamaged checkpoint of a run folder.
+
+    Raises FileNotFoundError if there is none, ValueError if that folder is damaged, OSError if it can't be
+    read.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"no usable checkpoint in '{path}': there is no such folder")
+    if (path / "checkpoint.json").is_file():
+        return path, read_checkpoint(path, ranks.rank, ranks.world)
+    return load_newest(path, warn, ranks)
 
 
 # -------------------------------------------------------------------------------------------- reading weights

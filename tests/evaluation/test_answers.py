@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from networks import AR, EOS, MASK, MASKED, UNIFORM
 from small_world import STATES, Denoiser, L, P, V
-from test_decode import AR, EOS, MASK, MASKED, UNIFORM
 from test_likelihood import BOUND, CPU, NUMBER, WRONG, conditionals
 
 import diffusion as d
