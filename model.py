@@ -114,9 +114,10 @@ class Attention(nn.Module):
 
 
 def grouped_attention(q, k, v, mask):
-    """Attention of the n_head queries (B, H, W, head_dim) to fewer keys and values (B, n_kv_head, K, head_dim), as q.
+    """Attention where several heads share their keys and values, without copies of these.
 
-    The heads that share keys become more rows of one product: nothing is copied. mask (B or 1, 1, W or 1, K) or None.
+    The heads that share them become more rows of one product. q (B, H, W, head_dim), k and v
+    (B, H_kv, K, head_dim), mask (B or 1, 1, W or 1, K) or None → (B, H, W, head_dim).
     """
     B, H, W, head_dim = q.shape
     group = H // k.shape[1]
@@ -128,20 +129,21 @@ def grouped_attention(q, k, v, mask):
 class KVCache:
     """Keys and values of every layer at every column, so that a pass computes only some columns anew.
 
-    A causal network loses nothing by it. In a bidirectional one all positions depend on each other: what a pass does not
-    compute is as old as the pass that stored it, and the decoder decides when to compute all of it again.
+    A causal network loses nothing by it. In a bidirectional one all positions depend on each other: keys
+    that a pass does not compute are as old as the pass that stored them, and the decoder decides when to
+    compute all of them again.
     """
 
     def __init__(self, config, batch, length, device, dtype=torch.float32):
-        """Room for `batch` rows of `length` columns and one extra that is never read: masked-out writes go there."""
-        c = self.config = config
+        c = config
+        # one extra column that is never read: masked-out writes go there
         shape = c.n_layer, batch, c.n_kv_head, length + 1, c.head_dim
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.length = length
 
     def layers(self, columns, n_keys):
-        """A LayerCache of each layer, for a pass that writes at `columns` (B, W) and sees the first `n_keys` columns."""
+        """The LayerCaches of a pass that stores at `columns` (B, W) and sees the first `n_keys` columns."""
         return [LayerCache(*layer, columns, n_keys) for layer in zip(self.keys, self.values)]
 
 
@@ -152,7 +154,7 @@ class LayerCache:
         self.keys, self.values, self.columns, self.n_keys = keys, values, columns, n_keys
 
     def update(self, k, v):
-        """Store k and v (B, n_kv_head, W, head_dim) and return the n_keys first keys and values, as k and v are typed."""
+        """Store k and v (B, n_kv_head, W, head_dim); return the first n_keys keys and values, typed alike."""
         columns = self.columns[:, None, :, None].expand_as(k)
         keys = self.keys.scatter_(2, columns, k.to(self.keys.dtype))
         values = self.values.scatter_(2, columns, v.to(self.values.dtype))
@@ -343,47 +345,46 @@ class Transformer(nn.Module):
         return self.embed.weight if self.lm_head is None else self.lm_head.weight
 
     def forward(self, ids, t=None, documents=None, index=None, positions=None, visible=None):
-        """Hidden states after the last norm. ids (B, L); t (B,) where timed; documents (B, L) ids, within which
-        attention stays; positions (B, L) if not 0 … L − 1; visible (L, L) bool: what each position (row) attends to, if not
-        what the network always does. Returns (B, L, D), or with `index` (C,) into the flattened batch just those positions,
-        (C, D): after the last attention only they are computed. Where the network is shifted, the states are those that
-        predict the positions."""
-        whole = index is None
+        """Hidden states after the last norm: (B, L, D), or (C, D) at `index` (C,) of the flattened batch.
+
+        ids (B, L); t (B,) where timed; documents (B, L) ids: attention stays within equal ones; positions
+        (B, L) if not 0 … L − 1; visible (L, L) bool: what each position (row) attends to, if not what the
+        network always does. With `index` only these positions are computed after the last attention. A
+        shifted network's states are those that predict the positions.
+        """
+        L, all_positions = ids.shape[1], index is None
         if self.config.shift:
-            index = predecessors(torch.arange(ids.numel(), device=ids.device) if whole else index, ids.shape[1], documents)
+            if all_positions:
+                index = torch.arange(ids.numel(), device=ids.device)
+            index = predecessors(index, L, documents)
         x = self.embed_ids(ids, t)
-        L = ids.shape[1]
-        cos, sin = (self.cos[:L], self.sin[:L]) if positions is None else self.rotary(positions)
-        c = self.config
-        if visible is not None:
-            mask = visible[None, None] if documents is None else visible & (documents[:, :, None] == documents[:, None, :])[:, None]
-        else:
-            mask = None if documents is None else document_mask(documents, c.causal, c.dropout if self.training else 0.0)
-        x = self.run_blocks(x, cos, sin, mask, index)
-        return x.view(*ids.shape, -1) if whole else x
+        cos, sin = self.rotary(L, positions)
+        x = self.run_blocks(x, cos, sin, self.attention_mask(documents, visible), index)
+        return x.view(*ids.shape, -1) if all_positions else x
 
-    def forward_cached(self, ids, cache, columns, kept=None, index=None, positions=None, real=None, n_keys=None):
-        """Hidden states of some columns, as `forward`'s; keys and values at all others come from the KVCache `cache`.
+    def forward_cached(self, ids, cache, columns, is_stored=None, index=None, positions=None, is_token=None,
+                       n_keys=None):
+        """Hidden states of `columns` (B, W), which hold ids (B, W), as `forward` returns them.
 
-        ids (B, W) stand at `columns` (B, W); of those `kept` (B, W; None: all) keys and values are stored. index as in
-        `forward`; positions (B, W) if they are not the columns. real (B, L): False where a column is padding. n_keys: how
-        many columns are seen, from the first on (None: all); a causal network sees none after its own anyway.
+        Keys and values of all other columns come from the KVCache `cache`. is_stored (B, W): whose keys and
+        values are stored in it (None: all). index as in `forward`; positions (B, W) if they are not the
+        columns; is_token (B, L): False where a column is padding (None: nowhere). n_keys: how many columns
+        are seen, from the first on (None: all); a causal network sees none after its own anyway.
         """
         n_keys = n_keys or cache.length
         x = self.embed_ids(ids)
-        cos, sin = self.rotary(columns if positions is None else positions)
-        key, query = torch.arange(n_keys, device=ids.device), columns[:, None, :, None]
-        mask = None
-        if real is not None:
-            mask = real[:, None, None, :n_keys] | (key == query)  # padding sees itself: no row without a key
+        cos, sin = self.rotary(n_keys, columns if positions is None else positions)
+        key, query, mask = torch.arange(n_keys, device=ids.device), columns[:, None, :, None], None
+        if is_token is not None:  # padding sees itself, so that no row is without a key
+            mask = is_token[:, None, None, :n_keys] | (key == query)
         if self.config.causal and (columns.shape[1] > 1 or n_keys == cache.length):
-            past = key <= query  # (B, 1, W, n_keys)
-            mask = past if mask is None else mask & past
-        stored = columns if kept is None else torch.where(kept, columns, cache.length)
-        return self.run_blocks(x, cos, sin, mask, index, cache.layers(stored, n_keys))
+            is_past = key <= query  # (B, 1, W, n_keys)
+            mask = is_past if mask is None else mask & is_past
+        stored_at = columns if is_stored is None else torch.where(is_stored, columns, cache.length)
+        return self.run_blocks(x, cos, sin, mask, index, cache.layers(stored_at, n_keys))
 
     def embed_ids(self, ids, t=None):
-        """The first residual stream: tokens, and where the network is timed t (B,). (B, L) → (B, L, D)."""
+        """The residual stream before the first block. ids (B, L), t (B,) where timed → (B, L, D)."""
         x = self.embed(ids)
         if self.time is not None:
             x = x + self.time(t).to(x.dtype)
@@ -391,12 +392,23 @@ class Transformer(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return self.drop(x)
 
-    def rotary(self, positions):
-        """cos and sin at positions (B, L): (B, 1, L, head_dim/2) each."""
-        return self.cos[positions][:, None], self.sin[positions][:, None]
+    def rotary(self, length, positions):
+        """The cos and sin that `rotate` takes, at positions (B, L), or for None at 0 … length − 1."""
+        if positions is None:
+            return self.cos[:length], self.sin[:length]
+        return self.cos[positions][:, None], self.sin[positions][:, None]  # (B, 1, L, head_dim/2)
+
+    def attention_mask(self, documents, visible):
+        """The mask for `attention`; None where the network's own, causal or full, is enough."""
+        c = self.config
+        if documents is None:
+            return None if visible is None else visible[None, None]
+        if visible is None:
+            return document_mask(documents, c.causal, c.dropout if self.training else 0.0)
+        return visible & (documents[:, :, None] == documents[:, None, :])[:, None]
 
     def run_blocks(self, x, cos, sin, mask, index, caches=None):
-        """All blocks and the last norm; the last block goes on with the positions `index` alone after its attention."""
+        """All blocks and the last norm; the last block computes only `index` after its attention."""
         caches = caches or [None] * len(self.blocks)
         for block, cache in zip(self.blocks[:-1], caches):
             x = block(x, cos, sin, mask, cache=cache)

@@ -165,12 +165,12 @@ def check_objective(cfg, objective, is_shifted):
     for name in sorted(cfg.changed() & MEANINGLESS[objective]):
         raise ValueError(f"{name}={getattr(cfg, name)} has no meaning for objective={objective}")
     if objective == "ar" and cfg.cache == "dual":
-        raise ValueError("cache=dual has no meaning for objective=ar: nothing comes after the new token")
+        raise ValueError("cache=dual has no meaning for objective=ar: nothing follows after a new token")
     if objective == "masked" and cfg.cache == "prefix" and not cfg.block:
         raise ValueError("cache=prefix needs block: what is before it is kept")
     if is_shifted and cfg.cache not in ("auto", "no"):
-        raise ValueError(f"cache={cfg.cache} is not for a shifted model, whose predictions stand one position "
-                         "before what is written; leave it out")
+        raise ValueError(f"cache={cfg.cache} is not for a shifted model, whose predictions stand one position"
+                         " before what is written; leave it out")
 
 
 def decode_config(cfg, objective):

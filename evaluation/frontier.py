@@ -117,8 +117,8 @@ def decode_configs(cfg, objective, n):
         configs = [shared._replace(temperature=t, cache="prefix") for t in temperatures]
         return {name_of("left to right", "", "no", config.temperature, several): config for config in configs}
 
-    default = ["ancestral"] if objective == "uniform" else [*PLANNED_ORDERS, *CONFIDENCE_ORDERS, "ancestral:rescaled"]
-    orders = split(cfg.orders) or default
+    default = [*PLANNED_ORDERS, *CONFIDENCE_ORDERS, "ancestral:rescaled"]
+    orders = split(cfg.orders) or (["ancestral"] if objective == "uniform" else default)
     if objective == "uniform" and (orders != ["ancestral"] or cfg.block):
         raise ValueError("a uniform model decodes in its reverse process only: "
                          "orders=ancestral, without block")

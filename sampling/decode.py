@@ -415,10 +415,10 @@ def decode_left_to_right(model, canvas, cfg, eos_id, on_step):
     device, (B, L) = canvas.ids.device, canvas.ids.shape
 
     z, is_token = prepend_separators(canvas, eos_id)
-    is_real = documents = positions = None
+    token_mask = documents = positions = None
     if not is_token.all():  # padding is a document of its own
-        is_real = to_tensor(is_token, device)
-        documents = torch.where(is_real, 0, -1).int()
+        token_mask = to_tensor(is_token, device)
+        documents = torch.where(token_mask, 0, -1).int()
         positions = to_tensor((np.cumsum(is_token, 1) - 1).clip(0), device)
     is_new = to_tensor(canvas.is_new, device)
     u = to_tensor(canvas.uniforms(cfg.seed, TOKEN, 0), device)  # (B, L, 2)
@@ -440,8 +440,8 @@ def decode_left_to_right(model, canvas, cfg, eos_id, on_step):
             hidden = model(ids, None, None if documents is None else documents[:, : j + 1], index, at)
         else:
             columns = torch.arange(start, j + 1, device=device).expand(B, -1)
-            real = None if is_real is None else is_real[:, :L]
-            hidden = forward_cached(ids, cache, columns, None, index, at, real, L if cfg.compile else j + 1)
+            mask = None if token_mask is None else token_mask[:, :L]
+            hidden = forward_cached(ids, cache, columns, None, index, at, mask, L if cfg.compile else j + 1)
         n_passes += 1
 
         # its token

@@ -74,12 +74,12 @@ class Predictor:
         self.width = min(self.L, width)
         start = np.minimum(block.first, self.L - self.width)
         window = start[:, None] + np.arange(self.width)
-        stored = window >= block.first[:, None]
+        is_stored = window >= block.first[:, None]
         if dual:
-            stored &= window < block.last[:, None]
+            is_stored &= window < block.last[:, None]
         self.window_start = self.to_tensor(start)  # (B,)
         self.window = self.to_tensor(window).repeat(self.copies, 1)  # (B or 2B, width) columns
-        self.stored = self.to_tensor(stored).repeat(self.copies, 1)  # whose keys and values are stored again
+        self.is_stored = self.to_tensor(is_stored).repeat(self.copies, 1)  # their keys and values, each pass
 
     def hidden(self, z, index, probe_slice=slice(0), t=None):
         """The hidden states of z (B, L) at index (C,): (C, D).
@@ -98,14 +98,14 @@ class Predictor:
             self.cache_age = 1
             all_columns = torch.arange(self.L, device=self.device).expand(len(z), -1)
             return self.run(self.forward_cached, index, z, self.cache, all_columns,
-                            positions=self.positions, real=self.is_token)
+                            positions=self.positions, is_token=self.is_token)
         self.cache_age += 1
         row, column = index // self.L, index % self.L
         place = column - self.window_start[row % self.B]
         place = place.clamp(0, self.width - 1)  # nothing masked is outside
         positions = None if self.positions is None else self.positions.gather(1, self.window)
         hidden = self.run(self.forward_cached, row * self.width + place, z.gather(1, self.window), self.cache,
-                          self.window, self.stored, positions=positions, real=self.is_token)
+                          self.window, self.is_stored, positions=positions, is_token=self.is_token)
         self.probe.add(z, index[probe_slice], hidden[probe_slice])
         return hidden
 

@@ -19,35 +19,35 @@ def test_a_cached_window_equals_a_full_pass_where_nothing_else_changed(causal):
     """
     model, g = (AR if causal else MASKED), torch.Generator().manual_seed(0)
     z = torch.randint(0, 40, (3, 20), generator=g)
-    real = torch.ones(3, 20, dtype=torch.bool)
-    real[1, :6] = False
-    positions = (real.long().cumsum(1) - 1).clamp_min(0)
-    documents = torch.where(real, 0, -1).int()
+    is_token = torch.ones(3, 20, dtype=torch.bool)
+    is_token[1, :6] = False
+    positions = (is_token.long().cumsum(1) - 1).clamp_min(0)
+    documents = torch.where(is_token, 0, -1).int()
     cache, all_columns = KVCache(model.config, 3, 20, "cpu"), torch.arange(20).expand(3, -1)
 
     def window(first, last):
         columns = torch.arange(first, last).expand(3, -1)
         ids, at = z.gather(1, columns), positions.gather(1, columns)
-        return model.forward_cached(ids, cache, columns, positions=at, real=real)
+        return model.forward_cached(ids, cache, columns, positions=at, is_token=is_token)
 
     full = model(z, documents=documents, positions=positions)
-    cached = model.forward_cached(z, cache, all_columns, positions=positions, real=real)
-    torch.testing.assert_close(cached[real], full[real], atol=1e-5, rtol=1e-4)
+    cached = model.forward_cached(z, cache, all_columns, positions=positions, is_token=is_token)
+    torch.testing.assert_close(cached[is_token], full[is_token], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(window(8, 15), full[:, 8:15], atol=1e-5, rtol=1e-4)
     z[:, 12] = 17
     changed = model(z, documents=documents, positions=positions)
     assert torch.allclose(window(12, 20), changed[:, 12:], atol=1e-5, rtol=1e-4) == causal
 
 
-def test_a_pass_stores_only_what_it_is_to_keep():
-    """Columns that are not `kept` are computed, and leave the cache as it was."""
+def test_a_pass_stores_only_what_it_is_asked_to():
+    """Columns that are not to be stored are computed, and leave the cache as it was."""
     model = MASKED
     z, cache = torch.randint(0, 40, (2, 12)), KVCache(model.config, 2, 12, "cpu")
     model.forward_cached(z, cache, torch.arange(12).expand(2, -1))
     before = cache.keys.clone()
     columns = torch.arange(4, 8).expand(2, -1)
-    kept = torch.tensor([[True, False, True, False]] * 2)
-    model.forward_cached(torch.full((2, 4), 3), cache, columns, kept)
+    is_stored = torch.tensor([[True, False, True, False]] * 2)
+    model.forward_cached(torch.full((2, 4), 3), cache, columns, is_stored)
     has_changed = (cache.keys != before).any(-1).any(2).any(0)[:, :12]  # (B, L)
     assert has_changed.nonzero()[:, 1].tolist() == [4, 6] * 2
 
