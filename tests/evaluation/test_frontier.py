@@ -41,7 +41,7 @@ class Bigram:
 
 
 ROWS = [[0, 3, 1, 1], [2, 2, 0, 3], [1, 0, 0, 0]]
-JUDGE = SimpleNamespace(device="cpu", tokens=SimpleNamespace(eos_id=4), model=Bigram())
+JUDGE = SimpleNamespace(device="cpu", tokenizer=SimpleNamespace(eos_id=4), model=Bigram())
 
 
 def test_the_judge_is_the_chain_rule():
