@@ -46,6 +46,7 @@ class Predictor:
 
         # the network, and its cache
         self.forward, self.cache = maybe_compile(model, cfg), None
+        self.cache_age = None  # passes since all columns were stored; None: they never were
         if cfg.cache != "no":
             dtype = self.autocast_dtype or torch.float32
             self.cache = KVCache(self.config, self.copies * self.B, self.L, self.device, dtype)
@@ -63,7 +64,7 @@ class Predictor:
 
     def start_block(self, block):
         """Let the next passes be about a Block; with a cache they compute a window of columns around it."""
-        self.cache_age = None  # nothing is stored yet
+        self.cache_age = None
         if self.cache is None:
             return
         dual = self.cfg.cache == "dual"
@@ -93,12 +94,13 @@ class Predictor:
         self.n_passes += self.copies
         if self.cache is None:
             return self.run(self.forward, index, z, t, self.documents, positions=self.positions)
-        is_stale = self.cfg.refresh and self.cache_age is not None and self.cache_age >= self.cfg.refresh
-        if self.cache_age is None or is_stale:
+        if self.cache_age is None or 0 < self.cfg.refresh <= self.cache_age:
             self.cache_age = 1
             all_columns = torch.arange(self.L, device=self.device).expand(len(z), -1)
             return self.run(self.forward_cached, index, z, self.cache, all_columns,
                             positions=self.positions, is_token=self.is_token)
+
+        # only the window's columns
         self.cache_age += 1
         row, column = index // self.L, index % self.L
         place = column - self.window_start[row % self.B]
