@@ -361,7 +361,7 @@ def figure_names(p):
 
 
 def total_loss(figures):
-    """The loss among figures on the host; the paper's is the mean of its parts, exactly as they are logged."""
+    """The loss among figures on the host; the paper's is the mean of its parts, exactly as they are."""
     return (figures["noisy"] + figures["clean"]) / 2 if "clean" in figures else figures["loss"]
 
 

@@ -195,13 +195,17 @@ class MLP(nn.Module):
 
 
 def keeping_products(gate_and_up):
-    """Contexts for `checkpoint` that keep attention and matrix products; those of gate and up, almost half of what is
-    kept, only on demand: per byte they are no dearer to compute again than the others."""
+    """Contexts for `checkpoint` that keep attention and matrix products.
+
+    Those of gate and up are almost half of that, and kept only with `gate_and_up`: per byte they are no
+    dearer to compute again than the others.
+    """
 
     def policy(ctx, op, *args, **kwargs):
         name = getattr(op, "__name__", str(op))
         product = name.startswith(("mm.", "bmm.", "_scaled_mm."))
-        if product and not gate_and_up and args[1].numel() > 4 * args[0].shape[-1] ** 2:  # more than 4 times as wide as its input
+        is_wide = product and args[1].numel() > 4 * args[0].shape[-1] ** 2  # gate and up together
+        if is_wide and not gate_and_up:
             return CheckpointPolicy.PREFER_RECOMPUTE
         kept = product or "_scaled_dot_product" in name or "flex_attention" in name
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
@@ -209,11 +213,15 @@ def keeping_products(gate_and_up):
     return create_selective_checkpoint_contexts(policy)
 
 
-keeping_all_products, keeping_most_products = (functools.partial(keeping_products, which) for which in (True, False))
+RECOMPUTE = {
+    "elementwise": dict(context_fn=functools.partial(keeping_products, True)),
+    "selective": dict(context_fn=functools.partial(keeping_products, False)),
+    "full": {},
+}
 
 
 class Block(nn.Module):
-    recompute = "no"
+    recompute = "no"  # `Transformer.use` sets it
 
     def __init__(self, c):
         super().__init__()
@@ -224,8 +232,8 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, mask, index=None, cache=None):
         if self.recompute == "no" or not torch.is_grad_enabled():
             return self.compute(x, cos, sin, mask, index, cache)
-        keeping = {"elementwise": dict(context_fn=keeping_all_products), "selective": dict(context_fn=keeping_most_products), "full": {}}
-        return checkpoint(self.compute, x, cos, sin, mask, index, use_reentrant=False, **keeping[self.recompute])
+        settings = RECOMPUTE[self.recompute]
+        return checkpoint(self.compute, x, cos, sin, mask, index, use_reentrant=False, **settings)
 
     def compute(self, x, cos, sin, mask, index, cache=None):
         x = pick(x, index) + self.drop(self.attn(self.attn_norm(x), cos, sin, mask, index, cache))

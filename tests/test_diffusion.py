@@ -320,7 +320,8 @@ def test_ranks_are_those_of_a_sort_among_the_chosen():
     keys, among = rng.random((20, 30)), rng.random((20, 30)) < 0.5
     rank = d.rank_within(keys, among)
     for b in range(20):
-        assert (np.sort(rank[b][among[b]]) == np.arange(among[b].sum())).all() and (rank[b][~among[b]] == 30).all()
+        assert (np.sort(rank[b][among[b]]) == np.arange(among[b].sum())).all()
+        assert (rank[b][~among[b]] == 30).all()
         assert (np.argsort(keys[b][among[b]]) == np.argsort(rank[b][among[b]])).all()
 
 
@@ -348,9 +349,11 @@ def test_remasking_keeps_the_marginals(kind):
         sigma = d.remasking_probability(kind, eta, ratio, then)
         masked = masked * (1 - d.unmasking_probability(ratio, then, sigma)) + (1 - masked) * sigma
         assert masked == pytest.approx(then, abs=1e-12) and 0 <= sigma <= 1
-    assert all(d.unmasking_probability(ratio, 0.0) == 1 for ratio in (1.0, 1e-3, 1e-12, 1e-30)) and d.unmasking_probability(0.0, 0.0) == 0
+    assert all(d.unmasking_probability(ratio, 0.0) == 1 for ratio in (1.0, 1e-3, 1e-12, 1e-30))
+    assert d.unmasking_probability(0.0, 0.0) == 0
     assert d.remasking_probability("rescaled", 1.0, 0.5, 0.4) == pytest.approx(0.8)  # (1 − α_s)/α_t
-    assert d.remasking_probability("capped", 0.1, 0.5, 0.4) == 0.1 and d.remasking_probability("capped", 0.9, 0.5, 0.4) == pytest.approx(0.8)
+    assert d.remasking_probability("capped", 0.1, 0.5, 0.4) == 0.1
+    assert d.remasking_probability("capped", 0.9, 0.5, 0.4) == pytest.approx(0.8)
 
 
 def test_top_p_keeps_the_token_that_crosses_and_top_k_keeps_k():
@@ -377,20 +380,24 @@ def test_draws_follow_the_probabilities():
 def test_what_has_no_probability_is_never_drawn(n_vocab, seed):
     """Not even by the extreme uniform numbers; and each token that has some can be drawn."""
     rng = np.random.default_rng(seed)
-    logits = torch.from_numpy(np.where(rng.random(n_vocab) < 0.2, rng.normal(size=n_vocab) * 4, -np.inf).astype(np.float32))
+    values = np.where(rng.random(n_vocab) < 0.2, rng.normal(size=n_vocab) * 4, -np.inf)
+    logits = torch.from_numpy(values.astype(np.float32))
     logits[rng.integers(n_vocab)] = 0.0
-    u = torch.cat((uniforms(500, seed), torch.tensor([[1.0, 1.0], [2**-32, 2**-32], [1.0, 2**-32], [2**-32, 1.0], [1 - 2**-24, 1 - 2**-24]])))
+    least, below = 2**-32, 1 - 2**-24
+    corners = torch.tensor([[1.0, 1.0], [least, least], [1.0, least], [least, 1.0], [below, below]])
+    u = torch.cat((uniforms(500, seed), corners))
     token = d.draw_tokens(logits.expand(len(u), -1), u)
     assert (logits[token] > -math.inf).all() and (token < n_vocab).all()
 
 
 def test_running_sums_that_shrink_draw_nothing_forbidden(monkeypatch):
-    """A GPU's cumsum may end a little above or below itself; and 1e-7 at the end of the vocabulary keeps its share."""
+    """A GPU's cumsum may end a little above or below itself; 1e-7 at the vocabulary's end keeps its share."""
     real = torch.Tensor.cumsum
     weights, u = torch.zeros(1, 256), torch.ones(1)
     weights[0, :200] = 1.0
     for push in (1e-9, -1e-9):
-        monkeypatch.setattr(torch.Tensor, "cumsum", lambda self, dim, push=push: real(self, dim) * torch.cat((torch.ones(255), torch.tensor([1 + push]))))
+        factors = torch.cat((torch.ones(255), torch.tensor([1 + push])))
+        monkeypatch.setattr(torch.Tensor, "cumsum", lambda self, dim, f=factors: real(self, dim) * f)
         assert d.inverse_cdf(weights, u).item() == 199
     monkeypatch.undo()
     logits = torch.full((50_257,), -torch.inf)
@@ -404,15 +411,18 @@ def test_random_numbers_belong_to_row_step_and_position():
     many = d.draw_uniforms(3, d.TOKEN, np.arange(5), 7, 9)
     assert many.shape == (5, 9, 2) and many.dtype == np.float64 and many.min() > 0 and many.max() <= 1
     assert np.array_equal(d.draw_uniforms(3, d.TOKEN, np.array([4]), 7, 20)[0, :9], many[4])
-    assert len({d.draw_uniforms(*key, 1).tobytes() for key in ((3, d.TOKEN, 4, 7), (4, d.TOKEN, 4, 7), (3, d.ORDER, 4, 7), (3, d.TOKEN, 5, 7), (3, d.TOKEN, 4, 8))}) == 5
+    keys = (3, d.TOKEN, 4, 7), (4, d.TOKEN, 4, 7), (3, d.ORDER, 4, 7), (3, d.TOKEN, 5, 7), (3, d.TOKEN, 4, 8)
+    assert len({d.draw_uniforms(*key, 1).tobytes() for key in keys}) == 5
 
 
 def test_uniform_step_follows_its_formula():
     """Frequencies of one step against q(z_s | z_t) written out in fp64."""
     n, n_vocab, ratio, then, z = 400_000, 5, 0.7, 0.4, 2
     logits = torch.tensor([0.5, -1.0, 0.2, 0.0, 1.0])
-    u = torch.from_numpy(np.concatenate([d.draw_uniforms(0, stream, 0, 0, n)[0] for stream in (d.TOKEN, d.CHANGE, d.START)], axis=1))
-    out = d.uniform_step(logits.expand(n, -1), torch.full((n,), z), torch.full((n,), ratio), torch.full((n,), then), u)
+    streams = d.TOKEN, d.CHANGE, d.START
+    u = np.concatenate([d.draw_uniforms(0, stream, 0, 0, n)[0] for stream in streams], axis=1)
+    at = [torch.full((n,), value) for value in (z, ratio, then)]
+    out = d.uniform_step(logits.expand(n, -1), *at, torch.from_numpy(u))
     x, a = logits.double().softmax(0).numpy(), (1 - ratio) / (1 - then)
     q = (a * (np.arange(n_vocab) == z) + (1 - a) / n_vocab) * ((1 - then) * x + then / n_vocab)
     q /= q.sum()

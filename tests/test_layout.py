@@ -16,7 +16,8 @@ FLOORS = [
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 COMMANDS = {"train", "eval", "convert", "sample", "scaling", "bench"}
 DRIVERS = {"laws/sweep.py", "laws/study.py"}
-WITHIN_A_FLOOR = {("data", "corpus"), ("corpus", "configurator"), ("model", "kernels"), ("diffusion", "kernels"), ("evaluation", "sampling")}
+WITHIN_A_FLOOR = {("data", "corpus"), ("corpus", "configurator"), ("model", "kernels"),
+                  ("diffusion", "kernels"), ("evaluation", "sampling")}
 
 
 def imports_of(path):

@@ -147,7 +147,8 @@ def test_a_trained_model_writes_what_it_read(run_of, write, corpus):
     run = run_of("--objective=ar", "--unique_tokens=32", "--steps=0", "--epochs=3000", "--lr=5e-3",
                  "--weight_decay=0")
     rows = data.Sequences(tokenfiles.load_corpus(corpus).train, 32, 1337, 32).rows(np.zeros(1, np.int64))
-    text = tokenizers.Bytes().decode(rows[0, :-1].tolist())  # from the first token on, as it was trained
+    # from the first token on, as it was trained
+    text = tokenizers.ByteTokenizer().decode(rows[0, :-1].tolist())
     assert write(run, f"--prompt={text[:20]}", "--length=12", "--temperature=0").out == text + "\n"
 
 

@@ -20,7 +20,7 @@ from corpus.tokenfiles import Stream, load_corpus, parse_corpora
 from data import Mixture, Sequences, validation_ids
 from model import ModelConfig, Transformer
 from training import checkpoint
-from training.checkpoint import checkpoints, load_newest, read_checkpoint
+from training.checkpoint import checkpoints, load_newest, open_checkpoint
 from training.distributed import all_gather, on_all_ranks
 from training.log import warn
 from training.state import Run
@@ -230,10 +230,8 @@ def find_initial_checkpoint(cfg, ranks):
     path = Path(cfg.init_from)
     if not path.is_dir() and cfg.resume != "no" and checkpoints(cfg.run_dir):
         path = Path(cfg.run_dir)  # which has begun, and knows its own shape
-    if (path / "checkpoint.json").is_file():
-        return path, read_checkpoint(path, ranks.rank, ranks.world)
-    if checkpoints(path):
-        return load_newest(path, partial(warn, ranks), ranks)
+    if (path / "checkpoint.json").is_file() or checkpoints(path):
+        return open_checkpoint(path, partial(warn, ranks), ranks)
     of_others = (path / "config.json", path / "latest_checkpointed_iteration.txt")
     reason = "no run or checkpoint of ours" if path.is_dir() else "no such folder"
     if any(file.is_file() for file in of_others):

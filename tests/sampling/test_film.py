@@ -5,12 +5,12 @@ import torch
 from corpus import tokenizers
 from sampling.film import PROMPT, Recording
 
-MASK = tokenizers.Bytes.mask_id
+MASK = tokenizers.ByteTokenizer.mask_id
 
 
 def test_a_character_of_several_tokens_is_drawn_whole():
     ids = list("aé→😀b".encode())
-    recording = Recording([MASK] * len(ids), tokenizers.Bytes())
+    recording = Recording([MASK] * len(ids), tokenizers.ByteTokenizer())
     half = ids[:2] + [MASK] * (len(ids) - 2)
     for row in (half, ids):
         recording.add(torch.tensor([[0, 0, *row]]))  # right-aligned
@@ -21,7 +21,7 @@ def test_a_character_of_several_tokens_is_drawn_whole():
 def test_a_token_appears_when_it_was_written_last():
     """A position that is masked again, and one that is overwritten; the prompt is none of both."""
     a, b, c = b"abc"
-    recording = Recording([a, MASK, MASK], tokenizers.Bytes())
+    recording = Recording([a, MASK, MASK], tokenizers.ByteTokenizer())
     for row in ([a, b, MASK], [a, MASK, c], [a, c, b]):
         recording.add(torch.tensor([row]))
     assert recording.passes == [
