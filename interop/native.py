@@ -4,7 +4,6 @@
 
 import json
 import shutil
-import sys
 from dataclasses import asdict
 
 from corpus.tokenizers import load_tokenizer
@@ -21,10 +20,7 @@ def is_checkpoint(path):
 
 def open_source(path):
     """The Source in a checkpoint's folder, or in a run's newest checkpoint; raises ValueError or OSError."""
-    if (path / "checkpoint.json").is_file():
-        folder, record = path, checkpoint.read_checkpoint(path)
-    else:
-        folder, record = checkpoint.load_newest(path, lambda text: print(f"warning: {text}", file=sys.stderr))
+    folder, record = checkpoint.open_checkpoint(path)
     with checks.explain_bad_settings(folder):
         config = ModelConfig(**record["model"])
         objective = record["settings"]["objective"]

@@ -25,7 +25,7 @@ import train
 from configurator import setting
 from corpus import tokenfiles
 from laws import runner
-from training.checkpoint import load_newest
+from training.checkpoint import open_checkpoint
 
 ROOT = runner.TRAIN.parent
 
@@ -115,7 +115,7 @@ def make_run(words, cfg, flags):
 def is_finished(run):
     """True if a run is complete; exits with code 2 if it was trained with other settings."""
     try:
-        _, record = load_newest(run.folder, lambda warning: print(f"warning: {warning}", file=sys.stderr))
+        _, record = open_checkpoint(run.folder)
     except FileNotFoundError:
         return False
     changes = runner.changed_settings(record["settings"], run.settings)
