@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from corpus.tokenizers import Bytes
+from corpus.tokenizers import ByteTokenizer
 from sampling.prompts import encode_holes, read_rows
 
-MASK = Bytes.mask_id
+MASK = ByteTokenizer.mask_id
 
 
 def settings(**values):
@@ -19,7 +19,7 @@ def settings(**values):
 
 def rows(is_causal=False, **values):
     """The rows as text, with * for new tokens, in a context of 12."""
-    read = read_rows(settings(**values), Bytes(), 12, is_causal)
+    read = read_rows(settings(**values), ByteTokenizer(), 12, is_causal)
     return ["".join("*" if i == MASK else chr(i) for i in row) for row in read]
 
 
@@ -32,7 +32,7 @@ def test_a_prompt_is_filled_up_to_a_length():
 
 
 def test_holes_anywhere():
-    ids = encode_holes("ab[MASK:4]cd[MASK]ef", Bytes())
+    ids = encode_holes("ab[MASK:4]cd[MASK]ef", ByteTokenizer())
     assert ids.count(MASK) == 5 and len(ids) == 11
     assert rows(text="[MASK:2]ab[MASK]") == ["**ab*"]
     assert rows(text="ab[MASK:2]", is_causal=True) == ["ab**"]
