@@ -132,8 +132,8 @@ class NoiseLevels(NamedTuple):
 
     sample: np.ndarray  # (N,) global sample index
     t: np.ndarray  # (N,) time in (0, 1]
-    eligible: np.ndarray  # (N,) positions of the row that count
-    count: np.ndarray  # (N,) k = ⌈r(t)·eligible⌉ of them are corrupted
+    n_eligible: np.ndarray  # (N,) positions of the row that count
+    count: np.ndarray  # (N,) k = ⌈r(t)·n_eligible⌉ of them are corrupted
     mean: float  # μ of moving_gaussian at this step
 
     def microbatch_rows(self, part, parts):
@@ -141,10 +141,10 @@ class NoiseLevels(NamedTuple):
         return np.arange(part, len(self.t), parts)
 
 
-def noise_levels(p, first_sample, n_rows, progress=0.0, eligible=None):
+def noise_levels(p, first_sample, n_rows, progress=0.0, n_eligible=None):
     """Noise levels for one step of n_rows rows whose first is sample `first_sample`; progress ∈ [0, 1].
 
-    One lattice over all rows of the step: u_j = (j + offset)/N, j = 0…N−1 (docs/math.md §3). eligible (N,):
+    One lattice over all rows of the step: u_j = (j + offset)/N, j = 0…N−1 (docs/math.md §3). n_eligible (N,):
     how many positions of each row count (None: all).
     """
     sample = first_sample + np.arange(n_rows, dtype=np.int64)
@@ -153,14 +153,14 @@ def noise_levels(p, first_sample, n_rows, progress=0.0, eligible=None):
     else:
         u = (np.arange(n_rows) + unit(random_bits(p.seed, OFFSET, sample[:1], 1)[0, 0])) / n_rows
     t = time_quantile(p, u, progress)
-    if eligible is None:
-        eligible = np.full(n_rows, p.seq_len)
-    return NoiseLevels(sample, t, eligible, noisy_count(p, t, eligible), progress)
+    if n_eligible is None:
+        n_eligible = np.full(n_rows, p.seq_len)
+    return NoiseLevels(sample, t, n_eligible, noisy_count(p, t, n_eligible), progress)
 
 
-def noisy_count(p, t, eligible):
-    """k = ⌈r(t)·eligible⌉, at least 1."""
-    return np.clip(np.ceil(schedule(p.schedule).r(t) * eligible), 1, eligible).astype(np.int64)
+def noisy_count(p, t, n_eligible):
+    """k = ⌈r(t)·n_eligible⌉, at least 1."""
+    return np.clip(np.ceil(schedule(p.schedule).r(t) * n_eligible), 1, n_eligible).astype(np.int64)
 
 
 def time_quantile(p, u, mean):
@@ -244,14 +244,14 @@ def make_batch(p, x, levels, rows, eligible=None, valid=None, spacing=None, docu
     """Corrupt the step's `rows` (B,), which read x (B, L + 1): each sequence after the token before it.
 
     eligible (B, L) bool: the positions that count, which may be noised and are scored; of row b there are
-    levels.eligible[rows[b]] (None: all). valid (B,) switches off rows that only fill up a batch; spacing as
+    levels.n_eligible[rows[b]] (None: all). valid (B,) switches off rows that only fill up a batch; spacing as
     in `capacity`; documents (B, L) as in Batch. Returns a Batch of numpy arrays.
     """
     B, L = x.shape[0], p.seq_len
     if eligible is None:
         eligible = np.ones((B, L), bool)
     scored = eligible if valid is None else eligible & valid[:, None]
-    total = levels.eligible.sum()  # tokens of the global batch that count
+    total = levels.n_eligible.sum()  # tokens of the global batch that count
     if p.objective == "ar":
         weights = stack_weights(scored / total)
         return Batch(x[:, :-1], x[:, 1:].reshape(-1).astype(np.int64), weights, documents=documents)
@@ -266,13 +266,13 @@ def make_batch(p, x, levels, rows, eligible=None, valid=None, spacing=None, docu
 
 def uniform_batch(p, x, levels, rows, bits, eligible, scored, documents):
     """A Batch of uniform diffusion: noisy positions hold uniform draws of text tokens (docs/math.md §6)."""
-    L, t, total = p.seq_len, levels.t[rows], levels.eligible.sum()
+    L, t, total = p.seq_len, levels.t[rows], levels.n_eligible.sum()
     drawn = random_bits(p.seed, REPLACE, levels.sample[rows], L) >> np.uint64(32)
     drawn = (drawn * np.uint64(p.n_vocab) >> np.uint64(32)).astype(np.int64)
     targets, time = x.reshape(-1), t.astype(np.float32)
     if p.loss == "paper":  # ½(noisy + clean)
         noisy, weight = masked_weights(p, levels, rows, bits, eligible)
-        clean_total = max(1, (levels.eligible - levels.count).sum())
+        clean_total = max(1, (levels.n_eligible - levels.count).sum())
         parts = scored * noisy * weight[:, None] / total, scored * ~noisy / clean_total
         weights = stack_weights(*(part / 2 for part in parts))
         return Batch(np.where(noisy, drawn, x), targets, weights, time=time, documents=documents)
@@ -296,7 +296,7 @@ def masked_weights(p, levels, rows, bits, eligible):
                 (so it estimates (n·NELBO + C₁)/(n + 1), C₁ the cross-entropy of a single mask);
     count form  exactly k, 1/k × n × (1/n)/P(k), P(k) = F(r⁻¹(k/n)) − F(r⁻¹((k−1)/n)).
     """
-    t, n, count = levels.t[rows], levels.eligible[rows], levels.count[rows]
+    t, n, count = levels.t[rows], levels.n_eligible[rows], levels.count[rows]
     s = schedule(p.schedule)
     if p.estimator == "count" or p.loss != "elbo":
         noisy = exactly(bits, count, eligible)

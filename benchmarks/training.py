@@ -117,7 +117,7 @@ def make_batches(process, rows, n_batches, short_rows=0.0):
         if short_rows:
             lengths = data.short_row_lengths(process.seed, sample, process.seq_len, short_rows)
             eligible = np.arange(process.seq_len) < lengths[:, None]
-        levels = diffusion.noise_levels(process, first, rows, eligible=lengths)
+        levels = diffusion.noise_levels(process, first, rows, n_eligible=lengths)
         ids = sequences.ids(sample)
         batches.append(
             data.read_batch(settings, None, process, sequences, ids, levels, np.arange(rows), eligible))

@@ -498,7 +498,7 @@ def packed_batch(objective, eligible=None, **settings):
     counts = None if eligible is None else eligible.sum(1)
     process = diffusion.Process(objective, 257, 257, 16)
     sequences = data.Sequences(np.array(sum(PACKED, []), np.uint16), 16)
-    levels = diffusion.noise_levels(process, 0, 2, eligible=counts)
+    levels = diffusion.noise_levels(process, 0, 2, n_eligible=counts)
     cfg = train.Config(objective=objective, seq_len=16, **settings)
     rows = np.arange(2)
     return data.read_batch(cfg, EOS, process, sequences, rows, levels, rows, eligible)

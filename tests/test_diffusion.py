@@ -179,7 +179,7 @@ def test_count_weights_undo_the_probability_of_k(schedule):
     p = d.Process("masked", V, M, length, schedule=schedule)
     for n in (1, 2, 7):
         eligible = np.broadcast_to(np.arange(length) >= length - n, (len(rows), length))  # the last n, say
-        levels = d.noise_levels(p, 0, len(rows), eligible=np.full(len(rows), n))
+        levels = d.noise_levels(p, 0, len(rows), n_eligible=np.full(len(rows), n))
         bits = d.random_bits(0, 0, levels.sample, length)
         noisy, weight = d.masked_weights(p, levels, rows, bits, eligible)
         assert (noisy.sum(1) == levels.count).all() and not noisy[:, : length - n].any()
@@ -427,7 +427,3 @@ def test_uniform_step_follows_its_formula():
     q = (a * (np.arange(n_vocab) == z) + (1 - a) / n_vocab) * ((1 - then) * x + then / n_vocab)
     q /= q.sum()
     assert (np.abs(np.bincount(out, minlength=n_vocab) / n - q) < 4.5 * np.sqrt(q * (1 - q) / n)).all()
-
-
-# other tests import these from here
-STATES, P, chi_square = small_world.STATES, small_world.P, small_world.chi_square

@@ -87,7 +87,7 @@ def test_only_eligible_positions_are_noised_or_weighted(fields):
     eligible = rng.random((n_rows, 16)) < rng.random((n_rows, 1))
     eligible[np.arange(n_rows), rng.integers(0, 16, n_rows)] = True
     x = tokens(n_rows, 16)
-    levels = d.noise_levels(p, 0, n_rows, eligible=eligible.sum(1))
+    levels = d.noise_levels(p, 0, n_rows, n_eligible=eligible.sum(1))
     batch = d.make_batch(p, x, levels, levels.microbatch_rows(0, 1), eligible)
     weight = weight_at(batch, n_rows, 16)
     assert not weight[~eligible].any()
@@ -115,7 +115,7 @@ def test_a_constant_loss_is_itself_whatever_counts(estimator):
     p, n_rows = process(seq_len=10, estimator=estimator), 20_000
     eligible = d.unit(d.random_bits(3, 0, np.arange(n_rows), 10)) < 0.5
     eligible[:, 7] = True
-    levels = d.noise_levels(p, 0, n_rows, eligible=eligible.sum(1))
+    levels = d.noise_levels(p, 0, n_rows, n_eligible=eligible.sum(1))
     batch = d.make_batch(p, tokens(n_rows, 10), levels, levels.microbatch_rows(0, 1), eligible)
     assert batch.weights.sum() == pytest.approx(1, abs=0.03)
 

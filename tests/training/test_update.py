@@ -34,7 +34,7 @@ def batches(process, n, rows=8, short_rows=0.0):
     """n batches of arrays, in which there is something to learn: counting."""
     for i in range(n):
         lengths = data.short_row_lengths(0, np.arange(i * rows, (i + 1) * rows), process.seq_len, short_rows)
-        levels = diffusion.noise_levels(process, i * rows, rows, eligible=lengths)
+        levels = diffusion.noise_levels(process, i * rows, rows, n_eligible=lengths)
         start = np.random.default_rng(i).integers(0, process.n_vocab, (rows, 1))
         x = (start + np.arange(process.seq_len + 1)) % process.n_vocab
         eligible = np.arange(process.seq_len) < lengths[:, None]
