@@ -326,25 +326,28 @@ def test_help_lists_every_setting(monkeypatch, capsys, flag, rank):
 # ---------------------------------------------------------------------------------------------------- scripts
 
 
-def start(*argv, cwd, **env):
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return subprocess.Popen([sys.executable, *map(str, argv)], cwd=cwd, env=clean | env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def test_train_refuses_before_anything_starts(tmp_path):
-    """Two ranks, as torchrun would start them: the first says what is wrong, both end with code 2."""
+def test_train_refuses_before_anything_starts(tmp_path, monkeypatch, capsys):
+    """Of two ranks, as torchrun would start them, the first says what is wrong; both end with code 2."""
     path = write(tmp_path / "x.py", "import math\nn_layers = 3\nbatch_size = int(math.sqrt(16))\n")
-    wrong = (ROOT / "train.py", path, "--lr=-1", "--compile=maybe", "--objectiv=ar")
-    ranks = [start(*wrong, cwd=tmp_path, RANK=rank, WORLD_SIZE="2") for rank in "01"]
-    (out, err), silent = (process.communicate(timeout=120) for process in ranks)
-    assert [process.returncode for process in ranks] == [2, 2] and silent == ("", "") and not out
-    wanted = [f"train.py: {path}: unknown setting 'n_layers'; did you mean 'n_layer'?",
-              "train.py: --lr=-1: must be above 0",
-              "train.py: --compile=maybe: choose from whole, blocks, no",
-              "train.py: --objectiv=ar: unknown setting 'objectiv'; did you mean 'objective'?"]
-    assert err.splitlines()[:4] == wanted and all(line.startswith("train.py: ") for line in err.splitlines())
+    flags = [str(path), "--lr=-1", "--compile=maybe", "--objectiv=ar"]
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    command = [sys.executable, str(ROOT / "train.py"), *flags]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 2 and not process.stdout
+    lines = process.stderr.splitlines()
+    expected = [f"train.py: {path}: unknown setting 'n_layers'; did you mean 'n_layer'?",
+                "train.py: --lr=-1: must be above 0",
+                "train.py: --compile=maybe: choose from whole, blocks, no",
+                "train.py: --objectiv=ar: unknown setting 'objectiv'; did you mean 'objective'?"]
+    assert lines[:4] == expected and all(line.startswith("train.py: ") for line in lines)
     assert [p.name for p in tmp_path.iterdir() if p.name != "__pycache__"] == ["x.py"]  # no run folder
+
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as stop:
+        configurator.load(train.Config, flags)
+    assert stop.value.code == 2 and capsys.readouterr() == ("", "")
 
 
 # ----------------------------------------------------------------------------------- needs of one for another

@@ -13,7 +13,7 @@ from training import memory, transfer, update
 from training.objective import Objective, compile_and_wrap
 
 
-def case(objective, n_layer=3, d_model=64, n_vocab=1000, seq_len=64, rows=8):
+def case(objective, n_layer=2, d_model=64, n_vocab=1000, seq_len=64, rows=8):
     """A network's ModelConfig, and a batch of arrays for it."""
     config = ModelConfig(
         n_layer, 2, 2, 32, d_model, 192, n_vocab, n_vocab, seq_len, causal=objective == "ar",
