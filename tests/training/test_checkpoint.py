@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from runs import steps_saved
 from test_model import build, tokens
 
-from configurator.renamed import renamed_record
 from model import ModelConfig, Transformer
 from training import checkpoint, update
 from training.checkpoint import (
@@ -174,23 +173,6 @@ def test_only_a_record_that_fits_is_taken(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- older records
-
-
-def test_a_record_gets_todays_names():
-    old = dict(
-        step=7, samples=56, passed=8, streak=1, settings=dict(block_len=32, lr=1e-3, eval_tasks="arc"),
-        model=dict(block_len=32, d_model=8), pending=[[1.0, 2.0, 0.5], [3.0, 0.25]])
-    assert renamed_record(old) == dict(
-        step=7, next_sample=56, passed_samples=8, bad_in_a_row=1,
-        settings=dict(seq_len=32, lr=1e-3, eval_tasks="arc"), model=dict(seq_len=32, d_model=8),
-        pending=[dict(loss=3.0, noisy=2.0, clean=4.0, grad_norm=0.5), dict(loss=3.0, grad_norm=0.25)])
-
-
-def test_a_record_of_today_stays_as_it_is():
-    pending = [dict(loss=3.0, noisy=2.0, clean=4.0, grad_norm=0.5)]
-    record = dict(next_sample=56, settings=dict(seq_len=32), model=dict(seq_len=32), pending=pending)
-    assert renamed_record(json.loads(json.dumps(record))) == record
-    assert renamed_record(dict(step=3)) == dict(step=3)  # what convert.py writes has no settings
 
 
 def test_an_old_record_is_checked_as_it_was_written(tmp_path):

@@ -127,11 +127,20 @@ def test_going_back_is_to_the_last_good_checkpoint_and_past_the_data(saved, tmp_
     assert guard.state == RunState(24, 312, passed_samples=104 + 16, pending=pending)
 
 
-def test_going_back_in_vain_ends_with_a_reason(saved, tmp_path, capsys):
+def test_going_back_in_vain_ends_with_a_reason(saved, tmp_path, monkeypatch, capsys):
     guard, ledger = bare_guard(tmp_path, step=33, next_sample=264), Ledger()
     with pytest.raises(SystemExit):
         guard.go_back(ledger, ledger)
     assert "there is no checkpoint from before; lower --lr" in capsys.readouterr().err
+
+    def unreadable(*arguments, **settings):
+        raise OSError("step_00000020 can't be read: [Errno 116] Stale file handle")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(checkpoint, "load_newest", unreadable)
+        guard.go_back(ledger, ledger)
+    assert "step_00000020 can't be read" in capsys.readouterr().err
+
     saved[20] = record(step=20, next_sample=160)
     for _ in range(3):
         guard.go_back(ledger, ledger)
@@ -227,11 +236,12 @@ def test_bad_steps_between_two_lines_are_seen(run_main, poisoned):
     assert read_checkpoint(run / "step_00000060")["passed_samples"] == 88
 
 
-def test_skipped_steps_cost_no_good_checkpoint(run_main, poisoned):
+def test_skipped_steps_cost_no_good_checkpoint(run_main, poisoned, capsys):
     """With a checkpoint every step and one to keep, the one from before the skipped steps stays."""
     poisoned(range(23, 28))
     run = run_main("--steps=40", "--save_every=1", "--keep=1", "--log_every=1", "--max_skips=5")
     assert decisions(run) == [*skipped(range(23, 28)), ("back", 22)]
+    assert "warning: step 23: no checkpoint amid skipped updates" in capsys.readouterr().err
     assert (run / "latest").read_text() == "step_00000040\n" and steps_saved(run) == [40]
 
 
