@@ -5,7 +5,6 @@ import math
 
 import numpy as np
 import pytest
-import small_world
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -8,6 +8,7 @@ tests/runs.py (Group) is the other side.
 """
 
 import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -131,6 +132,12 @@ def work(folder):
         distributed.shut_down(ranks)
 
 
+def die_with_parent():
+    """Let this process be killed when the one that started it ends, as when pytest is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def main():
     folder, world = Path(sys.argv[1]), int(sys.argv[2])
     with socket.create_server(("localhost", 0)) as server:
@@ -142,6 +149,7 @@ def main():
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
         child = os.fork()
         if not child:
+            die_with_parent()
             work(folder)
         children.append(child)
     for _ in children:
@@ -154,4 +162,5 @@ def main():
 
 
 if __name__ == "__main__":
+    die_with_parent()
     main()
