@@ -454,30 +454,35 @@ def train(cfg, device, watch):
         if stopping:
             break
 
-    # the end
-    watch.at(state.step)
-    log.poll(wait=True)
     feed.close()
-    saver.wait()
-    log.report_failed_save(saver)
-    if stopping and state.step < run.steps:
-        log.log(state.step, event="stopped")
-        say(ranks, f"stopped by a signal after step {state.step}; continue with --resume=auto")
-    if not to_do:
-        say(ranks, f"nothing to do: {resumed[0]} is at step {state.step} of {run.steps}")
-    if ranks.rank == 0 and (run.folder / f"step_{run.steps:08d}").is_dir():
-        print_results(run)
-    if tracker:
-        tracker.finish()
-    if saver.failure:
-        configurator.fail("the last checkpoint could not be written; what was saved before is in "
-                          f"{run.folder}: make room and continue with --resume=auto")
-    return STOPPED if state.step < run.steps else 0
+    return finish(run, state, log, saver, watch, stopping, to_do)
 
 
 def open_feed(run, state):
     """This rank's batches on the device, from where the run stands."""
     return transfer.feed(batches(run, state.step, state.next_sample), run.device)
+
+
+def finish(run, state, log, saver, watch, stopping, to_do):
+    """Log and write all that is still on its way, and print what came out; returns the exit code."""
+    watch.at(state.step)
+    log.poll(wait=True)
+    saver.wait()
+    log.report_failed_save(saver)
+    if stopping and state.step < run.steps:
+        log.log(state.step, event="stopped")
+        say(run.ranks, f"stopped by a signal after step {state.step}; continue with --resume=auto")
+    reached, final = (run.folder / f"step_{step:08d}" for step in (state.step, run.steps))
+    if not to_do:
+        say(run.ranks, f"nothing to do: {reached} is at step {state.step} of {run.steps}")
+    if run.ranks.rank == 0 and final.is_dir():
+        print_results(run)
+    if log.journal and log.journal.tracker:
+        log.journal.tracker.finish()
+    if saver.failure:
+        configurator.fail("the last checkpoint could not be written; what was saved before is in "
+                          f"{run.folder}: make room and continue with --resume=auto")
+    return STOPPED if state.step < run.steps else 0
 
 
 def settle(device, log):
