@@ -83,6 +83,8 @@ def joint_linear(x, *layers, fp8=False):
 
 
 class Attention(nn.Module):
+    """Grouped-query attention with rotary positions. x (B, L, D) → as x, or (C, D) at `index` (C,)."""
+
     fp8 = False  # set by `Transformer.use`
 
     def __init__(self, c):
@@ -194,34 +196,36 @@ class MLP(nn.Module):
         return joint_linear(F.silu(gate) * up, self.down_proj, fp8=self.fp8)
 
 
-def keeping_products(gate_and_up):
-    """Contexts for `checkpoint` that keep attention and matrix products.
+def save_products(gate_and_up):
+    """Make the contexts for `checkpoint` that save the results of attention and matrix products.
 
-    Those of gate and up are almost half of that, and kept only with `gate_and_up`: per byte they are no
+    Those of gate and up are almost half of that, and saved only with `gate_and_up`: per byte they are no
     dearer to compute again than the others.
     """
 
     def policy(ctx, op, *args, **kwargs):
         name = getattr(op, "__name__", str(op))
-        product = name.startswith(("mm.", "bmm.", "_scaled_mm."))
-        is_wide = product and args[1].numel() > 4 * args[0].shape[-1] ** 2  # gate and up together
+        is_product = name.startswith(("mm.", "bmm.", "_scaled_mm."))
+        is_wide = is_product and args[1].numel() > 4 * args[0].shape[-1] ** 2  # gate and up together
         if is_wide and not gate_and_up:
             return CheckpointPolicy.PREFER_RECOMPUTE
-        kept = product or "_scaled_dot_product" in name or "flex_attention" in name
-        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+        is_saved = is_product or "_scaled_dot_product" in name or "flex_attention" in name
+        return CheckpointPolicy.MUST_SAVE if is_saved else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
 
 
-RECOMPUTE = {
-    "elementwise": dict(context_fn=functools.partial(keeping_products, True)),
-    "selective": dict(context_fn=functools.partial(keeping_products, False)),
+RECOMPUTE = {  # options of `checkpoint`
+    "elementwise": dict(context_fn=functools.partial(save_products, gate_and_up=True)),
+    "selective": dict(context_fn=functools.partial(save_products, gate_and_up=False)),
     "full": {},
 }
 
 
 class Block(nn.Module):
-    recompute = "no"  # `Transformer.use` sets it
+    """Attention and MLP, each after a norm, added to x (B, L, D) → as x, or (C, D) at `index` (C,)."""
+
+    recompute = "no"  # set by `Transformer.use`
 
     def __init__(self, c):
         super().__init__()
