@@ -321,12 +321,12 @@ def do_sample(box, model, name):
 
 
 def do_frontier(box):
-    """sample.py --frontier: every order judged by the AR run."""
+    """eval.py frontier, once sample.py --frontier: every order judged by the AR run."""
+    moved = (box["checkout"] / "evaluation/frontier.py").is_file()
     run(
         box,
         [
-            "sample.py",
-            "--frontier",
+            *(["eval.py", "frontier"] if moved else ["sample.py", "--frontier"]),
             "--run_dir=runs/writer_masked",
             "--judge=runs/writer_ar",
             "--device=cpu",
