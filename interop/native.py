@@ -1,5 +1,6 @@
-"""Our own checkpoints, for convert.py: read one tensor at a time, and written so that sample.py, eval.py and
-`train.py --init_from` take them like any other run.
+"""Our own checkpoints, read one tensor at a time, and written.
+
+sample.py, eval.py and `train.py --init_from` take what is written here like any other run.
 """
 
 import json
