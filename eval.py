@@ -244,9 +244,9 @@ def check_objective(cfg, objective):
         raise ValueError("ordered: an autoregressive model has one order, "
                          "and its exact NLL is measured anyway")
     meaningless = dict(masked=(), uniform=("order", "block"), ar=("order", "block", "steps"))[objective]
-    given = [name for name in meaningless if getattr(cfg, name) != getattr(Config, name)]
-    if given:
-        raise ValueError(f"{', '.join(given)} has no meaning for objective={objective}")
+    changed = [name for name in meaningless if getattr(cfg, name) != getattr(Config, name)]
+    if changed:
+        raise ValueError(f"{', '.join(changed)} has no meaning for objective={objective}")
 
 
 def measure_checkpoint(cfg, generator, inputs, ranks):
@@ -285,8 +285,8 @@ def evaluate_new_checkpoints(cfg, ranks):
     is_waiting = False
     with contextlib.closing(log):
         while True:
-            looked = log.next_checkpoint(), log.is_finished()
-            folder, is_finished = distributed.all_gather(ranks, looked)[0]  # the first rank decides for all
+            looks = log.is_finished(), log.next_checkpoint()  # the last one may appear between the two
+            is_finished, folder = distributed.all_gather(ranks, looks)[0]  # the first rank decides for all
             if folder:
                 evaluate_into(log, cfg, folder, tasks, ranks)
                 is_waiting = False

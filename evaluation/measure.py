@@ -220,10 +220,10 @@ def measure_texts(cfg, subject, judge):
     generator = subject.generator
     max_length = min(generator.seq_len, judge.seq_len) if judge else generator.seq_len
     if cfg.texts:
-        written = texts.read_texts(cfg.texts, generator.tokenizer, max_length)
+        samples = texts.read_texts(cfg.texts, generator.tokenizer, max_length)
     else:
-        written = write_texts(cfg, generator, cfg.length or max_length)
-    rows = [text.new for text in written]
+        samples = write_texts(cfg, generator, cfg.length or max_length)
+    rows = [text.new for text in samples]
     entropies = [texts.entropy(row) for row in rows]
     longest = max(map(len, rows))
     report = dict(
@@ -235,7 +235,7 @@ def measure_texts(cfg, subject, judge):
                     for n in (2, 3, 4) if longest >= n},
     )
     if judge:
-        nll = judge_texts(judge, written)
+        nll = judge_texts(judge, samples)
         pairs = [[entropy, float(value)] for entropy, value in zip(entropies, nll)]
         report |= dict(judge=cfg.judge, nll=mean_and_error(nll), pairs=pairs)
     if cfg.match:
@@ -260,13 +260,13 @@ def write_texts(cfg, generator, length):
     return [texts.Text(row, row, 0) for row in rows]
 
 
-def judge_texts(judge, written):
+def judge_texts(judge, samples):
     """The judge's NLL of each text's new part: (N,) nats per token. Texts of one shape share passes."""
-    shapes = [(len(text.ids), text.start) for text in written]
-    nll = np.empty(len(written))
+    shapes = [(len(text.ids), text.start) for text in samples]
+    nll = np.empty(len(samples))
     for shape in sorted(set(shapes)):
         members = [i for i, other in enumerate(shapes) if other == shape]
-        nll[members] = texts.judge_nll(judge, [written[i].ids for i in members], skip=shape[1])
+        nll[members] = texts.judge_nll(judge, [samples[i].ids for i in members], skip=shape[1])
     return nll
 
 

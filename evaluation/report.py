@@ -81,12 +81,12 @@ def print_tasks(tasks):
 
 
 def print_texts(texts):
-    judged = ""
+    nll = ""
     if "nll" in texts:
-        nll = with_error(texts["nll"]["mean"], texts["nll"]["error"], digits=3)
-        judged = f", NLL under {texts['judge']} {nll} nats/token"
+        value = with_error(texts["nll"]["mean"], texts["nll"]["error"], digits=3)
+        nll = f", NLL under {texts['judge']} {value} nats/token"
     entropy = with_error(texts["entropy"]["mean"], texts["entropy"]["error"], digits=3)
-    print(f"{texts['texts']} texts, {texts['tokens']:,} tokens: entropy {entropy} nats{judged}")
+    print(f"{texts['texts']} texts, {texts['tokens']:,} tokens: entropy {entropy} nats{nll}")
     distinct = "   ".join(f"{n}: {value:.3f}" for n, value in texts["distinct"].items())
     repetition = "   ".join(f"{n}: {value['mean']:.3f}" for n, value in texts["repetition"].items())
     print(f"   distinct-n   {distinct}      repeated n-grams within a text   {repetition}")

@@ -82,7 +82,7 @@ class Matches(NamedTuple):
     """The windows of n tokens of the rows that stand in a stream, and where."""
 
     n: int
-    found: list  # for each row a bool array: of each of its windows, whether it was found
+    in_stream: list  # for each row a bool array: of each of its windows, whether it stands there
     places: list  # (row, column, position in the stream) of the windows that were found, up to a limit
 
     def of_rows(self, rows):
@@ -181,9 +181,10 @@ def copies(streams, rows, held_out, lengths):
         if max(map(len, everything)) < n:
             break
         matches = [search(stream, everything, n) for stream in streams]
-        found = [np.any(by_stream, axis=0) for by_stream in zip(*(match.found for match in matches))]
+        by_row = zip(*(match.in_stream for match in matches))
+        copied = [np.any(by_stream, axis=0) for by_stream in by_row]
         for name, part in parts.items():
-            of_part = [found[number] for number in part if len(found[number])]
+            of_part = [copied[number] for number in part if len(copied[number])]
             if not of_part:
                 continue
             with_match = [windows.any() for windows in of_part]
@@ -192,7 +193,7 @@ def copies(streams, rows, held_out, lengths):
             for stream, match in zip(streams, matches):
                 tokens, *_ = longest_copy(stream, everything, match.of_rows(part))
                 report[name]["longest"] = max(report[name]["longest"], tokens)
-        if not any(windows.any() for windows in found):
+        if not any(windows.any() for windows in copied):
             break
     return report
 

@@ -20,7 +20,7 @@ if not os.path.exists("/dev/nvidiactl"):  # without a GPU triton's interpreter r
 if (ROOT / "../shared/tiktoken").is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(ROOT / "../shared/tiktoken"))
 
-pytest_plugins = ["corpus_fixtures", "local_tasks"]
+pytest_plugins = ["corpus_fixtures", "evaluation_fixtures"]
 
 
 def prepared(folder, *names, **settings):

@@ -12,43 +12,17 @@ import time
 import numpy as np
 import pytest
 from conftest import ROOT, prepared
+from evaluation_fixtures import last_validation, newest_report, write_lines
 
 import data
 import eval as evaluation
 from evaluation import compare, likelihood
-from training.log import read_metrics, read_rows
-
-
-@pytest.fixture
-def run_eval(monkeypatch, capsys):
-    """Call eval.main() in this process; returns (stdout, eval.json)."""
-
-    def call(run, *flags, out=None):
-        capsys.readouterr()
-        flags = [*flags, f"--out={out}"] if out else flags
-        monkeypatch.setattr(sys, "argv", ["eval.py", f"--run_dir={run}", "--device=cpu", *map(str, flags)])
-        evaluation.main()
-        return capsys.readouterr().out, json.loads(((out or folder(run)) / "eval.json").read_text())
-
-    return call
-
-
-def folder(run):
-    """The folder of measurements of the run's newest checkpoint."""
-    return sorted(run.glob("eval_*"))[-1]
-
-
-def last_validation(run):
-    return [m for m in read_metrics(run) if "val_loss" in m][-1]
+from training.log import read_rows
 
 
 def square(i):
     """A sentence of the corpus."""
     return f"{i} squared is {i * i}, and its double is {2 * i}.\n"
-
-
-def write_lines(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 # likelihoods ------------------------------------------------------------------------------------------------
@@ -86,41 +60,54 @@ def test_the_figures_of_training_again(run_main, run_eval, tmp_path, flags):
     assert abs(bound["nats_per_token"] - logged["val_loss"]) < 5 * (bound["error"] + logged["val_error"])
 
 
-SLOW = pytest.mark.slow
+SHARED = ["--rows=40", "--passes=2", "--bins=0", "--device=cpu"]
+ORDERED = ["--ordered=left_to_right,confidence,random", "--ordered_rows=5"]
+
+
+def assert_equal_figures(report, other):
+    """The bounds and the likelihoods in an order of two eval.json are equal to rounding."""
+    for key in ("nats_per_token", "error", "bits_per_byte"):
+        assert report["bound"][key] == pytest.approx(other["bound"][key], abs=1e-6), key
+    assert report.get("ordered", {}).keys() == other.get("ordered", {}).keys()
+    for order, line in report.get("ordered", {}).items():
+        expected = other["ordered"][order]["nats_per_token"]
+        assert line["nats_per_token"] == pytest.approx(expected, abs=2e-6), order
+
+
+@pytest.mark.parametrize("objective", ["masked", "uniform", "ar"])
+def test_batches_and_the_compiler_change_nothing(run_main, run_eval, without_codegen, tmp_path, objective):
+    run = run_main("--steps=5", f"--objective={objective}")
+    shared = SHARED + (ORDERED if objective == "masked" else [])
+    _, report = run_eval(run, *shared, out=tmp_path / "plain")
+    _, of_single_rows = run_eval(run, *shared, "--micro_batch=1", out=tmp_path / "rows")
+    assert_equal_figures(of_single_rows, report)
+    graphs = without_codegen()
+    _, compiled = run_eval(run, *shared, "--compile", out=tmp_path / "compiled")
+    assert_equal_figures(compiled, report)
+    assert graphs["stats"]["unique_graphs"] > 0
+
+
 TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
 
 
-def start(command):
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-@pytest.mark.parametrize(
-    "objective", ["masked", pytest.param("uniform", marks=SLOW), pytest.param("ar", marks=SLOW)])
-def test_ranks_batches_and_the_compiler_change_nothing(run_main, tmp_path, objective):
-    """1 and 2 ranks, batch 1 and 32, compiled and not: the same to 1e-6. Ordered likelihoods, too."""
+@pytest.mark.parametrize("objective", [
+    "masked", pytest.param("uniform", marks=pytest.mark.slow), pytest.param("ar", marks=pytest.mark.slow)])
+def test_ranks_change_nothing(run_main, run_eval, tmp_path, objective):
     run = run_main("--steps=5", f"--objective={objective}")
-    shared = ["eval.py", f"--run_dir={run}", "--device=cpu", "--rows=40", "--passes=2"]
-    if objective == "masked":
-        shared += ["--ordered=left_to_right,confidence,random", "--ordered_rows=5"]
-    variants = {"plain": [sys.executable, *shared], "one row": [sys.executable, *shared, "--micro_batch=1"],
-                "compiled": [sys.executable, *shared, "--compile"],
-                "two ranks": [*TWO_RANKS, *shared, "--micro_batch=5"]}
-    processes = {}
-    for name, command in variants.items():
-        command = [*command, f"--out={tmp_path / name}"]
-        processes[name] = start(command)
-    reports = {}
-    for name, process in processes.items():
-        _, err = process.communicate()
-        assert process.returncode == 0, err
-        reports[name] = json.loads((tmp_path / name / "eval.json").read_text())
-    plain = reports["plain"]
-    for name, report in reports.items():
-        for key in ("nats_per_token", "error", "bits_per_byte"):
-            assert report["bound"][key] == pytest.approx(plain["bound"][key], abs=1e-6), (name, key)
-        for order, line in report.get("ordered", {}).items():
-            expected = plain["ordered"][order]["nats_per_token"]
-            assert line["nats_per_token"] == pytest.approx(expected, abs=2e-6), (name, order)
+    shared = SHARED + (ORDERED if objective == "masked" else [])
+    _, report = run_eval(run, *shared, out=tmp_path / "one")
+    flags = [*shared, f"--run_dir={run}", "--micro_batch=5", f"--out={tmp_path / 'two'}"]
+    done = subprocess.run([*TWO_RANKS, "eval.py", *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_equal_figures(json.loads((tmp_path / "two/eval.json").read_text()), report)
+
+
+@pytest.mark.slow
+def test_the_compiler_s_own_code_changes_nothing(run_main, run_eval, tmp_path):
+    run = run_main("--steps=5")
+    _, report = run_eval(run, *SHARED, out=tmp_path / "plain")
+    _, compiled = run_eval(run, *SHARED, "--compile", out=tmp_path / "compiled")
+    assert_equal_figures(compiled, report)
 
 
 def test_the_curve_of_a_uniform_model(run_main, run_eval):
@@ -180,12 +167,12 @@ def test_dropout_and_documents_are_as_they_were_trained(run_main, run_eval, monk
 def test_the_curve_is_written_and_drawn(run_main, run_eval):
     run = run_main("--steps=6")
     text, report = run_eval(run, "--rows=100", "--bins=5", "--passes=2")
-    bound, lines = report["bound"], list(csv.DictReader((folder(run) / "noise.csv").open()))
+    bound, lines = report["bound"], list(csv.DictReader((newest_report(run) / "noise.csv").open()))
     assert len(lines) == 5 and list(lines[0]) == ["noise_ratio", "nats", "error", "rows"]
     assert sum(int(line["rows"]) for line in lines) == 200
     integral = np.mean([float(line["nats"]) for line in lines])
     assert integral == pytest.approx(bound["nats_per_token"], rel=0.05)
-    assert (folder(run) / "noise.png").read_bytes()[:4] == b"\x89PNG"
+    assert (newest_report(run) / "noise.png").read_bytes()[:4] == b"\x89PNG"
     assert "noise alone ±" in text and 0 < bound["noise_error"] < bound["error"]
 
 
@@ -200,7 +187,7 @@ def test_other_measurements_of_a_checkpoint_stay(run_main, run_eval):
     assert second["settings"]["bound"]["rows"] == 100 and second["settings"]["ordered"]["ordered_rows"] == 6
     text, third = run_eval(run, "--rows=20")
     assert third["bound"] == first["bound"] and "kept in" in text
-    assert len(read_rows(folder(run), "evaluation.npz")[2]) == 100
+    assert len(read_rows(newest_report(run), "evaluation.npz")[2]) == 100
     _, fourth = run_eval(run, "--rows=100", "--passes=3")
     assert fourth["bound"]["passes"] == 3 and fourth["ordered"] == second["ordered"]
 
@@ -222,11 +209,11 @@ def test_each_checkpoint_has_a_report_of_its_own(run_main, run_eval, monkeypatch
 def test_a_report_that_is_none_is_replaced(run_main, run_eval):
     run = run_main("--steps=3")
     run_eval(run, "--rows=8", "--bins=0")
-    (folder(run) / "eval.json").write_text("[1]")
+    (newest_report(run) / "eval.json").write_text("[1]")
     (run.parent / "elsewhere").mkdir()
     _, report = run_eval(run.parent / "elsewhere" / ".." / run.name, "--rows=8", "--bins=0")
     assert list(report)[:2] == ["checkpoint", "step"]
-    text = (folder(run) / "eval.json").read_text()
+    text = (newest_report(run) / "eval.json").read_text()
     assert "NaN" not in text and '"noise_error": null' in text  # with one pass
 
 
@@ -390,7 +377,8 @@ def test_an_exception_on_a_rank_is_said(run_main):
 def test_ctrl_c_is_one_line(run_main, tmp_path):
     run, out = run_main("--steps=3"), tmp_path / "out"
     flags = ["--device=cpu", "--passes=100000", f"--out={out}"]
-    process = start([sys.executable, "eval.py", f"--run_dir={run}", *flags])
+    command = [sys.executable, "eval.py", f"--run_dir={run}", *flags]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert "masked" in process.stdout.readline()  # the header: it has begun
     time.sleep(1)
     process.send_signal(signal.SIGINT)

@@ -6,7 +6,7 @@ import shutil
 import sys
 
 import pytest
-from test_eval import last_validation, run_eval  # noqa: F401  (a fixture)
+from evaluation_fixtures import last_validation
 
 import eval as evaluation
 from evaluation import compare
@@ -83,7 +83,7 @@ def test_differences_of_the_same_run_are_none(run_main, run_compare, tmp_path):
     assert "+0.0000 ± 0.0000 nats/token | no |" in run_compare(one, tmp_path / "copy")
 
 
-def test_only_the_last_step_and_one_text_are_compared(run_main, run_compare, run_eval):  # noqa: F811
+def test_only_the_last_step_and_one_text_are_compared(run_main, run_compare, run_eval):
     one, two = (run_main("--steps=10", "--lr=1e-2", "--save_every=5", f"--seed={seed}", run=f"r{seed}")
                 for seed in (1, 2))
     folders = [run / "eval_00000010" for run in (one, two)]

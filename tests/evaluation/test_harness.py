@@ -11,8 +11,8 @@ from conftest import ROOT
 pytest.importorskip("lm_eval")
 
 import lm_eval
+from evaluation_fixtures import rigged
 from lm_eval.api.instance import Instance
-from local_tasks import rigged
 
 from evaluation import harness, tasks
 from evaluation.answers import Question

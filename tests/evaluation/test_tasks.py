@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-from local_tasks import hellaswag, mmlu, rigged, write_lines
+from evaluation_fixtures import hellaswag, mmlu, rigged, write_lines
 
 from evaluation import tasks
 

@@ -40,8 +40,8 @@ def test_every_window_is_found_where_it_stands(text, rows, n, chunk, files):
     stream = Stream([np.array(part, np.uint16) for part in np.array_split(text, files)])
     matches = texts.search(stream, rows, n, chunk=chunk)
     in_text = windows(text, n)
-    for row, found in zip(rows, matches.found):
-        assert found.tolist() == [window in in_text for window in windows(row, n)]
+    for row, in_stream in zip(rows, matches.in_stream):
+        assert in_stream.tolist() == [window in in_text for window in windows(row, n)]
     places = set()
     for r, row in enumerate(rows):
         for i, window in enumerate(windows(row, n)):
@@ -63,8 +63,8 @@ def test_windows_whose_hashes_agree_are_compared():
     tables = texts.powers(texts.BASE, 2048), texts.powers(texts.INVERSE, 2048)
     hashes = [texts.hashes(np.array(bits), *tables, 2048) for bits in (thue, other)]
     assert hashes[0] == hashes[1]  # the trap is one
-    assert not texts.search(Stream([np.array(other, np.uint16)]), [thue], 2048).found[0].any()
-    assert texts.search(Stream([np.array(thue, np.uint16)]), [thue], 2048).found[0].all()
+    assert not texts.search(Stream([np.array(other, np.uint16)]), [thue], 2048).in_stream[0].any()
+    assert texts.search(Stream([np.array(thue, np.uint16)]), [thue], 2048).in_stream[0].all()
 
 
 def test_large_texts_are_searched_quickly():
@@ -73,14 +73,14 @@ def test_large_texts_are_searched_quickly():
     rows = [rng.integers(0, 50_000, 256).tolist() for _ in range(60)]
     rows[7][100:180] = text[2_097_100:2_097_180].tolist()  # across two chunks
     matches = texts.search(Stream([text]), rows, 32)
-    assert sum(part.sum() for part in matches.found) == matches.found[7].sum() == 80 - 32 + 1
+    assert sum(part.sum() for part in matches.in_stream) == matches.in_stream[7].sum() == 80 - 32 + 1
     assert texts.longest_copy(Stream([text]), rows, matches) == (80, 7, 100, 2_097_100)
 
 
 def test_nothing_to_look_for():
     stream = Stream([np.arange(10, dtype=np.uint16)])
-    assert texts.search(stream, [[1, 2]], 5).found[0].tolist() == []
+    assert texts.search(stream, [[1, 2]], 5).in_stream[0].tolist() == []
     matches = texts.search(stream, [list(range(12))], 11)  # the text is shorter than the window
-    assert matches.found[0].tolist() == [False, False]
+    assert matches.in_stream[0].tolist() == [False, False]
     with pytest.raises(IndexError):
         texts.powers(3, 0)

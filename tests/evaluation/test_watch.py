@@ -165,6 +165,24 @@ def test_checkpoints_are_scored_as_they_appear(run_main, run_watch, monkeypatch,
     assert out.count("waiting for the next checkpoint") == 2  # not at each look
 
 
+def test_the_last_checkpoint_appears_just_after_a_look(run_main, run_watch, monkeypatch, tmp_path):
+    """Then the run is at its last step, but that checkpoint is still to be scored."""
+    done, run = run_main("--steps=4", "--save_every=2", run="done"), tmp_path / "run"
+    shutil.copytree(done, run)
+    shutil.rmtree(run / "step_00000004")
+    next_checkpoint = watch.ScoreLog.next_checkpoint
+
+    def look(log):
+        folder = next_checkpoint(log)
+        if not folder and not (run / "step_00000004").is_dir():
+            shutil.copytree(done / "step_00000004", run / "step_00000004")
+        return folder
+
+    monkeypatch.setattr(watch.ScoreLog, "next_checkpoint", look)
+    run_watch(run, *QUICK)
+    assert list(scores(run)) == [2, 4]
+
+
 def test_next_checkpoint_is_the_oldest_without_scores(tmp_path):
     for step in (3, 6, 9):
         (tmp_path / f"step_{step:08d}").mkdir()
@@ -250,11 +268,10 @@ def start(run, *flags):
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_it_with_one_line(tmp_path, signum):
+def test_a_signal_ends_it_with_one_line(tmp_path):
     process = start(tmp_path / "run")
     assert "waiting for the next checkpoint" in process.stdout.readline()
-    process.send_signal(signum)
+    process.send_signal(signal.SIGTERM)  # test_eval.py sends SIGINT
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err == f"eval.py: interrupted; what was scored is in {tmp_path / 'run'}/metrics.jsonl\n"

@@ -1,10 +1,41 @@
-"""Tasks for tests: data in HellaSwag's and MMLU's formats, a task of one's own, and a rigged model."""
+"""Fixtures of the tests of eval.py: it is called in this process; data sets and tasks are made here."""
 
 import csv
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
+
+
+def newest_report(run):
+    """The folder of measurements of the run's newest checkpoint."""
+    return sorted(run.glob("eval_*"))[-1]
+
+
+def last_validation(run):
+    from training.log import read_metrics
+
+    return [m for m in read_metrics(run) if "val_loss" in m][-1]
+
+
+@pytest.fixture
+def run_eval(monkeypatch, capsys):
+    """Call eval.main() in this process; returns (stdout, eval.json)."""
+
+    import eval as evaluation
+
+    def call(run, *flags, out=None):
+        capsys.readouterr()
+        flags = [*flags, f"--out={out}"] if out else flags
+        monkeypatch.setattr(sys, "argv", ["eval.py", f"--run_dir={run}", "--device=cpu", *map(str, flags)])
+        evaluation.main()
+        return capsys.readouterr().out, json.loads(((out or newest_report(run)) / "eval.json").read_text())
+
+    return call
+
+
+# tasks ------------------------------------------------------------------------------------------------------
 
 ENDINGS = ["pours the tea into two cups and sits down", "pours the",
            "pours the car into a tree, and so on and so on", "is a cup"]
