@@ -253,7 +253,8 @@ def test_a_line_that_comes_too_late_is_not_in_the_trimmed_file(tmp_path, monkeyp
 
 
 def test_the_trainer_s_wandb_run_gets_the_scores(run_main, run_watch, monkeypatch, tmp_path):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()  # it reads its environment once in a process
     for name, value in (("WANDB_MODE", "offline"), ("WANDB_DIR", str(tmp_path)), ("WANDB_SILENT", "true")):
         monkeypatch.setenv(name, value)
     run = run_main("--steps=4", "--wandb=test")
