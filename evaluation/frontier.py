@@ -27,6 +27,7 @@ from corpus import tokenfiles
 from evaluation.texts import entropy, judge_nll, open_judge
 from sampling.decode import CONFIDENCE_ORDERS, PLANNED_ORDERS, DecodeConfig
 from sampling.generator import Generator
+from sampling.predictor import CacheGap
 
 REMASKING = ("capped", "rescaled", "confidence")
 CACHES = ("no", "prefix", "dual")
@@ -49,7 +50,7 @@ class Config:
         "with remasking twice as many, too)")
     thresholds: str = setting("0.3,0.5,0.7,0.9", "of order=threshold, with commas")
     fallback: Literal["random", "surest"] = setting(
-        "random", "of order=threshold: what opens beside what is sure enough")
+        "random", "of order=threshold: which position opens in any case")
     temperatures: str = setting("1.0", "with commas")
     caches: str = setting("no", "of no, prefix and dual, with commas; they need block")
     block: int = setting(0, "new tokens that are finished before the next ones begin (0: all at once)", low=0)
@@ -168,7 +169,7 @@ class Decoding(NamedTuple):
     rows: list
     seconds: float
     passes: float  # that a row by itself needs
-    cache_gap: tuple | None  # decode.Result.cache_gap's
+    cache_gap: CacheGap | None
 
 
 def decode(generator, rows, config, micro_batch):
@@ -179,8 +180,8 @@ def decode(generator, rows, config, micro_batch):
         results.append(generator.generate(rows[first : first + micro_batch], config, first))
     seconds = time.perf_counter() - start
     passes = sum(result.passes_per_row * len(result.rows) for result in results) / len(rows)
-    return Decoding([row for result in results for row in result.rows], seconds, passes,
-                    results[0].cache_gap())
+    all_rows = [row for result in results for row in result.rows]
+    return Decoding(all_rows, seconds, passes, results[0].cache_gap())
 
 
 def measure(judge, rows, skip):
@@ -321,7 +322,7 @@ def main(argv):
         figures = measure_decoding(judge, decoding, cfg.prompt)
         line = dict(name=name, order=order, how=config._asdict(), **figures)
         if decoding.cache_gap:
-            line["cache_kl"], line["cache_other"], *_ = decoding.cache_gap
+            line |= dict(cache_kl=decoding.cache_gap.kl, cache_other=decoding.cache_gap.other)
         lines.append(line)
         print_line(line, width)
 

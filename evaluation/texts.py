@@ -20,7 +20,7 @@ from sampling.generator import Generator
 def open_judge(run_dir, device, generator):
     """The Generator of the autoregressive run that judges the texts of another; raises ValueError or OSError.
 
-    Its weights are read by `load`.
+    Its weights are read by `load_weights`.
     """
     judge = Generator.from_checkpoint(run_dir, device, "float32")
     if judge.objective != "ar":
