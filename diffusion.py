@@ -26,9 +26,10 @@ from kernels import linear_cross_entropy, linear_uniform_bound
 
 @dataclass(frozen=True)
 class Schedule:
-    """The noise ratio r(t), its derivative r′(t) and its inverse; all three work on floats and arrays.
+    """The noise ratio r(t), increasing from 0 to 1, its derivative r′(t) and its inverse.
 
-    Raises ValueError unless r(0) = 0 and r(1) = 1: one that stops at 1 − ε would drop a part of the bound.
+    All three work on floats and arrays. Raises ValueError unless r(0) = 0 and r(1) = 1: a schedule that ends
+    at r(1) = 1 − ε would drop r ∈ (1 − ε, 1] from the bound.
     """
 
     r: Callable
@@ -59,6 +60,8 @@ def schedule(name):
     if name.startswith("poly") and name[4:].isdigit() and int(name[4:]) > 0:
         n = int(name[4:])
         return Schedule(lambda t: t**n, lambda t: n * t ** (n - 1), lambda u: u ** (1 / n))
+    if name == "loglinear":  # MDLM's and SEDD's
+        raise ValueError("schedule=loglinear, α = 1 − (1 − ε)t, is linear without its ε: choose linear")
     raise ValueError(f"unknown schedule '{name}'; choose linear, cosine or poly<n> (poly2, poly3, …)")
 
 
@@ -134,7 +137,7 @@ class NoiseLevels(NamedTuple):
     t: np.ndarray  # (N,) time in (0, 1]
     n_eligible: np.ndarray  # (N,) positions of the row that count
     count: np.ndarray  # (N,) k = ⌈r(t)·n_eligible⌉ of them are corrupted
-    mean: float  # μ of moving_gaussian at this step
+    mu: float  # of moving_gaussian at this step
 
     def microbatch_rows(self, part, parts):
         """Every parts-th row: a micro-batch is itself a lattice, and no rank gets only clean rows."""
@@ -281,7 +284,7 @@ def uniform_batch(p, x, levels, rows, bits, eligible, scored, documents):
     alpha = np.maximum(1 - ratio, 1e-6)  # the integrand is O(α) there; the floors keep its factors finite
     noisy = (unit(bits) <= ratio[:, None]) & eligible
     z = np.where(noisy, drawn, x)
-    weight = s.dr(t) / (p.n_vocab * alpha) / (total * time_density(p, t, levels.mean))
+    weight = s.dr(t) / (p.n_vocab * alpha) / (total * time_density(p, t, levels.mu))
     weights = stack_weights(scored * weight[:, None])
     beta = np.repeat(p.n_vocab * alpha / np.maximum(ratio, 1e-9), L).astype(np.float32)
     return Batch(z, targets, weights, time=time, documents=documents, noisy=z.reshape(-1), beta=beta)
@@ -294,7 +297,7 @@ def masked_weights(p, levels, rows, bits, eligible):
     time form   i.i.d. positions, w(t) = r′/r;
     ratio form  the same positions, r′·n/k for the realized k, one position forced where k = 0
                 (so it estimates (n·NELBO + C₁)/(n + 1), C₁ the cross-entropy of a single mask);
-    count form  exactly k, 1/k × n × (1/n)/P(k), P(k) = F(r⁻¹(k/n)) − F(r⁻¹((k−1)/n)).
+    count form  exactly k, 1/(k·P(k)), P(k) = F(r⁻¹(k/n)) − F(r⁻¹((k−1)/n)).
     """
     t, n, count = levels.t[rows], levels.n_eligible[rows], levels.count[rows]
     s = schedule(p.schedule)
@@ -302,10 +305,10 @@ def masked_weights(p, levels, rows, bits, eligible):
         noisy = exactly(bits, count, eligible)
         if p.loss == "maskgit":
             return noisy, np.ones(len(t))
-        upper, lower = (time_cdf(p, s.inverse(k / n), levels.mean) for k in (count, count - 1))
+        upper, lower = (time_cdf(p, s.inverse(k / n), levels.mu) for k in (count, count - 1))
         return noisy, 1 / (count * (upper - lower))
     noisy = (unit(bits) <= s.r(t)[:, None]) & eligible
-    density = time_density(p, t, levels.mean)
+    density = time_density(p, t, levels.mu)
     if p.estimator == "time":
         return noisy, s.dr(t) / (s.r(t) * density)
     noisy |= exactly(bits, np.ones_like(count), eligible)  # the smallest draw: masked anyway unless none is

@@ -303,7 +303,8 @@ def training_step(run, objective, optimizer, feed, clock):
 def validate(run, objective, alive):
     """The bound (AR: the exact NLL) on the validation split → arguments of StepLog.validation.
 
-    `alive` is called after every batch. Validation noise is the same for all runs and steps.
+    `objective` is not compiled: validation is rare, and would be a graph of its own. `alive` is called after
+    every batch. Validation noise is the same for all runs and steps.
     """
     cfg = run.cfg
     process = likelihood.validation_process(run.process, cfg.schedule)

@@ -57,7 +57,7 @@ class RowScorer(NamedTuple):
 
     objective: Callable
     sequences: data.Sequences | data.Mixture
-    read: Callable  # data.read_batch of the run's settings and separator
+    read: Callable  # data.read_batch with the run's settings and separator filled in
     micro_batch: int  # rows per rank and forward pass; does not change the figures
     ranks: distributed.Ranks
     device: torch.device
@@ -91,10 +91,13 @@ def evaluate(scorer, process, n_rows, passes=1, on_progress=lambda done, total: 
     One lattice of noise levels spans all rows of a pass, dealt out strided, so that no batch masks more than
     its capacity. The first pass is what train.py logs as its validation. All ranks call this and get the
     same; `on_progress` gets the batches of this rank that are done.
+
+    Of a masked network a position weighs L/k of the row's bound and 1/(n_rows·L) of the mean over rows; a
+    row's loss is n_rows times that: the mean cross-entropy of its k masked tokens.
     """
     shared = scorer.micro_batch * scorer.ranks.world
-    parts = -(-n_rows // shared) * scorer.ranks.world
-    total = passes * parts // scorer.ranks.world
+    n_batches = -(-n_rows // shared) * scorer.ranks.world
+    total = passes * n_batches // scorer.ranks.world
     all_values, all_ids, all_levels = [], [], []
 
     with eval_mode(scorer.objective):
@@ -102,13 +105,13 @@ def evaluate(scorer, process, n_rows, passes=1, on_progress=lambda done, total: 
             levels = diffusion.noise_levels(process, number * n_rows, n_rows)
             ids = data.validation_ids(n_rows, scorer.sequences.available, number)
             values = None
-            for part in range(scorer.ranks.rank, parts, scorer.ranks.world):
-                rows = levels.microbatch_rows(part, parts)
-                losses = batch_losses(scorer, process, ids, levels, rows, parts / n_rows)
+            for batch in range(scorer.ranks.rank, n_batches, scorer.ranks.world):
+                rows = levels.microbatch_rows(batch, n_batches)
+                losses = batch_losses(scorer, process, ids, levels, rows, n_batches / n_rows)
                 if values is None:
                     values = np.zeros((n_rows, losses.shape[1]))
-                values[rows] = n_rows * losses  # their weights hold the mean over rows
-                on_progress((number * parts + part) // scorer.ranks.world + 1, total)
+                values[rows] = n_rows * losses
+                on_progress((number * n_batches + batch) // scorer.ranks.world + 1, total)
             all_values.append(sum_over_ranks(scorer.ranks, values))
             all_ids.append(ids)
             all_levels.append(levels)
@@ -123,7 +126,7 @@ def batch_losses(scorer, process, ids, levels, rows, spacing):
     filled = np.concatenate((rows, np.full(micro - len(rows), len(ids) - 1)))
     batch = scorer.read(process, scorer.sequences, ids[filled], levels, filled, valid=valid, spacing=spacing)
 
-    tensors = transfer.to_device(transfer.to_tensors(batch, False), scorer.device)
+    tensors = transfer.to_device(transfer.to_tensors(batch), scorer.device)
     with scorer.autocast():
         nats = scorer.objective.nats_at_positions(tensors)
     nats = nats.double().cpu().numpy()

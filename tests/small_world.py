@@ -9,6 +9,7 @@ import torch
 
 import diffusion
 
+SCHEDULES = ("linear", "cosine", "poly2", "poly3")
 V, L, M = 3, 3, 3  # text tokens, positions, the mask's id
 STATES = np.array(list(itertools.product(range(V), repeat=L)))  # (27, L)
 P = np.random.default_rng(0).gamma(0.4, size=len(STATES)) + 0.01  # of the states

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_world import (
+    SCHEDULES,
     Denoiser,
     H,
     L,
@@ -26,8 +27,6 @@ import diffusion as d
 import kernels
 from model import ModelConfig, Transformer
 from training import transfer
-
-SCHEDULES = ("linear", "cosine", "poly2", "poly3")
 
 # ---------------------------------------------------------------- the optimal denoiser's bound is the entropy
 
@@ -219,6 +218,11 @@ def test_the_cosine_schedule_is_the_right_one():
 def test_unknown_schedule_is_refused(name):
     with pytest.raises(ValueError, match="linear, cosine or poly"):
         d.schedule(name)
+
+
+def test_loglinear_is_linear_with_an_epsilon():
+    with pytest.raises(ValueError, match="is linear without its ε: choose linear"):
+        d.schedule("loglinear")
 
 
 @pytest.mark.parametrize("r, inverse, message", (

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_world import SCHEDULES
 
 import diffusion as d
 from data import short_row_lengths
 
-SCHEDULES = ("linear", "cosine", "poly2", "poly3")
 V = 9  # text tokens; the mask's id, too
 
 

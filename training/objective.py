@@ -40,7 +40,7 @@ class Objective(nn.Module):
         return self.loss_figures(self.hidden(batch), self.network.head, batch, n_vocab, self.posterior)
 
     def nats_at_positions(self, batch, likeliest=False):
-        """The nats at each position of the batch, (C,) fp32, whatever its weights. Never differentiated.
+        """The nats at each position of the batch, (C,) fp32; the caller weighs them. Never differentiated.
 
         With `likeliest` also each position's likeliest token, (C,), and its probability, (C,).
         """
