@@ -244,6 +244,13 @@ def short_row_lengths(seed, sample, seq_len, share):
     return np.where(u[:, 0] <= share, length, seq_len).astype(np.int64)
 
 
+def eligible_counts(cfg, sample):
+    """How many positions count in each row of a run with these settings, (N,) int64; None: all of them."""
+    if not cfg.short_rows:
+        return None
+    return short_row_lengths(cfg.seed, sample, cfg.seq_len, cfg.short_rows)
+
+
 def read_batch(cfg, eos_id, process, sequences, ids, levels, rows, eligible=None, valid=None, spacing=None):
     """The sequences `ids` (B,) as a diffusion.Batch of the step's `rows`, with documents as cfg has them.
 

@@ -32,6 +32,7 @@ from training.distributed import (
     any_rank,
     full_tensor,
     on_all_ranks,
+    shut_down,
     sync_gradients,
     wait_for_folder,
 )
@@ -187,7 +188,6 @@ class Config:
         "fp8": "dtype=auto|bfloat16",
         "cuda_graphs": "compile=whole",
         "shard_size": "shard=hybrid",
-        "gpus": "dry_run",
     }
 
     def problems(self):
@@ -248,9 +248,7 @@ def batches(run, first_step, first_sample):
             ids = run.sequences.ids(sample[0] + np.arange(ahead * cfg.batch_size)).reshape(ahead, -1)
 
         # one lattice of noise levels over all rows of the step, whichever rank or micro-batch they are in
-        lengths = None
-        if cfg.short_rows:
-            lengths = data.short_row_lengths(cfg.seed, sample, cfg.seq_len, cfg.short_rows)
+        lengths = data.eligible_counts(cfg, sample)
         levels = diffusion.noise_levels(run.process, sample[0], cfg.batch_size, step / run.steps, lengths)
         visible = None
         if step < cfg.anneal:
@@ -258,7 +256,7 @@ def batches(run, first_step, first_sample):
 
         for part in range(rank, parts, world):
             rows, eligible = levels.microbatch_rows(part, parts), None
-            if cfg.short_rows:
+            if lengths is not None:
                 eligible = np.arange(cfg.seq_len) < lengths[rows][:, None]
             row_ids = ids[(step - first_step) % ahead][rows]
             try:
@@ -339,6 +337,9 @@ def main():
             contexts.enter_context(kernels.prefer_cudnn_attention(device))
         watch = contexts.enter_context(watchdog.started(device, cfg.timeout, single=cfg.dry_run))
         code = train(cfg, device, watch)
+        watch.close()
+        if watch.ranks.world > 1:
+            shut_down(watch.ranks, code)  # all together, and without torch's destructors
     if code:
         raise SystemExit(code)
 
@@ -352,6 +353,7 @@ def train(cfg, device, watch):
     if cfg.dry_run:
         print(dryrun.report(run))
         return 0
+    watch.at(0)
     predicted = dryrun.predict_peak(run) if ranks.rank == 0 and run.on_gpu else None
 
     # the folder, and the checkpoint in it from which the run goes on

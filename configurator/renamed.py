@@ -1,6 +1,7 @@
 """Names that have changed: old flags, override files, run folders and checkpoints stay usable.
 
-Whatever reads settings or records passes them through here; nothing else knows an old name.
+Whatever reads settings or records passes them through here; nothing else knows an old name. A setting that is
+gone is refused with a line that says what does its work now.
 """
 
 # of settings, in flags, override files and records
@@ -19,7 +20,7 @@ RECORD = {
 # settings that are gone, and what does their work now
 GONE = {
     **dict.fromkeys(
-        ("eval_tasks", "eval_tasks_every", "eval_tasks_limit", "eval_tasks_masks"),
+        ("eval_tasks", "eval_tasks_every", "eval_tasks_limit", "eval_tasks_masks", "task_path", "task_data"),
         "benchmarks during training are a process beside it: python eval.py --watch=RUN --tasks=…",
     ),
 }

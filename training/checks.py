@@ -92,6 +92,8 @@ def shape_problems(cfg):
 def machine_problems(cfg):
     """What this machine, this torch or the number of ranks does not allow."""
     world, has_gpu = cfg.world(), torch.cuda.is_available()
+    if cfg.gpus and not cfg.dry_run:
+        yield "gpus is for a dry run: add --dry_run, or start that many processes with torchrun"
     uses_gpu = cfg.device != "cpu" and has_gpu or cfg.device == "cuda" and cfg.dry_run
     if cfg.device == "cuda" and not has_gpu and not cfg.dry_run:
         yield "device=cuda, but this machine has no usable GPU; use --device=cpu"
@@ -349,14 +351,14 @@ def shape_and_shift(cfg, initial, meta):
 def check_folders(run):
     """Raises OSError unless the run's folder is free, or its own, and the disk holds its checkpoints."""
     cfg = run.cfg
+    if cfg.compare and not Path(cfg.compare).is_dir():
+        raise FileNotFoundError(f"compare={cfg.compare}: no such run")
     if cfg.dry_run:
         return
     occupied = run.folder.exists() and any(path.name != ".lock" for path in run.folder.iterdir())
     if occupied and cfg.resume == "no":
         raise FileExistsError(f"{run.folder} is not empty; continue it with --resume=auto "
                               "or choose another --run_dir")
-    if cfg.compare and not Path(cfg.compare).is_dir():
-        raise FileNotFoundError(f"compare={cfg.compare}: no such run")
     if not (run.folder / f"step_{run.steps:08d}").is_dir():
         with torch.device("meta"):
             n_params = Transformer(run.model_config).n_params()

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+import data
 import diffusion
 from configurator.format import human_bytes, human_seconds
 from model import Transformer
@@ -36,11 +37,20 @@ def peak_flops(device):
     return next((peak for known, peak in PEAK.items() if known in name), None)
 
 
-def noisy_share(process):
-    """The share of positions that get a head, halfway through training: of a masked process the masked."""
+def noisy_share(process, first_sample=0, n_rows=4096, progress=0.5, lengths=None):
+    """The share of positions that get a head in these rows: of a masked process the masked ones, else all.
+
+    lengths as in diffusion.noise_levels.
+    """
     if process.objective != "masked":
         return 1.0
-    return float(diffusion.noise_levels(process, 0, 4096, 0.5).count.mean()) / process.seq_len
+    levels = diffusion.noise_levels(process, first_sample, n_rows, progress, lengths)
+    return float(levels.count.mean()) / process.seq_len
+
+
+def expected_share(run):
+    """The `noisy_share` of a run, halfway through."""
+    return noisy_share(run.process, lengths=data.eligible_counts(run.cfg, np.arange(4096)))
 
 
 def predict_memory(run):
@@ -135,7 +145,7 @@ def report(run):
     cfg, world, layout = run.cfg, run.cfg.world(), run.cfg.layout()
     with torch.device("meta"):
         network = Transformer(run.model_config)
-    n_params, share, tokens = network.n_params(), noisy_share(run.process), run.tokens_per_step
+    n_params, share, tokens = network.n_params(), expected_share(run), run.tokens_per_step
     flops = network.flops_per_token(share)
     shards = distributed.ranks_per_copy(layout, world, cfg.ranks_per_node(), cfg.shard_size)
     lines = []

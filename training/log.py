@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import data
 import diffusion
 import kernels
 from configurator.renamed import SETTINGS, renamed
@@ -46,7 +47,7 @@ def print_opening(run, network, resumed, to_do):
     cfg, ranks = run.cfg, run.ranks
     changed = [f"{f.name}={getattr(cfg, f.name)}" for f in fields(cfg) if getattr(cfg, f.name) != f.default]
     say(ranks, f"settings: {', '.join(changed)}")
-    flops = network.flops_per_token(dryrun.noisy_share(run.process))
+    flops = network.flops_per_token(dryrun.expected_share(run))
     shard = f", shard: {cfg.shard}" if cfg.layout() != "no" else ""
     place = f"{str(run.dtype)[6:]} on {ranks.world} × {run.device.type}"
     say(ranks, f"{network.n_params():,} parameters ({network.n_params(False):,} without embeddings), "
@@ -258,10 +259,10 @@ class StepLog:
             norm = distributed.full_tensor(nn.utils.get_total_norm(list(self.network.parameters())))
             row = nn.functional.pad(norm[None, None], (len(self.names) - 1, 0))
             values = torch.cat((values, row))
-        if ranks.world > 1:  # the parts of the loss add up over ranks; the norms are the same on each
-            norms = values[:, -1].clone()
+        if ranks.world > 1:  # the parts of the loss add up over ranks; of the norms all take rank 0's
+            if ranks.rank:
+                values[:, -1] = 0
             dist.all_reduce(values)
-            values[:, -1] = norms
         copy, line = AsyncCopy(values), None
         if lr is not None:
             line = Line(self.clock, self.clock_tokens, lr)
@@ -323,12 +324,10 @@ class StepLog:
         """{"mfu": …}, the share of the hardware's peak that the step's FLOPs take; {} if it is not known."""
         if not self.peak:
             return {}
-        run, share = self.run, 1.0
-        if run.cfg.objective == "masked":
-            first = self.state.samples_at(step - 1, run.cfg.batch_size)
-            progress = (step - 1) / run.steps
-            levels = diffusion.noise_levels(run.process, first, run.cfg.batch_size, progress)
-            share = float(levels.count.mean()) / run.cfg.seq_len
+        run = self.run
+        first, n_rows = self.state.samples_at(step - 1, run.cfg.batch_size), run.cfg.batch_size
+        lengths = data.eligible_counts(run.cfg, first + np.arange(n_rows))
+        share = dryrun.noisy_share(run.process, first, n_rows, (step - 1) / run.steps, lengths)
         flops = tokens_per_s * self.network.flops_per_token(share)
         return dict(mfu=flops / (self.peak * run.ranks.world))
 

@@ -27,7 +27,6 @@ def started(device, timeout, single=False):
     watchdog = Watchdog(ranks, timeout, StopSignal())
     with guarded(ranks, watchdog):
         yield watchdog
-        watchdog.close()
 
 
 @contextlib.contextmanager

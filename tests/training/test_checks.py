@@ -60,7 +60,7 @@ from training import checks
     (["--steps=1", "--fp8", "--dtype=auto", "--seq_len=33", "--batch_size=1"], "a multiple of 16 tokens"),
     (["--steps=1", "--cuda_graphs"], "cuda_graphs needs compile=whole"),
     (["--steps=1", "--cuda_graphs", "--compile=whole"], "cuda_graphs needs one process on a GPU"),
-    (["--steps=1", "--gpus=8"], "gpus=8 needs dry_run (or gpus=0)"),
+    (["--steps=1", "--gpus=8"], "gpus is for a dry run: add --dry_run, or start that many processes"),
 ))
 def test_bad_settings_are_refused_before_anything_is_written(refused, tmp_path, flags, message):
     assert message in refused(*flags)
@@ -90,7 +90,7 @@ def test_settings_of_several_ranks_that_do_not_go_together(refused, monkeypatch)
     monkeypatch.setenv("WORLD_SIZE", "4")
     lines = refused("--steps=1", "--shard=full", "--compile=whole", "--shard_size=3", "--gpus=8").splitlines()
     assert len(lines) == 3
-    for message in ("add --compile=blocks", "shard_size=3 needs shard=hybrid", "gpus=8 needs dry_run"):
+    for message in ("add --compile=blocks", "shard_size=3 needs shard=hybrid", "gpus is for a dry run"):
         assert any(message in line for line in lines)
 
 
