@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUNS ?= runs
-JOBS ?= 3  # of the tests: two cores are then busy while one of them waits
+JOBS ?= 2
 RUN = $(VENV)/bin/python
 
 .PHONY: quickstart lint test test-all clean
