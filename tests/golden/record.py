@@ -315,7 +315,9 @@ def do_sample(box, model, name):
     shown = run(box, words)
     figures = sample_figures(box["work"] / out)
     if "--show" in flags:
-        figures |= dict(shown=steady(shown), page=digest(box["work"] / "film.html"))
+        page = (box["work"] / "film.html").read_text(encoding="utf-8")
+        frames = re.search(r"const frames = (.*), colours = ", page)[1]
+        figures |= dict(shown=steady(shown), frames=json.loads(frames))
     passes = re.findall(r"(\d+) forward passes", (box["work"] / f"logs/{box['case']}.err").read_text())
     return figures | dict(passes=int(passes[-1]))
 
