@@ -102,7 +102,7 @@ def test_gradients_count_where_they_last():
         assert sum(need[:-1]) == need.peak >= 4 * weights
 
     # hardly any activations: the last gradient is the peak
-    config, batch = case("masked", rows=1, seq_len=8, n_vocab=64, d_model=256)
+    config, batch = case("masked", n_layer=3, rows=1, seq_len=8, n_vocab=64, d_model=256)
     need = memory.predict(config, batch, False, torch.float32, True)
     assert need.gradients > 0.8 * need.parameters and need.peak < 4.6 * need.parameters
 
