@@ -53,10 +53,10 @@ def test_every_objective_learns(run_main, flags):
         assert line["loss"] == pytest.approx((line["noisy"] + line["clean"]) / 2)
 
 
-@pytest.mark.parametrize("objective, bound", (("masked", 1.0), ("ar", 0.02)))
+@pytest.mark.parametrize("objective, bound", (("masked", 0.8), ("ar", 0.02)))
 def test_one_sequence_repeated_is_learned_by_heart(run_main, objective, bound):
     """Not to 0: positions are relative, so where all is masked a two-way model knows only frequencies."""
-    flags = ("--unique_tokens=32", "--epochs=2000", "--lr=1e-2", "--weight_decay=0")
+    flags = ("--unique_tokens=32", "--epochs=3000", "--lr=5e-3", "--weight_decay=0")
     assert training_losses(run_main(*flags, f"--objective={objective}"))[-1] < bound
 
 

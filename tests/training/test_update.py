@@ -218,7 +218,7 @@ def test_fp8_products_are_close(rows, k, n, scale):
 
 
 def test_fp8_uses_eight_bits_in_every_block_and_trains_alike(monkeypatch):
-    config, process = setting("ar", n_layer=1)
+    config, process = setting("ar")
     types, scaled_mm = [], torch._scaled_mm
 
     def counted(a, b, **settings):
@@ -226,12 +226,12 @@ def test_fp8_uses_eight_bits_in_every_block_and_trains_alike(monkeypatch):
         return scaled_mm(a, b, **settings)
 
     monkeypatch.setattr(torch, "_scaled_mm", counted)
-    eight, _ = train(config, process, 40, fp8=True)
-    assert len(types) == 40 * 4 * 3  # steps × (qkv, o, gate+up, down) of a block × (forward, two backward)
+    eight, _ = train(config, process, 60, fp8=True)
+    assert len(types) == 60 * 2 * 4 * 3  # steps × blocks × (qkv, o, gate+up, down) × (forward, two backward)
     assert {torch.float8_e4m3fn, torch.float8_e5m2} == {dtype for pair in types for dtype in pair}
-    full, _ = train(config, process, 40)
+    full, _ = train(config, process, 60)
     first = full[0, 0]
-    assert full[-1, 0] < 0.5 * first  # it has learned
+    assert full[-1, 0] < 0.3 * first  # it has learned
     assert (eight[:, 0] - full[:, 0]).abs().max() < 0.03 * first
     assert not torch.equal(eight, full)
 
