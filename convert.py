@@ -62,8 +62,14 @@ class Config:
         False, "compare the logits of the result with the source's on random tokens; where they differ, "
         "nothing is written")
 
+    NEEDS = {
+        "eos": "tokenizer",
+        "tensor_parallel": "to=auto|megatron",
+        "pipeline_parallel": "to=auto|megatron",
+    }
+
     def problems(self):
-        """Settings that can't be, one line each."""
+        """Other settings that can't be, one line each."""
         wrong = [f"give --{name}" for name in ("source", "out") if not getattr(self, name)]
         source, out = Path(self.source), Path(self.out)
         if self.source and not source.is_dir():
@@ -73,10 +79,6 @@ class Config:
             wrong.append(f"out={out} lies within the source")
         if self.out and out.exists():
             wrong.append(f"out={out} exists; nothing is overwritten")
-        if self.eos and not self.tokenizer:
-            wrong.append("eos is of a tokenizer that you name: give --tokenizer, too")
-        if self.to in ("ours", "hf") and self.n_ranks() > 1:
-            wrong.append("tensor_parallel and pipeline_parallel are for --to=megatron")
         return wrong
 
     def n_ranks(self):
@@ -141,7 +143,7 @@ def target_format(cfg, source):
     if to == "auto":
         to = "hf" if source.format == "ours" else "ours"
     foreign = ("tokenizer", "eos", "objective", "mask_id", "seq_len")
-    needless = [name for name in foreign if getattr(cfg, name) != getattr(Config(), name)]
+    needless = [name for name in foreign if name in configurator.changed(cfg)]
     if source.format == "ours" and needless:
         flags = ", ".join(f"--{name}" for name in needless)
         raise ValueError(f"{source.folder} is ours and knows its {needless[0]}: {flags} is for others' "

@@ -99,8 +99,12 @@ class Config:
     out: str = setting(
         "", "folder for what is written (empty: eval_<step> in the run's, with another corpus's name)")
 
+    NEEDS = {
+        "judge": "samples or texts",
+    }
+
     def problems(self):
-        """Settings that do not go together, one line each."""
+        """Other settings that do not go together, one line each."""
         problems = []
         for order in split(self.ordered):
             if order not in ORDERS:
@@ -114,7 +118,6 @@ class Config:
         has_texts = self.samples or self.texts
         for is_wrong, problem in (
             (self.samples and self.texts, "give samples (to be written) or texts (that are there)"),
-            (self.judge and not has_texts, "judge needs samples or texts"),
             (not (self.bound or self.ordered or self.tasks or has_texts),
              "nothing to do: bound=False, and neither ordered, tasks, samples nor texts"),
             (self.texts and not Path(self.texts).is_file(), f"texts={self.texts}: no such file"),
@@ -183,7 +186,7 @@ def ending_all_ranks(ranks, cfg):
 def evaluate(cfg, ranks):
     """Measure a checkpoint, print its figures and keep them; raises ValueError or OSError."""
     generator = Generator.from_checkpoint(cfg.run_dir, cfg.device, cfg.dtype)
-    inputs = open_inputs(cfg, generator, open_tasks(cfg, ranks), ranks)
+    inputs = open_inputs(cfg, generator, ranks)
     generator.load_weights()
     measured, losses = measure_checkpoint(cfg, generator, inputs, ranks)
     if ranks.rank == 0:
@@ -212,10 +215,10 @@ def open_tasks(cfg, ranks):
     return tasks.open_tasks(split(cfg.tasks), cfg.task_path, cfg.task_data, warn)
 
 
-def open_inputs(cfg, generator, tasks, ranks):
-    """Open what the settings ask for and make the folder; raises ValueError or OSError.
+def open_inputs(cfg, generator, ranks, tasks=None):
+    """Open what the settings ask for, and make the folder; `tasks` may be open already.
 
-    ValueError, too, if the settings don't suit the checkpoint.
+    Raises OSError, and ValueError, also if the settings don't suit the checkpoint.
     """
     check_objective(cfg, generator.objective)
     needs_validation = cfg.bound or cfg.ordered or (cfg.samples or cfg.texts) and cfg.match
@@ -226,6 +229,8 @@ def open_inputs(cfg, generator, tasks, ranks):
     if judge and cfg.length > judge.seq_len:
         raise ValueError(f"length={cfg.length} is more than the judge's context of {judge.seq_len}")
 
+    tasks = tasks or open_tasks(cfg, ranks)  # may download: last of what can be wrong
+
     folder = f"eval_{generator.record['step']:08d}"
     if validation and not validation.is_own:
         folder += "_" + "_".join(corpus.folder.name for corpus in validation.corpora)
@@ -233,6 +238,14 @@ def open_inputs(cfg, generator, tasks, ranks):
     if ranks.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
     return Inputs(validation, judge.load_weights() if judge else None, tasks, out)
+
+
+# settings without meaning for an objective
+MEANINGLESS = {
+    "ar": {"order", "block", "steps"},
+    "uniform": {"order", "block"},
+    "masked": set(),
+}
 
 
 def check_objective(cfg, objective):
@@ -243,10 +256,7 @@ def check_objective(cfg, objective):
     if cfg.ordered and objective == "ar":
         raise ValueError("ordered: an autoregressive model has one order, "
                          "and its exact NLL is measured anyway")
-    meaningless = dict(masked=(), uniform=("order", "block"), ar=("order", "block", "steps"))[objective]
-    changed = [name for name in meaningless if getattr(cfg, name) != getattr(Config, name)]
-    if changed:
-        raise ValueError(f"{', '.join(changed)} has no meaning for objective={objective}")
+    configurator.check_meaning(cfg, MEANINGLESS[objective], objective)
 
 
 def measure_checkpoint(cfg, generator, inputs, ranks):
@@ -276,7 +286,8 @@ def measure_checkpoint(cfg, generator, inputs, ranks):
 def evaluate_new_checkpoints(cfg, ranks):
     """Evaluate each checkpoint of a run that has no scores yet, until that of its last step has.
 
-    One that can't be read (damaged, or removed as `keep` says) or measured is passed over with a warning.
+    One that can't be read (damaged, or removed as `keep` says) is passed over with a warning; on a single
+    rank also one that can't be measured.
     Raises ValueError or OSError if the settings don't suit the run.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
@@ -303,10 +314,14 @@ def evaluate_new_checkpoints(cfg, ranks):
 
 def evaluate_into(log, cfg, folder, tasks, ranks):
     """Evaluate one checkpoint of a run and log its figures; raises ValueError or OSError."""
-    generator, problem = attempt(ranks, open_generator, cfg, folder)
+    generator, problem = attempt(open_generator, cfg, folder)
+    problem = next(filter(None, distributed.all_gather(ranks, problem)), None)
     if not problem:
-        inputs = open_inputs(cfg, generator, tasks, ranks)
-        result, problem = attempt(ranks, measure_checkpoint, cfg, generator, inputs, ranks)
+        inputs = open_inputs(cfg, generator, ranks, tasks)
+        if ranks.world == 1:
+            result, problem = attempt(measure_checkpoint, cfg, generator, inputs, ranks)
+        else:  # the others may be waiting for this rank within it: a failure ends all
+            result = measure_checkpoint(cfg, generator, inputs, ranks)
     if ranks.rank:
         return
     if problem:
@@ -318,17 +333,15 @@ def evaluate_into(log, cfg, folder, tasks, ranks):
     log.append(generator.record, report.figures(measured))
 
 
-def attempt(ranks, function, *arguments):
-    """(what a function returns, None), or (None, what was wrong) if it failed on any rank."""
-    result = problem = None
+def attempt(function, *arguments):
+    """(what a function returns, None), or (None, what was wrong) if it failed."""
     try:
-        result = function(*arguments)
+        return function(*arguments), None
     except Exception as error:  # of a task's own code, of the device's memory, …
         problem = str(error).partition("\n")[0] or type(error).__name__
         if not isinstance(error, ValueError | OSError):
             problem = f"{type(error).__name__}: {problem}"
-    problems = [problem for problem in distributed.all_gather(ranks, problem) if problem]
-    return (None, problems[0]) if problems else (result, None)
+        return None, problem
 
 
 def open_generator(cfg, folder):

@@ -7,7 +7,7 @@
 import json
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -106,13 +106,9 @@ class Config:
         "refresh": "block, cache=prefix|dual",
     }
 
-    def changed(self):
-        """The names of the settings that differ from their defaults."""
-        return {field.name for field in fields(self) if getattr(self, field.name) != field.default}
-
     def problems(self):
         """Other settings that do not go together, one line each."""
-        problems, changed = [], self.changed()
+        problems, changed = [], set(configurator.changed(self))
         if len(changed & {"prompt", "prompt_file", "prompts", "text"}) > 1:
             problems.append("give one of prompt, prompt_file, prompts and text")
         of_prompts = sorted(changed & {"length", "suffix", "max_length"})
@@ -162,8 +158,7 @@ MEANINGLESS = {
 
 def check_objective(cfg, objective, is_shifted):
     """Raises ValueError if a setting means nothing to a model of this objective."""
-    for name in sorted(cfg.changed() & MEANINGLESS[objective]):
-        raise ValueError(f"{name}={getattr(cfg, name)} has no meaning for objective={objective}")
+    configurator.check_meaning(cfg, MEANINGLESS[objective], objective)
     if objective == "ar" and cfg.cache == "dual":
         raise ValueError("cache=dual has no meaning for objective=ar: nothing follows after a new token")
     if objective == "masked" and cfg.cache == "prefix" and not cfg.block:

@@ -353,11 +353,11 @@ def train(cfg, device, watch):
     if cfg.dry_run:
         print(dryrun.report(run))
         return 0
-    watch.at(0)
+    watch.alive()
     predicted = dryrun.predict_peak(run) if ranks.rank == 0 and run.on_gpu else None
 
     # the folder, and the checkpoint in it from which the run goes on
-    watch.at(0)
+    watch.alive()
     on_all_ranks(ranks, checks.lock_run_folder, run)
     resumed = on_all_ranks(ranks, checks.find_checkpoint, run)
     tracker = on_all_ranks(ranks, open_tracker, run)
@@ -446,8 +446,10 @@ def train(cfg, device, watch):
             log.compare_ranks(clock)
         if validating:
             log.validation(*validate(run, objective, watch.alive))
-        last = stopping or state.step == run.steps or state.step in run.kept_steps
-        if saving and not last and (state.bad_in_a_row or guard.must_go_back()):
+        # amid skipped updates only what can't wait is saved: a kept step can if the run goes back before it
+        can_wait = state.step not in run.kept_steps or guard.must_go_back()
+        can_wait = can_wait and not stopping and state.step < run.steps
+        if saving and can_wait and (state.bad_in_a_row or guard.must_go_back()):
             warn(ranks, f"step {state.step}: no checkpoint amid skipped updates")
         elif saving:
             saver.save(state.step, checkpoint_record(run, state))

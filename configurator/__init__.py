@@ -41,6 +41,20 @@ def neutral_settings(settings):
     return {field.name for field in dataclasses.fields(settings) if not field.metadata["changes_result"]}
 
 
+def changed(settings):
+    """{name: value} of the settings that differ from their defaults."""
+    values = vars(settings)
+    return {field.name: values[field.name] for field in dataclasses.fields(settings)
+            if values[field.name] != field.default}
+
+
+def check_meaning(settings, meaningless, objective):
+    """Raise ValueError if one of the `meaningless` settings is given: it does nothing for this objective."""
+    for name, value in changed(settings).items():
+        if name in meaningless:
+            raise ValueError(f"{name}={value} has no meaning for objective={objective}")
+
+
 def fail(*problems, everywhere=False):
     """Print one line per problem and exit with code 2.
 
@@ -120,7 +134,10 @@ class Reading:
         try:
             overrides = read_file(path)
         except Exception as problem:  # the user's own Python: whatever it raises is what is wrong with it
-            self.problems.append(f"{path}: {type(problem).__name__}: {problem}")
+            line = f"{path}: {type(problem).__name__}: {problem}"
+            for old, new in SETTINGS.items():  # imported from another override file under its old name
+                line += f"; '{old}' is called '{new}' now" if f"'{old}'" in str(problem) else ""
+            self.problems.append(line)
             self.unread_file = True
             return
         for name, value in overrides.items():

@@ -117,6 +117,12 @@ def test_each_file_has_its_own_namespace(tmp_path):
     assert load(one, two) == Settings(steps=5, lr=2.0)
 
 
+def test_a_name_that_has_changed_is_told_to_whoever_imports_it(tmp_path):
+    write(tmp_path / "ground.py", "seq_len = 64\n")
+    (line,) = refused(write(tmp_path / "top.py", "from ground import block_len\n"))
+    assert "cannot import name 'block_len'" in line and line.endswith("'block_len' is called 'seq_len' now")
+
+
 def test_only_assignments_count(tmp_path):
     path = write(tmp_path / "rich.py", """
 import math

@@ -309,7 +309,7 @@ def assert_refused(run_eval, capsys, message, run, *flags):
     (["--ordered=leftt"], "ordered: there is no 'leftt'"),
     (["--match=4,x"], "match: 'x' is no length"),
     (["--samples=2", "--texts=x"], "give samples"),
-    (["--judge=x"], "judge needs samples or texts"),
+    (["--judge=x"], "judge=x needs samples or texts"),
     (["--bound=False"], "nothing to do"),
     (["--texts=nowhere.jsonl"], "no such file"),
     (["--task_data=nowhere", "--tasks=x"], "task_data=nowhere: no such folder"),
@@ -318,6 +318,7 @@ def assert_refused(run_eval, capsys, message, run, *flags):
     (["--samples=1"], "one text has no error"),
     (["--samples=3", "--judge=SHORT", "--length=20"], "more than the judge's context of 16"),
     (["--samples=3", "--length=99"], "more than the model's context of 32"),
+    (["--samples=3", "--length=99", "--tasks=downloaded"], "more than the model's context of 32"),
     (["--samples=2", "--order=first_hitting", "--steps=4"], "leave steps out"),
     (["--rows=-2"], "must be at least -1"),
     (["--passes=0"], "must be at least 1"),
@@ -336,9 +337,9 @@ def test_bad_input_ends_in_one_line(run_main, run_eval, capsys, flags, message):
 @pytest.mark.parametrize("objective, flags, message", [
     ("uniform", ["--ordered=left_to_right"], "no chain rule"),
     ("ar", ["--ordered=confidence"], "has one order"),
-    ("ar", ["--samples=2", "--steps=3"], "steps has no meaning for objective=ar"),
-    ("ar", ["--samples=2", "--order=margin"], "order has no meaning for objective=ar"),
-    ("uniform", ["--samples=2", "--block=4"], "block has no meaning for objective=uniform"),
+    ("ar", ["--samples=2", "--steps=3"], "steps=3 has no meaning for objective=ar"),
+    ("ar", ["--samples=2", "--order=margin"], "order=margin has no meaning for objective=ar"),
+    ("uniform", ["--samples=2", "--block=4"], "block=4 has no meaning for objective=uniform"),
 ])
 def test_settings_that_mean_nothing_for_an_objective(run_main, run_eval, capsys, objective, flags, message):
     assert_refused(run_eval, capsys, message, run_main("--steps=3", f"--objective={objective}"), *flags)

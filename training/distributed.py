@@ -128,7 +128,7 @@ def on_all_ranks(ranks, work, *arguments):
     try:
         result = work(*arguments)
     except (ValueError, OSError) as error:
-        problem = str(error)
+        problem = str(error) or type(error).__name__
     problems = all_gather(ranks, problem)
     if any(problems):
         first = next(filter(None, problems))

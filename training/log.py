@@ -11,7 +11,7 @@ import os
 import sys
 import zipfile
 from collections import deque
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import configurator
 import data
 import diffusion
 import kernels
@@ -45,7 +46,7 @@ def warn(ranks, text):
 def print_opening(run, network, resumed, to_do):
     """Print the settings that differ from their defaults, the network, the hardware and the data."""
     cfg, ranks = run.cfg, run.ranks
-    changed = [f"{f.name}={getattr(cfg, f.name)}" for f in fields(cfg) if getattr(cfg, f.name) != f.default]
+    changed = [f"{name}={value}" for name, value in configurator.changed(cfg).items()]
     say(ranks, f"settings: {', '.join(changed)}")
     flops = network.flops_per_token(dryrun.expected_share(run))
     shard = f", shard: {cfg.shard}" if cfg.layout() != "no" else ""
@@ -174,13 +175,24 @@ def read_rows(run_dir, name="validation.npz"):
         return None
 
 
+# JSON has no numbers for them, so `Journal.write` writes their names.
+NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
 def read_metrics(run_dir):
-    """The records of a run's metrics.jsonl; a line that a crash cut is left out."""
-    path, records = Path(run_dir) / "metrics.jsonl", []
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    """The records of a run's metrics.jsonl, figures as floats; a line that a crash cut is left out."""
+    path = Path(run_dir) / "metrics.jsonl"
+    return [record for record, _ in read_lines(path)] if path.is_file() else []
+
+
+def read_lines(path):
+    """(record, line) for each whole line of a metrics.jsonl."""
+    for line in path.read_text().splitlines():
         with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    return records
+            record = json.loads(line)
+            for name, value in record.items():
+                record[name] = NOT_FINITE.get(value, value) if isinstance(value, str) else value
+            yield record, line
 
 
 def trim_metrics(path, step, events=True):
@@ -192,13 +204,13 @@ def trim_metrics(path, step, events=True):
     if not path.is_file():
         return
     kept = []
-    for record in read_metrics(path.parent):
+    for record, line in read_lines(path):
         decided = events and record.get("event", "ranks") != "ranks"
         if record["step"] <= step or decided:
-            kept.append(record)
+            kept.append(line + "\n")
     temporary = path.with_suffix(".tmp")
     with open(temporary, "w") as file:
-        file.write("".join(json.dumps(record) + "\n" for record in kept))
+        file.writelines(kept)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -381,12 +393,10 @@ class StepLog:
 
 def draw_losses(run_dirs, path):
     """Draw the loss curves of one or two runs as a PNG: training loss faint, validation marked."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5))
+    figure = Figure(figsize=(7, 4.5), layout="tight")
+    axes = figure.subplots()
     for color, run_dir in zip(("tab:blue", "tab:orange"), run_dirs):
         metrics, name = read_metrics(run_dir), Path(run_dir).name
         train = [(m["tokens"], m["loss"]) for m in metrics if "loss" in m]
@@ -398,9 +408,7 @@ def draw_losses(run_dirs, path):
     axes.set(xlabel="training tokens", ylabel="nats per token", title="loss")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def summary_line(run_dir):
