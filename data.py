@@ -251,6 +251,12 @@ def eligible_counts(cfg, sample):
     return short_row_lengths(cfg.seed, sample, cfg.seq_len, cfg.short_rows)
 
 
+def eligible_positions(cfg, sample):
+    """Which positions count in each row of a run with these settings, (N, L) bool; None: all of them."""
+    counts = eligible_counts(cfg, sample)
+    return None if counts is None else np.arange(cfg.seq_len) < counts[:, None]
+
+
 def read_batch(cfg, eos_id, process, sequences, ids, levels, rows, eligible=None, valid=None, spacing=None):
     """The sequences `ids` (B,) as a diffusion.Batch of the step's `rows`, with documents as cfg has them.
 

@@ -137,7 +137,7 @@ class NoiseLevels(NamedTuple):
     t: np.ndarray  # (N,) time in (0, 1]
     n_eligible: np.ndarray  # (N,) positions of the row that count
     count: np.ndarray  # (N,) k = ⌈r(t)·n_eligible⌉ of them are corrupted
-    mu: float  # of moving_gaussian at this step
+    mean: float  # of moving_gaussian's t at this step
 
     def microbatch_rows(self, part, parts):
         """Every parts-th row: a micro-batch is itself a lattice, and no rank gets only clean rows."""
@@ -284,7 +284,7 @@ def uniform_batch(p, x, levels, rows, bits, eligible, scored, documents):
     alpha = np.maximum(1 - ratio, 1e-6)  # the integrand is O(α) there; the floors keep its factors finite
     noisy = (unit(bits) <= ratio[:, None]) & eligible
     z = np.where(noisy, drawn, x)
-    weight = s.dr(t) / (p.n_vocab * alpha) / (total * time_density(p, t, levels.mu))
+    weight = s.dr(t) / (p.n_vocab * alpha) / (total * time_density(p, t, levels.mean))
     weights = stack_weights(scored * weight[:, None])
     beta = np.repeat(p.n_vocab * alpha / np.maximum(ratio, 1e-9), L).astype(np.float32)
     return Batch(z, targets, weights, time=time, documents=documents, noisy=z.reshape(-1), beta=beta)
@@ -305,10 +305,10 @@ def masked_weights(p, levels, rows, bits, eligible):
         noisy = exactly(bits, count, eligible)
         if p.loss == "maskgit":
             return noisy, np.ones(len(t))
-        upper, lower = (time_cdf(p, s.inverse(k / n), levels.mu) for k in (count, count - 1))
+        upper, lower = (time_cdf(p, s.inverse(k / n), levels.mean) for k in (count, count - 1))
         return noisy, 1 / (count * (upper - lower))
     noisy = (unit(bits) <= s.r(t)[:, None]) & eligible
-    density = time_density(p, t, levels.mu)
+    density = time_density(p, t, levels.mean)
     if p.estimator == "time":
         return noisy, s.dr(t) / (s.r(t) * density)
     noisy |= exactly(bits, np.ones_like(count), eligible)  # the smallest draw: masked anyway unless none is

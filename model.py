@@ -285,9 +285,9 @@ class Transformer(nn.Module):
         for name in ("cos", "sin"):
             table = torch.empty(c.seq_len, c.head_dim // 2, dtype=torch.float32)
             self.register_buffer(name, table, persistent=False)
-        self.tables()
+        self.init_tables()
 
-    def tables(self):
+    def init_tables(self):
         """Fill the rotary tables, (L, head_dim/2) each. Returns self.
 
         A network that began on the meta device has none yet.

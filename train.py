@@ -248,16 +248,15 @@ def batches(run, first_step, first_sample):
             ids = run.sequences.ids(sample[0] + np.arange(ahead * cfg.batch_size)).reshape(ahead, -1)
 
         # one lattice of noise levels over all rows of the step, whichever rank or micro-batch they are in
-        lengths = data.eligible_counts(cfg, sample)
-        levels = diffusion.noise_levels(run.process, sample[0], cfg.batch_size, step / run.steps, lengths)
+        counts = data.eligible_counts(cfg, sample)
+        levels = diffusion.noise_levels(run.process, sample[0], cfg.batch_size, step / run.steps, counts)
         visible = None
         if step < cfg.anneal:
             visible = diffusion.annealed_mask(cfg.seed, step, cfg.seq_len, (step + 1) / cfg.anneal)
 
         for part in range(rank, parts, world):
-            rows, eligible = levels.microbatch_rows(part, parts), None
-            if lengths is not None:
-                eligible = np.arange(cfg.seq_len) < lengths[rows][:, None]
+            rows = levels.microbatch_rows(part, parts)
+            eligible = data.eligible_positions(cfg, sample[rows])
             row_ids = ids[(step - first_step) % ahead][rows]
             try:
                 batch = data.read_batch(
@@ -362,29 +361,21 @@ def train(cfg, device, watch):
     resumed = on_all_ranks(ranks, checks.find_checkpoint, run)
     tracker = on_all_ranks(ranks, open_tracker, run)
 
-    # network, loss and optimizer; their values: of a checkpoint of this run, of another's, or random
-    with torch.device("meta"):
-        network = Transformer(run.model_config).use(cfg.recompute, cfg.fp8)
-    if cfg.layout() == "no":
-        network.to_empty(device=device).tables()
-    objective = Objective(network, posterior=cfg.loss == "paper")
+    # network and optimizer; their values: of a checkpoint of this run, of another's, or random
     clock = RankClock(device)
-    compiled = compile_and_wrap(
-        objective, cfg.compile, ranks, cfg.layout(), cfg.shard_size, run.dtype, device, cfg.cuda_graphs,
-        clock)
-    optimizer = update.make_optimizer(network, cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
-    state = RunState()
+    objective, compiled, optimizer = build(run, clock)
+    network, state = objective.network, RunState()
     guard = Guard(run, state, network, optimizer)
     if resumed:
         guard.restore(*resumed)
     else:
         network.init_weights(torch.Generator().manual_seed(cfg.seed))
-        if run.initial:
-            on_all_ranks(ranks, checkpoint.init_weights_from, *run.initial, network)
+        if run.init_checkpoint:
+            on_all_ranks(ranks, checkpoint.init_weights_from, *run.init_checkpoint, network)
     to_do = state.step < run.steps
 
     # what is written: settings, metrics, checkpoints
-    watch.at(state.step)
+    watch.at_step(state.step)
     check_shared_folder(run)
     if to_do:
         on_all_ranks(ranks, prepare_run_folder, run, tracker)
@@ -405,7 +396,7 @@ def train(cfg, device, watch):
     compiled.train()
     log.restart_clock()
     while state.step < run.steps:
-        watch.at(state.step)
+        watch.at_step(state.step)
         lr = learning_rate(cfg, state.step, run.steps)
         update.set_learning_rate(optimizer, lr)
         if cfg.dropout:  # dropout masks, too, are a function of the step
@@ -417,7 +408,7 @@ def train(cfg, device, watch):
         log.add(figures)
         steps_here += 1
         if steps_here == 1:
-            settle(device, log)
+            after_first_step(device, log)
         elif steps_here == 2 and predicted:  # the first backward pass had no moments beside it yet
             measured = torch.cuda.max_memory_allocated(device) / 2**30
             say(ranks, f"peak memory {measured:.2f} GiB measured, {predicted / 2**30:.2f} predicted")
@@ -463,6 +454,23 @@ def train(cfg, device, watch):
     return finish(run, state, log, saver, watch, stopping, to_do)
 
 
+def build(run, clock):
+    """The Objective of a run's network, the same compiled and wrapped for all ranks, and the optimizer.
+
+    The weights have memory, but no values yet.
+    """
+    cfg = run.cfg
+    with torch.device("meta"):
+        network = Transformer(run.model_config).use(cfg.recompute, cfg.fp8)
+    if cfg.layout() == "no":
+        network.to_empty(device=run.device).init_tables()
+    objective = Objective(network, posterior=cfg.loss == "paper")
+    compiled = compile_and_wrap(objective, cfg.compile, run.ranks, cfg.layout(), cfg.shard_size, run.dtype,
+                                run.device, cfg.cuda_graphs, clock)
+    optimizer = update.make_optimizer(network, cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
+    return objective, compiled, optimizer
+
+
 def open_feed(run, state):
     """This rank's batches on the device, from where the run stands."""
     return transfer.feed(batches(run, state.step, state.next_sample), run.device)
@@ -470,12 +478,12 @@ def open_feed(run, state):
 
 def finish(run, state, log, saver, watch, stopping, to_do):
     """Log and write all that is still on its way, and print what came out; returns the exit code."""
-    watch.at(state.step)
+    watch.at_step(state.step)
     log.poll(wait=True)
     saver.wait()
     log.report_failed_save(saver)
     if stopping and state.step < run.steps:
-        log.log(state.step, event="stopped")
+        log.write(state.step, event="stopped")
         say(run.ranks, f"stopped by a signal after step {state.step}; continue with --resume=auto")
     reached, final = (run.folder / f"step_{step:08d}" for step in (state.step, run.steps))
     if not to_do:
@@ -490,10 +498,10 @@ def finish(run, state, log, saver, watch, stopping, to_do):
     return STOPPED if state.step < run.steps else 0
 
 
-def settle(device, log):
-    """After the first step: what has been built by now stays, and the clock of training begins."""
+def after_first_step(device, log):
+    """Begin to measure speed and memory, without what the first step took to compile."""
     gc.collect()
-    gc.freeze()  # the garbage collector need not look at it again
+    gc.freeze()  # what has been built by now stays: the garbage collector need not look at it again
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     log.restart_clock()

@@ -49,7 +49,7 @@ def native_logits(config, weights, ids):
     one_block = dataclasses.replace(config, shift=False, seq_len=L, n_layer=1)
     network = meta_network(one_block)
     network.cos, network.sin = (torch.empty(L, config.head_dim // 2) for _ in range(2))
-    network.tables()
+    network.init_tables()
     x = weights["embed.weight"].read()[ids].float()
     if config.timed:
         x = x + load_module(network.time, weights, "time.")(torch.full((B,), 0.5))

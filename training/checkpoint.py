@@ -157,7 +157,7 @@ def load_model(folder, record, device="cpu"):
     except (SafetensorError, RuntimeError) as problem:
         reason = str(problem).splitlines()[0]
         raise ValueError(f"{folder}: its weights can't be read: {reason}") from None
-    return model.tables().to(device)
+    return model.init_tables().to(device)
 
 
 @torch.no_grad()

@@ -317,10 +317,10 @@ def build_run(cfg, ranks, device, initial=None):
     planned = on_gpu and device.type == "cpu"
     bf16 = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and (planned or kernels.has_bf16(device))
     run = Run(
-        cfg, ranks, device, folder=Path(cfg.run_dir), initial=initial, corpora=corpora, sequences=sequences,
-        val_sequences=val_sequences, corpus_record=corpus_record, process=process, model_config=model_config,
-        dtype=torch.bfloat16 if bf16 else torch.float32, on_gpu=on_gpu, steps=steps,
-        kept_steps=cfg.kept_steps(), eval_rows=eval_rows,
+        cfg, ranks, device, folder=Path(cfg.run_dir), init_checkpoint=initial, corpora=corpora,
+        sequences=sequences, val_sequences=val_sequences, corpus_record=corpus_record, process=process,
+        model_config=model_config, dtype=torch.bfloat16 if bf16 else torch.float32, on_gpu=on_gpu,
+        steps=steps, kept_steps=cfg.kept_steps(), eval_rows=eval_rows,
         bytes_per_token=float(corpora[0].token_bytes[scored].mean()))
     check_folders(run)
     return run

@@ -62,8 +62,8 @@ def print_opening(run, network, resumed, to_do):
                    if name != "resume" and getattr(cfg, name, value) != value]
         changes = f"; changed settings: {', '.join(changed)}" if changed else ""
         say(ranks, f"resumed from {folder}{changes}")
-    elif run.initial:
-        say(ranks, f"begins with the weights of {run.initial[0]}")
+    elif run.init_checkpoint:
+        say(ranks, f"begins with the weights of {run.init_checkpoint[0]}")
     if cfg.compile != "no" and to_do:
         say(ranks, "the first step compiles the model, which takes up to a minute on a CPU")
 
@@ -309,7 +309,7 @@ class StepLog:
         warn(self.run.ranks, f"step {step}: skipped, its gradient's norm is {norm:.4g} (loss {loss:.4g}; "
                              f"{in_a_row} in a row)")
         first_sample = self.state.samples_at(step - 1, self.run.cfg.batch_size)
-        self.log(
+        self.write(
             step, event="skipped", loss_then=loss, norm=norm, in_a_row=in_a_row, first_sample=first_sample)
 
     def print_line(self, step, seconds, line, param_norm):
@@ -329,7 +329,7 @@ class StepLog:
             text += f"  {tokens_per_s / 1e3:.1f}K tok/s"
             text += f"  mfu {speed['mfu']:.1%}" if "mfu" in speed else ""
             text += f"  eta {int(left // 60)}:{int(left % 60):02d}"
-        self.log(step, **figures, param_norm=param_norm, lr=line.lr, **speed)
+        self.write(step, **figures, param_norm=param_norm, lr=line.lr, **speed)
         say(self.run.ranks, text)
 
     def mfu(self, step, tokens_per_s):
@@ -345,8 +345,8 @@ class StepLog:
 
     # ------------------------------------------------------------------------------ what else is logged
 
-    def log(self, step, **values):
-        """Write one line into metrics.jsonl, with the tokens read by then, without those that were passed."""
+    def write(self, step, **values):
+        """Write one line into metrics.jsonl, with the tokens read by then, but those given up."""
         if self.journal:
             samples = self.state.samples_at(step, self.run.cfg.batch_size) - self.state.passed_samples
             self.journal.write(step=step, tokens=samples * self.run.cfg.seq_len, **values)
@@ -354,14 +354,14 @@ class StepLog:
     def event(self, name, text, **values):
         """Say and log what the run does by itself."""
         warn(self.run.ranks, text)
-        self.log(self.state.step, event=name, **values)
+        self.write(self.state.step, event=name, **values)
 
     def validation(self, measured, error, figures):
         """Log a validation: likelihood.RowLosses, its standard error, further figures, in nats per token."""
         run, step = self.run, self.state.step
         loss = sum(measured.parts)
         bits = loss / math.log(2) / run.bytes_per_token
-        self.log(step, objective=run.cfg.objective, val_loss=loss, val_error=error, val_bpb=bits, **figures)
+        self.write(step, objective=run.cfg.objective, val_loss=loss, val_error=error, val_bpb=bits, **figures)
         if self.journal:
             self.journal.write_rows(measured, step=step, text=run.corpus_record["val_sha256"], passes=1,
                                     seq_len=run.cfg.seq_len, error=error, bytes_per_token=run.bytes_per_token)
@@ -377,7 +377,7 @@ class StepLog:
         fast, slow = min(seconds), max(seconds)
         fastest, slowest = seconds.index(fast), seconds.index(slow)
         step = self.state.step
-        self.log(step, event="ranks", fastest=fastest, fastest_s=fast, slowest=slowest, slowest_s=slow)
+        self.write(step, event="ranks", fastest=fastest, fastest_s=fast, slowest=slowest, slowest_s=slow)
         if slow > 1.5 * fast and slow - fast > 0.02:
             times = f"{slow:.3f} s of computing, rank {fastest} {fast:.3f} s"
             say(self.run.ranks, f"step {step:>6}  rank {slowest} is slow: {times}")

@@ -121,7 +121,7 @@ def compile_and_wrap(objective, compile, ranks=SINGLE, layout="no", shard_size=0
         objective.loss_figures = torch.compile(objective.loss_figures, dynamic=False, fullgraph=True)
     if layout != "no":
         shard(objective, layout, ranks, device, shard_size, dtype).to_empty(device=device)
-        network.tables()
+        network.init_tables()
         for block in network.blocks if clock else ():  # after FSDP's own hook, which waits for the others
             block.register_forward_pre_hook(clock.begin_block)
             block.register_forward_hook(clock.end_block)

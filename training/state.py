@@ -20,7 +20,7 @@ class Run(NamedTuple):
     ranks: Ranks
     device: torch.device
     folder: Path
-    initial: tuple | None  # (folder, record) of the checkpoint that init_from names
+    init_checkpoint: tuple | None  # (folder, record) of the one that init_from names
     corpora: list[Corpus]
     sequences: Sequences | Mixture
     val_sequences: Sequences | Mixture
@@ -72,16 +72,16 @@ class RunState:
     pending: list = field(default_factory=list)  # figures of good steps that are in no line of the log yet
 
     def advance(self, batch_size):
-        """One step more."""
+        """Count one step more, and its samples."""
         self.step += 1
         self.next_sample += batch_size
 
     def samples_at(self, step, batch_size):
-        """The first sample after another step of this course."""
+        """The first sample after another step of this run."""
         return self.next_sample - (self.step - step) * batch_size
 
     def record(self):
-        """The state as a checkpoint's record holds it."""
+        """Return the state as a checkpoint's record holds it."""
         return asdict(self)
 
     def restore(self, record, figure_names):

@@ -91,12 +91,12 @@ class Watchdog:
             self.store = dist.PrefixStore("watch", store)
             threading.Thread(target=self.run, daemon=True).start()
 
-    def at(self, step):
-        """The main thread has come to this step."""
+    def at_step(self, step):
+        """Note that the main thread has come to this step."""
         self.step, self.moved = step, time.monotonic()
 
     def alive(self, *_):
-        """The main thread is getting on, within its step; arguments are for callers that have some."""
+        """Note that the main thread gets on within its step; arguments are for callers that have some."""
         self.moved = time.monotonic()
 
     def close(self):

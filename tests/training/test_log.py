@@ -153,7 +153,7 @@ def test_tokens_are_those_that_were_learned_from(step_log, clock):
     steps.event("back", "it went back")
     take_step(steps, 1.0, seconds=1, clock=clock)
     steps.flush()
-    steps.log(21, event="other")
+    steps.write(21, event="other")
     assert [m["tokens"] for m in lines(steps)] == [20 * 256, 21 * 256]
 
 
