@@ -195,7 +195,7 @@ def test_resumed_without_its_source(run_main, trained_ar, tmp_path):
     ("nowhere", [], "no such folder"),
     ("foreign", [], "convert it first"),
     ("ar", ["--n_layer=9"], "contradicts"),
-    ("ar", ["--model=1086M"], "model=1086M contradicts init_from="),
+    ("ar", ["--model=1086M"], "model=1086M contradicts init_from={folder}"),
     ("ar", ["--objective=uniform", "--shift=yes"], "needs objective=masked"),
     ("", ["--objective=ar", "--anneal=5"], "anneal=5 needs objective=masked or uniform"),
     ("", ["--anneal=5"], "anneal=5 doesn't fit into 2 steps")))
@@ -207,7 +207,7 @@ def test_refused(run_main, trained_ar, capsys, tmp_path, source, flags, message)
     with pytest.raises(SystemExit) as stop:
         run_main("--steps=2", *([f"--init_from={folder}"] if source else []), *flags)
     lines = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and len(lines) == 1 and message in lines[0], lines
+    assert stop.value.code == 2 and len(lines) == 1 and message.format(folder=folder) in lines[0], lines
     assert not (tmp_path / "run").exists()
 
 

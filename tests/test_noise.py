@@ -117,7 +117,7 @@ def test_a_constant_loss_is_itself_whatever_counts(estimator):
     eligible[:, 7] = True
     levels = d.noise_levels(p, 0, n_rows, n_eligible=eligible.sum(1))
     batch = d.make_batch(p, tokens(n_rows, 10), levels, levels.microbatch_rows(0, 1), eligible)
-    assert batch.weights.sum() == pytest.approx(1, abs=0.03)
+    assert batch.weights.sum() == pytest.approx(1, abs=0.02)
 
 
 def test_rows_that_only_fill_up_a_batch_weigh_nothing():
@@ -138,6 +138,14 @@ def test_short_rows_have_random_lengths_known_from_the_sample():
     np.testing.assert_array_equal(lengths[700:720], short_row_lengths(0, np.arange(700, 720), 50, 0.3))
     assert (short_row_lengths(1, np.arange(20_000), 50, 0.3) != lengths).any()
     assert (short_row_lengths(0, np.arange(100), 50, 0.0) == 50).all()
+
+    eligible = np.arange(50) < lengths[:, None]
+    p = process(seq_len=50)
+    levels = d.noise_levels(p, 0, 20_000, n_eligible=lengths)
+    x, rows = np.zeros((20_000, 51), int), levels.microbatch_rows(0, 1)
+    batch = d.make_batch(p, x, levels, rows, eligible)
+    assert batch.weights.sum() == pytest.approx(1, abs=0.02)  # a constant loss of 1 nat is 1 nat per token
+    assert not ((batch.tokens == V) & ~eligible).any()
 
 
 def test_maskgit_is_the_mean_over_all_masked_tokens_of_the_step():

@@ -43,6 +43,13 @@ def test_non_utf8_text_names_file_and_byte(data_refuses, tmp_path, ending, layou
             data_refuses(*argv, message=f"in/bad.txt{ending}: not UTF-8 at byte {at}; see --bad_bytes")
 
 
+def test_non_utf8_text_beyond_the_first_mib(data_refuses, tmp_path):
+    raw = bytearray(b"some words\n" * 130_000)
+    raw[1_300_000] = 0xFF
+    (tmp_path / "bad.txt").write_bytes(raw)
+    data_refuses("bad.txt", message="bad.txt: not UTF-8 at byte 1300000; see --bad_bytes")
+
+
 def test_non_utf8_record_names_file_and_line(data_refuses, tmp_path):
     (tmp_path / "x.jsonl").write_bytes(jsonl(stories(300)) + b'{"text": "\xe9"}\n')
     with task_size(10_000):

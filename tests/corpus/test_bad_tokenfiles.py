@@ -132,8 +132,7 @@ def test_a_shard_cut_anywhere(tmp_path, write):
     path = tmp_path / "tokens.bin"
     write(path, ABC)
     raw = path.read_bytes()
-    # Of less than its first number nothing shows what it was; the header is 1024 bytes.
-    for size in (*range(4, 40), *range(40, 1000, 21), *range(1000, len(raw))):
+    for size in range(4, len(raw)):  # of less than its first number nothing shows what it was
         path.write_bytes(raw[:size])
         refused(tmp_path, f"{path}: {size} bytes")
 

@@ -241,6 +241,7 @@ def test_a_long_answer_goes_in_windows(kind, network):
     context, answer, size = random_ids(rng, 100), random_ids(rng, 130), 48 + (kind == "ar")
     pairs = answers.windows(answer, context[-1], size)
     assert [token for _, part in pairs for token in part] == answer
+    assert all(before and answer[: len(before)] != before for before, _ in pairs[1:])
     assert all(len(before) + len(part) <= size for before, part in pairs)
     assert len(pairs[-1][0]) + len(pairs[-1][1]) == size
     total = score(network, [Question(context, answer, "b")], kind, masks=12)[0][0]

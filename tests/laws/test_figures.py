@@ -151,11 +151,13 @@ def test_a_sweep_on_few_tokens_as_pdf(repeated, tmp_path):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--which=valeys"], "which: 'valeys' is not one of valleys, frontier, parametric, epochs, contours, "),
+    (["--which=valeys"], "which: 'valeys' is not one of valleys, frontier, parametric, epochs, contours, "
+                         "unique, residuals, crossover\n"),
     (["--data=nowhere.csv"], "nowhere.csv: No such file"),
     (["--data={tmp}/text.csv"], "has no column params"),
     (["--data={tmp}/word.csv"], "word.csv:3: tokens=many: expected a number"),
-    (["--data={tmp}/one.csv", "--which=frontier"], "frontier: the budget of 6e+15 FLOPs has fewer"),
+    (["--data={tmp}/one.csv", "--which=frontier"],
+     "frontier: the budget of 6e+15 FLOPs has fewer than three sizes"),
     (["--which=crossover"], "crossover: the data hold no runs over several epochs of masked and ar"),
     (["--data={tmp}/one.csv", "--which=parametric"],
      "parametric: the data hold no IsoFLOP runs (every token seen once) with a fitted law"),
@@ -264,9 +266,10 @@ def test_parametric_curves(paper):
 
 
 def test_epochs_show_every_curve_and_the_law(paper):
-    group = paper[1]._replace(laws={k: paper[1].laws[k] for k in ("eq15_printed", "eq21_printed")})
+    names = ("eq15_printed", "eq21_printed", "eq23_printed")
+    group = paper[1]._replace(laws={name: paper[1].laws[name] for name in names})
     figure = drawn("epochs", [group])
-    assert figure.keys() == {"epochs_eq15_printed", "epochs_eq21_printed"}
+    assert figure.keys() == {f"epochs_{name}" for name in names}
     panels, runs = figure["epochs_eq15_printed"], group.runs
     assert len(panels) == 6 and sum(len(lines(ax)) for ax in panels) == 36
     for U, ax in zip(np.unique(runs.U), panels):

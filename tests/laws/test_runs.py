@@ -51,7 +51,8 @@ def test_a_file_that_cannot_be_read(tmp_path):
     ("params,tokens,loss\n1e6,1e7\n", ":2: loss=: expected a number"),
     ("params,tokens,loss\n1e6,nan,3\n", ":2: tokens=nan: "),
     ("params,tokens,loss\n1e6,1e7,3,4\n", ":2: more cells than the header has"),
-    ("params,tokens,unique_tokens,epochs,loss\n1e6,1e8,1e7,3,2\n", "tokens=1e8: not unique_tokens · epochs"),
+    ("params,tokens,unique_tokens,epochs,loss\n1e6,1e8,1e7,3,2\n",
+     ":2: tokens=1e8: not unique_tokens · epochs = 3e+07"),
 ])  # fmt: skip
 def test_bad_csv(tmp_path, text, message):
     (tmp_path / "x.csv").write_text(text)
