@@ -2,6 +2,8 @@
 
 import json
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from steps import build_run
 
 from model import Transformer
 from training import log
+from training.distributed import SINGLE, Ranks
 from training.guard import Guard
 from training.log import Journal, StepLog, read_metrics, read_rows, trim_metrics
 from training.state import RunState
@@ -29,10 +32,10 @@ def clock(monkeypatch):
 def step_log(corpus, tmp_path, clock):
     """A StepLog of a run of 100 steps that nobody trains; a line every 4, bad above a norm of 5."""
 
-    def make(*flags):
-        (tmp_path / "run").mkdir()
+    def make(*flags, ranks=SINGLE):
+        (tmp_path / "run").mkdir(exist_ok=True)
         run = build_run(*TINY, "--steps=100", "--log_every=4", "--skip_norm=5", "--resume=auto",
-                        f"--corpus={corpus}", f"--run_dir={tmp_path / 'run'}", *flags)
+                        f"--corpus={corpus}", f"--run_dir={tmp_path / 'run'}", *flags, ranks=ranks)
         state, network = RunState(), Transformer(run.model_config).init_weights()
         return StepLog(run, state, Guard(run, state, network, None), network)
 
@@ -144,6 +147,30 @@ def test_bad_steps_alone_make_no_line(step_log, clock):
     steps.queue(lr=1.0)
     steps.poll()
     assert [m.get("event") for m in lines(steps)] == ["skipped"]
+
+
+def test_all_ranks_judge_the_norm_of_rank_0(step_log, monkeypatch):
+    """What ranks find differs in its last bits: else one might skip a step that another takes."""
+    together, sent = threading.Barrier(2, timeout=60), []
+
+    def all_reduce(values):
+        sent.append(values.clone())
+        together.wait()
+        values.copy_(sum(sent))
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    logs = [step_log(ranks=Ranks(rank, 2)) for rank in range(2)]
+    norms = (4.0, 4.0), (4.0, 6.0), (6.0, 4.0), (2.0, float("nan"))
+    for pair in norms:
+        for steps, norm in zip(logs, pair):
+            take_step(steps, loss=1.5, norm=norm)
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(lambda steps: steps.queue(), logs))
+    for steps in logs:
+        steps.poll(wait=True)
+        good = [dict(loss=3.0, grad_norm=norm) for norm in (4.0, 4.0, 2.0)]  # losses add up
+        assert steps.state.pending == good and steps.guard.worst == 1
+    assert [(m["event"], m["step"], m["norm"]) for m in lines(logs[0])] == [("skipped", 3, 6.0)]
 
 
 def test_tokens_are_those_that_were_learned_from(step_log, clock):
