@@ -1,7 +1,9 @@
 """Tiny runs of train.py as users start them, what they leave behind, and comparisons of two."""
 
+import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -70,6 +72,21 @@ def workers(launcher):
     return [ranks[rank] for rank in sorted(ranks)]
 
 
+def stopped(call, signum, patch, owner, name, number=1):
+    """`call()` when a signal comes with a function's call of this number → its exit code."""
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    def with_signal(*arguments):
+        if next(calls) == number:
+            signal.raise_signal(signum)
+        return function(*arguments)
+
+    with patch.context() as inside, pytest.raises(SystemExit) as stop:
+        inside.setattr(owner, name, with_signal)
+        call()
+    return stop.value.code
+
+
 class Group:
     """Ranks that do one job after the other (tests/processes/train_jobs.py), as long as they are needed."""
 
@@ -82,15 +99,16 @@ class Group:
                 command, cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT)
 
     def do(self, **job):
-        """Do a job → what rank 0 printed."""
+        """Do a job → what rank 0 printed, warnings and all."""
         path = self.folder / f"{self.number}.json"
         self.number += 1
         path.with_suffix(".new").write_text(json.dumps(job))
         path.with_suffix(".new").rename(path)
         done = path.with_suffix(".done")
         until(lambda: done.exists() or self.process.poll() is not None, 300)
-        assert done.exists(), (job, (self.folder / "log").read_text()[-5000:])
-        return path.with_suffix(".out").read_text()
+        output = path.with_suffix(".out").read_text()
+        assert done.exists(), (job, output[-5000:], (self.folder / "log").read_text()[-5000:])
+        return output
 
     def stop(self):
         """End the ranks."""

@@ -3,8 +3,8 @@
     python tests/processes/train_jobs.py FOLDER WORLD
 
 Forks WORLD ranks, so that torch is imported once. FOLDER/0.json, 1.json, … are jobs, done as they appear;
-what rank 0 prints goes into 0.out, and 0.done says that it is done. A file called stop ends the group.
-tests/runs.py (Group) is the other side.
+what rank 0 prints (on stderr, too) goes into 0.out, and 0.done says that it is done. A file called stop
+ends the group. tests/runs.py (Group) is the other side.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ def disturbances(job, rank):
 
 
 def train_once(job, ranks, watch):
-    """train.train() with the job's flags; it may end with an error only if the job `may_fail`."""
+    """train.train() with the job's flags, which must end with the job's exit `code` (0)."""
     torch._dynamo.reset()
     with contextlib.ExitStack() as contexts:
         for disturbance in disturbances(job, ranks.rank):
@@ -66,8 +66,8 @@ def train_once(job, ranks, watch):
         try:
             code = train.train(configurator.load(train.Config, job["flags"]), CPU, watch)
         except SystemExit as stop:
-            code = 0 if job.get("may_fail") else stop.code
-    assert code == 0, job
+            code = stop.code
+    assert code == job.get("code", 0), (job, code)
 
 
 def measure_memory(job, ranks):
@@ -121,7 +121,7 @@ def work(folder):
     with watchdog.guarded(ranks, watch):
         for path, job in jobs(folder, watch):
             with open(path.with_suffix(".out") if ranks.rank == 0 else "/dev/null", "w") as out:
-                with contextlib.redirect_stdout(out):
+                with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
                     if "measure_memory" in job:
                         measure_memory(job, ranks)
                     else:

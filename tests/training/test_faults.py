@@ -31,14 +31,17 @@ from runs import (
     last_step,
     newest_step,
     start,
+    stopped,
     until,
     weights,
     workers,
 )
 
+import train
 from training import watchdog
 from training.checkpoint import checkpoints
 from training.distributed import STOPPED
+from training.log import read_metrics
 
 ENDLESS = "--steps=100000"
 
@@ -123,15 +126,16 @@ def stop_signals(corpus, folder, times, rng):
     run_to_end(*flags, f"--run_dir={folder / 'calm'}")
     run, stops = folder / "stopped", 0
     while stops < times:
-        process = start(*flags, f"--run_dir={run}", "--resume=auto")
+        process = start(*flags, f"--run_dir={run}", "--resume=auto", log=subprocess.PIPE)
         reached = newest_step(run)
         until(lambda: last_step(run) > reached or process.poll() is not None)  # noqa: B023
         time.sleep(rng.random() * 0.1)
         process.terminate()
-        code = process.wait(timeout=60)
-        if code == 0:
+        output, _ = process.communicate(timeout=60)
+        if process.returncode == 0:
             break
-        assert code == STOPPED
+        assert process.returncode == STOPPED
+        assert "stopped by a signal" in output and "Traceback" not in output
         stops += 1
         assert newest_step(run) >= last_step(run)
         assert event_names(run) == ["stopped"] * stops
@@ -252,6 +256,21 @@ def test_signals_within_two_seconds_are_one_and_a_later_one_ends_the_process(sig
     assert killed == [(os.getpid(), signal.SIGTERM)] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_a_signal_after_the_first_ends_the_run_at_once(corpus, tmp_path):
+    """Within a step of minutes, whose end the first would wait for."""
+    run = tmp_path / "run"
+    flags = ["--steps=2", "--batch_size=65536", "--micro_batch=8"]
+    process = start(*flags, f"--corpus={corpus}", f"--run_dir={run}")
+    until(lambda: read_metrics(run))
+    for _ in range(3):  # these are one
+        process.terminate()
+        time.sleep(0.2)
+    time.sleep(2)
+    assert process.poll() is None
+    process.terminate()
+    assert process.wait(timeout=20) == -signal.SIGTERM
+
+
 def test_a_signal_within_the_handler_of_another(signals):
     """Several come when a launcher dies: one must not wait for a lock that another's handler holds."""
 
@@ -289,7 +308,7 @@ def test_the_batch_file_goes_on_as_long_as_it_gets_further(tmp_path, code, saved
     assert asked.exists() == requeued and (not requeued or asked.read_text() == "requeue 7\n")
 
 
-def test_two_runs_never_write_into_one_folder(run_main, refused, corpus, tmp_path, capsys):
+def test_two_runs_never_write_into_one_folder(run_main, refused, corpus, tmp_path, monkeypatch, capsys):
     """The second waits a while, and goes on from what the first has saved meanwhile."""
     run = tmp_path / "run"
     first = start(ENDLESS, f"--corpus={corpus}", f"--run_dir={run}")
@@ -299,9 +318,15 @@ def test_two_runs_never_write_into_one_folder(run_main, refused, corpus, tmp_pat
 
     stopping = threading.Timer(1.0, first.terminate)
     stopping.start()
-    run_main("--steps=1", "--resume=auto")
+    def second():
+        run_main(ENDLESS, "--resume=auto")
+
+    assert stopped(second, signal.SIGTERM, monkeypatch, train, "training_step", 25) == STOPPED
     assert first.wait(timeout=60) == STOPPED
-    assert f"nothing to do: {run}/step_{newest_step(run):08d} is at step" in capsys.readouterr().out
+    assert event_names(run) == ["stopped", "stopped"]
+    saved, reached = (m["step"] for m in events(run))
+    assert f"resumed from {run}/step_{saved:08d}" in capsys.readouterr().out
+    assert reached == saved + 25 == newest_step(run) and last_step(run) == reached
 
 
 # -------------------------------------------------------------------------------------------- ranks that hang
@@ -333,7 +358,7 @@ def test_a_rank_that_hangs_is_named(corpus, tmp_path, ranks, hanging, message):
         with stopped_process(workers(process.pid)[hanging]):
             until(lambda: re.search(message, log.read_text()))
         assert process.wait(timeout=90) != 0
-    answering = [rank for rank in range(1, ranks) if rank != hanging]
+    answering = [rank for rank in range(ranks) if rank != hanging]
     assert not any(f"rank {rank} on" in log.read_text() for rank in answering)
 
 
@@ -473,10 +498,11 @@ def test_spikes_are_skipped_and_ranks_decide_alike(train_on, corpus, tmp_path):
             bad = ["--steps=40", "--resume=yes", f"--skip_norm={limit}", f"--max_skips={max_skips}"]
             train = [world, *flags, *bad, f"--run_dir={run}"]
             if world == 1 and returns:
-                with pytest.raises(SystemExit):
+                with pytest.raises(SystemExit) as stop:
                     train_on(*train)
+                assert stop.value.code == 2
             else:
-                train_on(*train, may_fail=bool(returns))
+                train_on(*train, code=2 if returns else 0)
             log = [m for m in events(run) if m["event"] != "ranks"]
             decisions.append([(m["event"], m["step"], m.get("first_sample")) for m in log])
         assert decisions[0] == decisions[1] and len(decisions[0]) >= 3
@@ -497,6 +523,8 @@ def test_ranks_fall_back_together(train_on, corpus, tmp_path):
         shutil.copytree(whole, run)
         (run / file).write_bytes(b"")
         output = train_on(2, *flags, f"--run_dir={run}", "--resume=auto")
+        problem = f"{run / file} is missing or damaged"
+        assert f"warning: {problem}; falling back to the checkpoint before it" in output
         assert f"resumed from {run}/step_00000010" in output
         assert equal_runs(run, whole)
 

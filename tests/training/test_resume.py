@@ -1,6 +1,5 @@
 """Stopping, dying and going on: a run that was cut off ends, bit for bit, as if it had not been."""
 
-import itertools
 import json
 import shutil
 import signal
@@ -8,7 +7,18 @@ from pathlib import Path
 
 import pytest
 from conftest import call_main, prepared
-from runs import TINY, assert_close_figures, equal_runs, event_names, events, figures, steps_saved
+from runs import (
+    TINY,
+    assert_close_figures,
+    equal_runs,
+    event_names,
+    events,
+    figures,
+    last_step,
+    steps_saved,
+    stopped,
+)
+from test_checkpoint import PICKLES, SHARD, Bomb
 
 import train
 from configurator.renamed import RECORD, SETTINGS
@@ -73,21 +83,6 @@ def test_killed_before_its_first_checkpoint_starts_over(trained, run_main, tmp_p
     assert equal_runs(run_main(*FLAGS, "--resume=auto"), trained)
 
 
-def stopped(call, signum, patch, owner, name, number=1):
-    """`call()` when a signal comes with a function's call of this number → its exit code."""
-    function, calls = getattr(owner, name), itertools.count(1)
-
-    def with_signal(*arguments):
-        if next(calls) == number:
-            signal.raise_signal(signum)
-        return function(*arguments)
-
-    with patch.context() as inside, pytest.raises(SystemExit) as stop:
-        inside.setattr(owner, name, with_signal)
-        call()
-    return stop.value.code
-
-
 def test_a_stop_signal_saves_and_the_line_in_progress_is_completed(run_main, monkeypatch, capsys):
     flags = ["--steps=60", "--log_every=7"]
     run = run_main(*flags, run="whole").with_name("run")
@@ -119,18 +114,29 @@ def cut(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
 
 
-SHARD = "optimizer/shard-00001-model-00001-of-00001.safetensors"
+def change_a_number(path):
+    text = path.read_text()
+    assert '"next_sample": 320' in text
+    path.write_text(text.replace('"next_sample": 320', '"next_sample": 330'))
+
+
+GONE = "FileNotFoundError: [Errno 2] No such file or directory: '{folder}/checkpoint.json'"
 
 
 @pytest.mark.parametrize("name, harm, damage", (
-    (SHARD, flip, "is missing or damaged"), ("model.safetensors", cut, "is missing or damaged"),
-    ("checkpoint.json", Path.unlink, "FileNotFoundError")))
+    (SHARD, flip, "/{name} is missing or damaged"),
+    ("model.safetensors", cut, "/{name} is missing or damaged"),
+    ("checkpoint.json", change_a_number, "/{name} is damaged"),
+    ("checkpoint.json", Path.unlink, f" is no complete checkpoint ({GONE})")),
+    ids=("flipped", "cut", "changed", "gone"))
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
         run, trained, run_main, capsys, name, harm, damage):
-    harm(run / "step_00000040" / name)
+    folder = run / "step_00000040"
+    harm(folder / name)
     run_main(*FLAGS, "--resume=auto")
     captured = capsys.readouterr()
-    assert "step_00000040" in captured.err and damage in captured.err and "falling back" in captured.err
+    problem = f"{folder}{damage.format(name=name, folder=folder)}"
+    assert captured.err == f"warning: {problem}; falling back to the checkpoint before it\n"
     assert f"resumed from {run}/step_00000020" in captured.out
     assert (run / "latest").read_text() == "step_00000040\n"
     assert equal_runs(run, trained) and read_checkpoint(run / "step_00000040")["step"] == 40
@@ -171,6 +177,49 @@ def test_what_cannot_be_read_is_not_taken_for_damaged(run, refused, monkeypatch)
     assert steps_saved(run) == [40, 20]
 
 
+# ---------------------------------------------------------------------------------------- hostile checkpoints
+
+
+def write_bomb(folder, name, kind, signed=True):
+    """Put a pickle that would make a folder in a checkpoint's file; returns that folder."""
+    dump, load = PICKLES[kind]
+    bang = folder.parent / "bang"
+    (folder / name).write_bytes(dump(Bomb(bang)))
+    with open(folder / name, "rb") as file:
+        load(file)
+    bang.rmdir()  # it is live
+
+    def sign(record):  # its maker knows how to hash
+        digest = checkpoint.file_digest(folder / name)
+        return record | dict(sha256=record["sha256"] | {name: digest})
+
+    if signed:
+        edit_record(folder, sign)
+    return bang
+
+
+@pytest.mark.parametrize("kind", PICKLES)
+@pytest.mark.parametrize("name", (SHARD, "model.safetensors"))
+def test_a_hostile_checkpoint_is_refused_and_runs_no_code(run, refused, name, kind):
+    bang = write_bomb(run / "step_00000040", name, kind)
+    (line,) = refused("--steps=50", "--resume=yes").splitlines()
+    assert line.startswith(f"train.py: {run}/step_00000040 can't be read: ")
+    assert not bang.exists() and last_step(run) == 40
+
+
+@pytest.mark.parametrize("signed, begin", ((True, "step_00000040"), (False, "step_00000020")))
+def test_a_pickle_beside_the_moments_is_never_opened(run, run_main, capsys, signed, begin):
+    """Where torch's own distributed checkpoints have theirs; unless the record has it, it is damage."""
+    bang = write_bomb(run / "step_00000040", "optimizer/.metadata", "pickle", signed)
+    run_main("--steps=50", "--resume=yes")
+    captured = capsys.readouterr()
+    assert f"resumed from {run}/{begin}" in captured.out
+    path = run / "step_00000040/optimizer/.metadata"
+    damage = f"{path} is no part of this checkpoint; falling back to the checkpoint before it"
+    assert captured.err == ("" if signed else f"warning: {damage}\n")
+    assert not bang.exists() and steps_saved(run)[0] == 50
+
+
 # ------------------------------------------------------------------------------------ checkpoints not written
 
 
@@ -193,7 +242,8 @@ def test_a_checkpoint_that_cannot_be_written_costs_nothing_but_itself(
     with monkeypatch.context() as patch:  # training goes on
         patch.setattr(owner, name, broken_for(15))
         run = run_main(*flags, run="third")
-    assert event_names(run) == ["not saved"] and equal_runs(run, whole) and steps_saved(run) == [20]
+    assert event_names(run) == ["not saved"] and equal_runs(run, whole)
+    assert [path.name for path in run.glob("*step_*")] == ["step_00000020"]
     assert "No space left on device" in events(run)[0]["why"]
 
     last = tmp_path / "last"
