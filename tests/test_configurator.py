@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -333,28 +334,39 @@ def test_help_lists_every_setting(monkeypatch, capsys, flag, rank):
 # ---------------------------------------------------------------------------------------------------- scripts
 
 
-def test_train_refuses_before_anything_starts(tmp_path, monkeypatch, capsys):
+def start(script, *argv, cwd, **variables):
+    """Start one of our commands in another folder."""
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    clean = {name: value for name, value in os.environ.items() if name not in ranks}
+    command = [sys.executable, ROOT / script, *argv]
+    return subprocess.Popen(
+        command, cwd=cwd, env=clean | variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_train_refuses_before_anything_starts(tmp_path):
     """Of two ranks, as torchrun would start them, the first says what is wrong; both end with code 2."""
     path = write(tmp_path / "x.py", "import math\nn_layers = 3\nbatch_size = int(math.sqrt(16))\n")
-    flags = [str(path), "--lr=-1", "--compile=maybe", "--objectiv=ar"]
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    command = [sys.executable, str(ROOT / "train.py"), *flags]
-    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert process.returncode == 2 and not process.stdout
-    lines = process.stderr.splitlines()
-    expected = [f"train.py: {path}: unknown setting 'n_layers'; did you mean 'n_layer'?",
+    flags = ["--stepz=1", path, "--lr=-1", "--lr=fast", "--n_layer=0", "--compile=maybe", "--objectiv=ar"]
+    ranks = [start("train.py", *flags, cwd=tmp_path, RANK=rank, WORLD_SIZE="2") for rank in "01"]
+    (out, err), silent = (process.communicate(timeout=120) for process in ranks)
+    assert [process.returncode for process in ranks] == [2, 2] and silent == ("", "") and not out
+    lines = err.splitlines()
+    expected = ["train.py: --stepz=1: unknown setting 'stepz'; did you mean 'steps'?",
+                f"train.py: {path}: unknown setting 'n_layers'; did you mean 'n_layer'?",
                 "train.py: --lr=-1: must be above 0",
+                "train.py: --lr=fast: expected a number",
+                "train.py: --n_layer=0: must be at least 1",
                 "train.py: --compile=maybe: choose from whole, blocks, no",
                 "train.py: --objectiv=ar: unknown setting 'objectiv'; did you mean 'objective'?"]
-    assert lines[:4] == expected and all(line.startswith("train.py: ") for line in lines)
+    assert lines[:7] == expected and all(line.startswith("train.py: ") for line in lines)
     assert [p.name for p in tmp_path.iterdir() if p.name != "__pycache__"] == ["x.py"]  # no run folder
 
-    monkeypatch.setenv("RANK", "1")
-    with pytest.raises(SystemExit) as stop:
-        configurator.load(train.Config, flags)
-    assert stop.value.code == 2 and capsys.readouterr() == ("", "")
+
+def test_sample_refuses(tmp_path):
+    process = start("sample.py", "--prompt=a", "--text=[MASK]", cwd=tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (2, "")
+    assert err == "sample.py: give one of prompt, prompt_file, prompts and text\n"
 
 
 # ----------------------------------------------------------------------------------- needs of one for another

@@ -43,9 +43,14 @@ def distributed(tmp_path_factory):
 # ----------------------------------------------------------------------------------------- the `torch` format
 
 
-# objective and shape: each objective with each number of ranks
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+# every shape with either objective: half of them in the short suite
 @pytest.mark.parametrize("shape, objective", (
-    ("tied_mha", "masked"), ("untied_gqa", "ar"), ("biased", "masked"), ("wide", "ar")))
+    ("tied_mha", "masked"), ("untied_gqa", "ar"), ("biased", "masked"), ("wide", "ar"),
+    slow("tied_mha", "ar"), slow("untied_gqa", "masked"), slow("biased", "ar"), slow("wide", "masked")))
 @pytest.mark.parametrize("tp, pp", ((1, 1), (2, 1), (4, 1), (1, 2), (4, 2)))
 def test_shards_become_the_whole_bit_for_bit_and_shards_again(tmp_path, shape, objective, tp, pp):
     network = make_run(tmp_path / "ours", objective, n_layer=2 * pp, **SHAPES[shape])

@@ -1,10 +1,12 @@
 """A training step: the device is never waited for, nothing compiles twice, all settings compute the same."""
 
 import contextlib
+import queue
 
 import numpy as np
 import pytest
 import torch
+from runs import until
 from steps import bare_run, step
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -88,7 +90,9 @@ def test_a_step_reads_no_value_on_the_host(objective, loss, pretend, monkeypatch
 
 
 def test_reading_one_would_be_seen(monkeypatch):
-    for spoil in (lambda figures: figures["loss"].item(), lambda figures: float(figures["grad_norm"])):
+    for spoil in (
+            lambda figures: figures["loss"].item(), lambda figures: float(figures["grad_norm"]),
+            lambda figures: torch.stack(list(figures.values())).tolist()):
         with pytest.raises(DataDependentOutputException):
             step_without_values("ar", "elbo", False, monkeypatch, spoil)
 
@@ -114,7 +118,7 @@ def test_a_step_does_not_synchronize(objective, loss):
 @pytest.mark.parametrize("compile, graphs", [("whole", 1), ("blocks", 4)])
 def test_nothing_compiles_after_the_first_step(compile, graphs):
     """Whole: one graph. Blocks: one for all but the last, one each for the last, the norm and the loss."""
-    config, process = setting("masked", n_layer=3)
+    config, process = setting("masked", n_layer=4)
     torch._dynamo.utils.counters.clear()
     stances = iter([contextlib.nullcontext()])
 
@@ -239,8 +243,14 @@ def test_fp8_uses_eight_bits_in_every_block_and_trains_alike(monkeypatch):
 # -------------------------------------------------------------------------------- batches there, figures back
 
 
-def test_prefetching_ends_when_its_reader_leaves():
+def test_prefetching_ends_when_its_reader_leaves(monkeypatch):
     """Also where the queue is full and only the end is left to deliver; and errors arrive."""
+    offered = []
+
+    class Watched(queue.Queue):
+        def put(self, item, **settings):
+            offered.append(item)
+            super().put(item, **settings)
 
     def numbers(fail=False):
         yield from range(5)
@@ -248,8 +258,12 @@ def test_prefetching_ends_when_its_reader_leaves():
             raise ValueError("broken")
 
     for fail in (False, True):
-        stream = transfer.prefetch(numbers(fail), depth=4)
-        assert next(stream) == 0
+        offered.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(queue, "Queue", Watched)
+            stream = transfer.prefetch(numbers(fail), depth=4)
+            assert next(stream) == 0
+        until(lambda: len(offered) > 5)  # the end, too
         stream.close()  # must not hang
     assert list(transfer.prefetch(numbers())) == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="broken"):
