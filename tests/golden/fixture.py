@@ -14,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import golden_cases
 import record
 from golden_texts import word_texts
 
@@ -46,7 +47,7 @@ def stopped_at(box, wanted):
     """Train until SIGTERM; returns whether the run stopped after the wanted step."""
     run_dir = f"run_{NAME}"
     shutil.rmtree(box["work"] / run_dir, ignore_errors=True)
-    record.run_until(
+    golden_cases.run_until(
         box, shlex.split(COMMANDS["train"]), run_dir, wanted
     )  # a validation before, so many lines at step wanted - 1
     return (box["work"] / run_dir / f"step_{wanted:08d}").is_dir()
@@ -60,7 +61,7 @@ def write(about, **found):
             f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()
         ]
         lines.append(f"{json.dumps(name)}: {{\n" + ",\n".join(inner) + "\n}")
-    (record.HERE / "expected.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    (golden_cases.HERE / "expected.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 def main():
@@ -73,19 +74,19 @@ def main():
     box = dict(checkout=checkout, work=work, fresh=False, case="fixture")
     (work / "logs").mkdir()
     (work / "words.txt").write_text("\n===\n".join(word_texts(80)))
-    record.run(box, shlex.split(COMMANDS["corpus"]))
+    golden_cases.run(box, shlex.split(COMMANDS["corpus"]))
     while not stopped_at(box, 20):
         print("stopped too late: once more")
     for folder in (f"corpus_{NAME}", f"run_{NAME}"):
-        shutil.rmtree(record.HERE / folder, ignore_errors=True)
+        shutil.rmtree(golden_cases.HERE / folder, ignore_errors=True)
         shutil.copytree(
-            work / folder, record.HERE / folder, ignore=shutil.ignore_patterns(".lock", "loss.png")
+            work / folder, golden_cases.HERE / folder, ignore=shutil.ignore_patterns(".lock", "loss.png")
         )
     write(about)
     twice = []
     for number in range(2):
         inside = dict(box, work=work / f"copy_{number}")
-        twice.append(record.do_old_run(inside))
+        twice.append(golden_cases.do_old_run(inside))
     if twice[0] != twice[1]:
         sys.exit("two runs that were resumed alike differ")
     write(about, **twice[0])
