@@ -445,8 +445,10 @@ class Transformer(nn.Module):
     def n_params(self, embeddings=True):
         """Count parameters; without `embeddings`, neither the embedding nor an untied head."""
         total = sum(p.numel() for p in self.parameters())
-        vocabulary = self.config.padded_vocab * self.config.d_model
-        return total if embeddings else total - vocabulary * (1 if self.lm_head is None else 2)
+        if embeddings:
+            return total
+        matrices = 1 if self.lm_head is None else 2
+        return total - matrices * self.config.padded_vocab * self.config.d_model
 
     def flops_per_token(self, share=1.0, causal=None):
         """Count training FLOPs, forward and backward, per token of a full row, of what is really computed.

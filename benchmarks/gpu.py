@@ -5,6 +5,7 @@ Each is called with bench.py's settings and the device, and returns its section 
 
 import gc
 import inspect
+import itertools
 import re
 from collections import Counter
 from functools import partial
@@ -472,13 +473,13 @@ def predicted_peak(config, example, settings):
 
 def time_in_a_row(step, device, count):
     """(count,) milliseconds of steps that follow each other without waiting, and their losses."""
-    moments, losses = [transfer.timestamp(device)], torch.zeros(count, device=device)
+    timestamps, losses = [transfer.timestamp(device)], torch.zeros(count, device=device)
     for i in range(count):
         step()
         losses[i] = step.loss
-        moments.append(transfer.timestamp(device))
+        timestamps.append(transfer.timestamp(device))
     losses = losses.tolist()
-    seconds = [transfer.seconds_between(start, end) for start, end in zip(moments, moments[1:])]
+    seconds = [transfer.seconds_between(*pair) for pair in itertools.pairwise(timestamps)]
     return 1e3 * np.array(seconds), losses
 
 

@@ -20,9 +20,12 @@ def map_tokens(path, dtype, count, source, offset=0):
 
 
 def sha256_of(path):
-    """The SHA-256 of a file, in hex."""
-    content = np.memmap(path, np.uint8, mode="r") if path.stat().st_size else b""
-    return hashlib.sha256(content).hexdigest()
+    """The SHA-256 of a file, in hex; raises OSError where it can't be read."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def sync_to_disk(file):
@@ -34,8 +37,10 @@ def sync_to_disk(file):
 def sync_path(path):
     """Wait until a closed file, or a folder's list of files, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def stamp(path):

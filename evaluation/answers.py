@@ -308,7 +308,7 @@ def score_batch(scorer, batch, with_likeliest):
 
 def forward_pass(scorer, batch, likeliest):
     """The nats at the batch's positions; with `likeliest` also the likeliest tokens and their probability."""
-    batch = transfer.to_device(transfer.to_tensors(batch, False), scorer.device)
+    batch = transfer.to_device(transfer.to_tensors(batch), scorer.device)
     with scorer.autocast(), kernels.avoid_cudnn_attention(scorer.device):
         return scorer.objective.nats_at_positions(batch, likeliest=likeliest)
 

@@ -278,11 +278,12 @@ def chain_rule(objective, x, order, mask_id, autocast=contextlib.nullcontext, se
 
     Returns (B, L) nats by position: the exact likelihood of the sampler that writes in that order.
 
-    order: left_to_right; confidence: next is the position where the network is surest before it sees the
-    token,
-        to 12 bits, so that rounding decides next to nothing, and the first of equals (the order depends only
-        on tokens that have been read, so this is a likelihood, too); random: its mean over orders is the
-        bound.
+    order:
+        left_to_right
+        confidence: next is the position where the network is surest before it sees the token, to 12 bits, so
+            that rounding decides next to nothing, and the first of equals. The order depends only on tokens
+            that have been read, so this is a likelihood, too.
+        random: its mean over orders is the bound.
     row_numbers: (B,), on which a row's random order depends; 0, 1, … if None.
     documents, positions: (B, L), as in the batches of models that attend within documents.
     """

@@ -226,13 +226,16 @@ def measure_texts(cfg, subject, judge):
     rows = [text.new for text in samples]
     entropies = [texts.entropy(row) for row in rows]
     longest = max(map(len, rows))
+    repetition = {}
+    for n in (2, 3, 4):
+        if longest >= n:
+            repetition[n] = mean_and_error([texts.repetition(row, n) for row in rows])
     report = dict(
         texts=len(rows),
         tokens=sum(map(len, rows)),
         entropy=mean_and_error(entropies),
         distinct={n: texts.distinct(rows, n) for n in (1, 2, 3, 4)},
-        repetition={n: mean_and_error([texts.repetition(row, n) for row in rows])
-                    for n in (2, 3, 4) if longest >= n},
+        repetition=repetition,
     )
     if judge:
         nll = judge_texts(judge, samples)

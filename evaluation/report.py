@@ -28,10 +28,10 @@ def progress_bar(title, ranks):
 # ------------------------------------------------------------------------------------------------- for people
 
 
-def print_report(report, run, step):
+def print_report(report, run_dir, step):
     """Print what was measured of a run's checkpoint of this step."""
     if "bound" in report:
-        print_bound(report["bound"], run, step)
+        print_bound(report["bound"], run_dir, step)
     for order, line in report.get("ordered", {}).items():
         print_ordered(order, line)
     if report.get("tasks"):
@@ -40,7 +40,7 @@ def print_report(report, run, step):
         print_texts(report["texts"])
 
 
-def print_bound(bound, run, step):
+def print_bound(bound, run_dir, step):
     nats = with_error(bound["nats_per_token"], bound["error"])
     bits = with_error(bound["bits_per_byte"], bound["bits_per_byte_error"])
     several = bound["passes"] > 1
@@ -53,7 +53,7 @@ def print_bound(bound, run, step):
     if not bound["own_text"]:
         note = "; another text than in training"
     else:
-        logged = [m["val_loss"] for m in read_metrics(run) if m.get("step") == step and "val_loss" in m]
+        logged = [m["val_loss"] for m in read_metrics(run_dir) if m.get("step") == step and "val_loss" in m]
         if logged:
             note = f"; train.py logged {float(logged[-1]):.4f}"
     print(f"{'':<22}{bound['rows']:,} rows of {bound['seq_len']}{passes}{note}")

@@ -12,31 +12,34 @@ import os
 import sys
 from pathlib import Path
 
-from training.checkpoint import checkpoints
+from training.checkpoint import checkpoints, step_of
 from training.log import read_metrics
 
 
 class ScoreLog:
     """The checkpoints of a run that still lack scores, and where their scores go: metrics.jsonl and wandb."""
 
-    def __init__(self, run):
-        self.run, self.tracker = Path(run), None
+    def __init__(self, run_dir):
+        self.run_dir, self.tracker = Path(run_dir), None
         self.passed_over = set()  # identities of checkpoints that could not be scored
         self.identity = self.times_back = None  # of the checkpoint that is being scored
 
     def next_checkpoint(self):
         """The oldest checkpoint folder without scores, or None. `append` or `pass_over` is due for it."""
-        scored = {m["step"] for m in read_metrics(self.run) if any(name.startswith("eval/") for name in m)}
-        for folder in reversed(checkpoints(self.run)):
+        scored = set()
+        for metrics in read_metrics(self.run_dir):
+            if any(name.startswith("eval/") for name in metrics):
+                scored.add(metrics["step"])
+        for folder in reversed(checkpoints(self.run_dir)):
             self.identity = identity(folder)
             if step_of(folder) not in scored and self.identity not in self.passed_over:
-                self.times_back = times_back(self.run, step_of(folder))
+                self.times_back = times_back(self.run_dir, step_of(folder))
                 return folder
         return None
 
     def is_finished(self):
         """Whether the checkpoint of the run's last step is there."""
-        folders = checkpoints(self.run)
+        folders = checkpoints(self.run_dir)
         for folder in folders:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 steps = json.loads((folder / "checkpoint.json").read_text())["steps"]
@@ -46,7 +49,7 @@ class ScoreLog:
     def pass_over(self, problem):
         """Give up the checkpoint that is being scored."""
         self.passed_over.add(self.identity)
-        warn(f"{self.run / self.identity[0]} is passed over: {problem}")
+        warn(f"{self.run_dir / self.identity[0]} is passed over: {problem}")
 
     def append(self, record, figures):
         """Log the figures of the checkpoint with this record; raises OSError.
@@ -55,12 +58,12 @@ class ScoreLog:
         up. The trainer first logs that it goes back, then trims, into a new file. So the file is opened here
         before that log is read: a line that comes too late goes into the old file.
         """
-        path = self.run / "metrics.jsonl"
+        path = self.run_dir / "metrics.jsonl"
         tokens = (record["next_sample"] - record["passed_samples"]) * record["model"]["seq_len"]
         line = dict(step=record["step"], tokens=tokens)
         line |= {name: value if math.isfinite(value) else str(value) for name, value in figures.items()}
         with open(path, "ab", buffering=0) as file:
-            if times_back(self.run, record["step"]) != self.times_back:
+            if times_back(self.run_dir, record["step"]) != self.times_back:
                 return
             text = json.dumps(line) + "\n"
             if is_torn(path):
@@ -68,18 +71,13 @@ class ScoreLog:
             written = file.write(text.encode())  # one write in append mode: the trainer's lines stay whole
             if written < len(text.encode()):
                 raise OSError(f"{path}: no space left for the scores of step {record['step']}")
-        self.tracker = self.tracker or open_tracker(self.run, record["settings"])
+        self.tracker = self.tracker or open_tracker(self.run_dir, record["settings"])
         if self.tracker:
             self.tracker.log(line)
 
     def close(self):
         if self.tracker:
             self.tracker.finish()
-
-
-def step_of(folder):
-    """The step of a checkpoint folder, from its name."""
-    return int(folder.name.removeprefix("step_"))
 
 
 def identity(folder):
@@ -89,9 +87,9 @@ def identity(folder):
     return folder.name, None
 
 
-def times_back(run, step):
+def times_back(run_dir, step):
     """How often a run has logged that it went back to a checkpoint before `step`."""
-    return sum(m.get("event") == "back" and m["step"] < step for m in read_metrics(run))
+    return sum(m.get("event") == "back" and m["step"] < step for m in read_metrics(run_dir))
 
 
 def is_torn(path):
@@ -103,12 +101,12 @@ def is_torn(path):
         return file.read(1) != b"\n"
 
 
-def open_tracker(run, settings):
+def open_tracker(run_dir, settings):
     """The Weights & Biases run that a run folder's trainer logs to, or None if it uses none.
 
     One that can't be opened costs its curves, not the scores: a warning says so.
     """
-    id_file = run / "wandb_id.txt"
+    id_file = run_dir / "wandb_id.txt"
     if not settings.get("wandb") or not id_file.is_file():
         return None
     try:

@@ -26,8 +26,8 @@ from rich.console import Console
 
 import configurator
 from configurator import setting
+from corpus.files import sha256_of
 from interop.pickles import one_line
-from training.checkpoint import file_digest
 
 # errors of this machine, not of the network: no use in trying again
 LOCAL_ERRORS = (
@@ -203,7 +203,7 @@ def is_complete(path, file):
     """True if the file at `path` is the one that the hub lists."""
     if not path.is_file() or path.stat().st_size != file.size:
         return False
-    digest = file_digest(path) if file.lfs else git_digest(path)
+    digest = sha256_of(path) if file.lfs else git_digest(path)
     return digest == expected_digest(file)
 
 

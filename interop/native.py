@@ -44,17 +44,17 @@ def write(folder, run_dir, source, weights, on_progress):
         shutil.copyfile(source.tokenizer.path, folder / "tokenizer.json")
     settings = run_settings(run_dir, source)
     (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
-    step_folder = folder / f"step_{source.step:08d}"
-    step_folder.mkdir()
-    files = write_weights(step_folder, weights, on_progress)
+    place = checkpoint.step_folder(folder, source.step)
+    place.mkdir()
+    files = write_weights(place, weights, on_progress)
     record = dict(
         settings=settings, model=asdict(source.config), corpus=corpus_record(source), step=source.step,
         converted_from=str(source.folder.resolve()),
-        sha256={name: checkpoint.digest_on_disk(step_folder / name) for name in files})
+        sha256={name: checkpoint.digest_on_disk(place / name) for name in files})
     record = json.loads(json.dumps(record))  # as it will be read: the digest is of lists, not tuples
     record["record_sha256"] = checkpoint.record_digest(record)
-    (step_folder / "checkpoint.json").write_text(json.dumps(record, indent=2) + "\n")
-    checkpoint.point_to(step_folder)
+    (place / "checkpoint.json").write_text(json.dumps(record, indent=2) + "\n")
+    checkpoint.point_to(place)
 
 
 def run_settings(run_dir, source):

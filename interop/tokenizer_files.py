@@ -51,7 +51,7 @@ def tokenizer_json(tokenizer):
     splitter = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     if hasattr(tokenizer, "encoding"):
         ranks = tokenizer.encoding._mergeable_ranks
-        spellings = {token: "".join(letters[byte] for byte in token) for token in ranks}
+        spellings = {token: "".join(map(letters.get, token)) for token in ranks}
         vocabulary = {spellings[token]: rank for token, rank in ranks.items()}
         model = models.BPE(vocabulary, merges(ranks, spellings), fuse_unk=False)
         pattern = pre_tokenizers.Split(Regex(tokenizer.encoding._pat_str), behavior="isolated", invert=False)

@@ -122,7 +122,11 @@ def select_laws(groups, names):
         raise ValueError(f"laws: there is no {', '.join(unknown)} for these data; choose from {choices}")
     if not names:
         return groups
-    return [group._replace(laws={k: fit for k, fit in group.laws.items() if k in names}) for group in groups]
+    selected = []
+    for group in groups:
+        laws = {name: fit for name, fit in group.laws.items() if name in names}
+        selected.append(group._replace(laws=laws))
+    return selected
 
 
 # -------------------------------------------------------------------------------------- every token seen once

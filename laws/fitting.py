@@ -309,7 +309,9 @@ def read_approach1(entry):
 
 def fit_entry(fit):
     """What fits.json keeps of a Fit: seven digits of each draw."""
-    draws = [[float(f"{value:.7g}") for value in draw.values()] for draw in fit.draws]
+    draws = []
+    for draw in fit.draws:
+        draws.append([float(f"{value:.7g}") for value in draw.values()])
     return dict(coefficients=fit.coefficients, objective=fit.huber_sum, range=fit.data_range,
                 units=fit.n_resampled, draws=draws)
 

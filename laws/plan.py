@@ -144,7 +144,8 @@ def print_plans(cfg, plans, flops):
         rows = [table_row(cfg, plan) for plan in plans if plan.objective == objective]
         if rows:
             table += [[title], *rows]
-    widths = [max(len(row[column]) for row in table if len(row) > 1) for column in range(len(head))]
+    columns = zip(*(row for row in table if len(row) > 1))
+    widths = [max(map(len, column)) for column in columns]
     for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 

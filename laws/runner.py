@@ -60,7 +60,7 @@ class Child(NamedTuple):
 
 
 class Runner:
-    """Up to `jobs` processes at once. As a context it passes signals on; `signum` is the last received."""
+    """Up to `jobs` processes at once. As a context it passes signals on; `signum` is the first received."""
 
     def __init__(self, jobs=1):
         self.jobs, self.children, self.signum = jobs, [], None
@@ -74,7 +74,7 @@ class Runner:
             signal.signal(signum, handler)
 
     def pass_on(self, signum, _):
-        self.signum = signum
+        self.signum = self.signum or signum
         for child in self.children:
             child.process.terminate()
 

@@ -39,7 +39,7 @@ from laws import runner
 from laws.collect import CURVE_COLUMNS, POINT_COLUMNS, count_params, newest_record, read_curves, read_points
 from laws.runs import write_csv
 from model import ModelConfig
-from training.checkpoint import checkpoints
+from training.checkpoint import checkpoints, step_folder, step_of
 from training.log import read_metrics, trim_metrics
 
 OBJECTIVES = ("masked", "ar", "uniform")
@@ -157,11 +157,7 @@ class Run(NamedTuple):
 
     @property
     def is_finished(self):
-        return (self.folder / f"step_{self.steps:08d}").is_dir()
-
-
-def step_of(folder):
-    return int(folder.name.removeprefix("step_"))
+        return step_folder(self.folder, self.steps).is_dir()
 
 
 # ----------------------------------------------------------------------------------------------------- layout
@@ -379,7 +375,10 @@ def remaining_flops(runs, cfg):
 
 
 def train_all(runs, cfg):
-    """Train what is not finished, `jobs` at a time. Returns {name: problem}; exits if a signal says so."""
+    """Train what is not finished, `jobs` at a time. Returns {name: problem}.
+
+    If signals come, it exits with 128 + the first one.
+    """
     waiting, failed = [run for run in runs if not run.is_finished], {}
     n_finished = len(runs) - len(waiting)
     total, began = remaining_flops(runs, cfg), time.monotonic()

@@ -123,10 +123,10 @@ class Recording:
 
     def save_html(self, path):
         """Write one page that needs nothing else: a slider over the passes, and a button that plays them."""
-        frames = [
-            [[piece, -2 if appeared is None else appeared] for piece, appeared in self.pieces(number)]
-            for number in range(len(self.frames))
-        ]
+        frames = []
+        for number in range(len(self.frames)):
+            pieces = self.pieces(number)
+            frames.append([[piece, -2 if appeared is None else appeared] for piece, appeared in pieces])
         last = len(frames) - 1
         values = {
             "@TITLE@": escape(f"{last} passes"),

@@ -12,14 +12,15 @@ from training.checkpoint import load_model, open_checkpoint
 class Generator:
     """A network that writes text, with its tokenizer and the record of its checkpoint.
 
+    It has its network from the start (`model`), or reads it from the checkpoint's `folder` (`load_weights`).
     Raises ValueError if the record was made with another vocabulary than the tokenizer's.
     """
 
-    def __init__(self, record, tokenizer, device, bf16, model=None):
+    def __init__(self, record, tokenizer, device, bf16, model=None, folder=None):
         settings, shape = record["settings"], record["model"]
         if (tokenizer.n_vocab, tokenizer.mask_id) != (shape["n_vocab"], shape["mask_id"]):
             raise ValueError(f"the checkpoint's vocabulary is not that of tokenizer '{tokenizer.name}'")
-        self.record, self.tokenizer, self.model = record, tokenizer, model
+        self.record, self.tokenizer, self.model, self.folder = record, tokenizer, model, folder
         self.device, self.bf16 = device, bf16
         self.objective, self.seq_len = settings["objective"], shape["seq_len"]
         self.is_causal, self.is_shifted = shape["causal"], shape.get("shift", False)
@@ -39,9 +40,7 @@ class Generator:
         on_gpu = device != "cpu" and torch.cuda.is_available()
         device = torch.device("cuda" if on_gpu else "cpu")
         bf16 = dtype == "bfloat16" or (dtype == "auto" and on_gpu and has_bf16(device))
-        generator = cls(record, tokenizer, device, bf16)
-        generator.folder = folder
-        return generator
+        return cls(record, tokenizer, device, bf16, folder=folder)
 
     def load_weights(self):
         """Build the network and read its weights. Returns self."""

@@ -14,7 +14,6 @@ code, and a tensor may have been sharded otherwise when it was saved.
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import sys
 import threading
@@ -28,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from configurator.renamed import renamed_record
+from corpus.files import sha256_of, sync_path
 from model import ModelConfig, Transformer, shard_like
 from training import update
 from training.distributed import SINGLE, all_gather
@@ -39,15 +39,6 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
 
 # ------------------------------------------------------------------------------------------------- the record
-
-
-def file_digest(path):
-    """SHA-256 of a file, as hexadecimal text."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def record_digest(record):
@@ -81,17 +72,27 @@ def check_files(folder, digests, part, parts):
     if not any(name.startswith("model") for name in digests):
         raise ValueError(f"{folder / 'checkpoint.json'} lists no weights")
     for name in sorted(digests)[part::parts]:
-        if not (folder / name).is_file() or file_digest(folder / name) != digests[name]:
+        if not (folder / name).is_file() or sha256_of(folder / name) != digests[name]:
             raise ValueError(f"{folder / name} is missing or damaged")
     for path in (*folder.glob("*.safetensors"), *folder.glob("optimizer/*")):
         if path.relative_to(folder).as_posix() not in digests:
             raise ValueError(f"{path} is no part of this checkpoint")
 
 
+def step_folder(run_dir, step):
+    """The folder of a run's checkpoint of a step, whether or not it is there."""
+    return Path(run_dir) / f"step_{step:08d}"
+
+
+def step_of(folder):
+    """The step of a checkpoint folder, from its name."""
+    return int(folder.name.removeprefix("step_"))
+
+
 def checkpoints(run_dir):
     """The checkpoint folders of a run, newest first."""
-    folders = [path for path in Path(run_dir).glob("step_*") if path.name[5:].isdigit()]
-    return sorted(folders, key=lambda path: -int(path.name[5:]))
+    folders = [path for path in Path(run_dir).glob("step_*") if path.name.removeprefix("step_").isdigit()]
+    return sorted(folders, key=step_of, reverse=True)
 
 
 def load_newest(run_dir, warn, ranks=SINGLE, fit=lambda record: True):
@@ -382,11 +383,11 @@ class Saver:
         record = dict(record, record_sha256=record_digest(record))
         (building / "checkpoint.json").write_text(json.dumps(record, indent=2) + "\n")
         for path in (building / "checkpoint.json", building / "optimizer", building):
-            flush_to_disk(path)
-        final = self.run_dir / f"step_{step:08d}"
+            sync_path(path)
+        final = step_folder(self.run_dir, step)
         discard(final)  # a damaged one of the same step
         building.rename(final)
-        flush_to_disk(self.run_dir)
+        sync_path(self.run_dir)
         point_to(final)
         self.remove_old(final, amid_bad_steps=bool(record.get("bad_in_a_row")))
 
@@ -395,7 +396,7 @@ class Saver:
         folders = checkpoints(self.run_dir)
         place = folders.index(newest)
         later = folders[:place]  # damaged, or of a course that was given up
-        passing = [folder for folder in folders[place:] if not self.stays(int(folder.name[5:]))]
+        passing = [folder for folder in folders[place:] if not self.stays(step_of(folder))]
         keep = self.keep + amid_bad_steps  # one saved amid bad steps is none to go back to
         for folder in later + passing[keep:]:
             with contextlib.suppress(OSError):  # the newest is safe, whatever keeps an old one from going
@@ -442,23 +443,14 @@ def point_to(folder):
     pointer = folder.with_name(".latest")
     with contextlib.suppress(OSError):
         pointer.write_text(folder.name + "\n")
-        flush_to_disk(pointer)
+        sync_path(pointer)
         pointer.replace(folder.with_name("latest"))
-
-
-def flush_to_disk(path):
-    """Wait until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def digest_on_disk(path):
     """SHA-256 of a file, once it is on the disk."""
-    flush_to_disk(path)
-    return file_digest(path)
+    sync_path(path)
+    return sha256_of(path)
 
 
 def discard(folder):

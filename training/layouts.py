@@ -56,9 +56,9 @@ class Activations:
         tokens = np.zeros((micro_batch, config.seq_len + 1), np.int32)
         batch = diffusion.make_batch(process, tokens, levels, rows)
         few_blocks = dataclasses.replace(config, n_layer=n_layer)
-        moments = memory.trace(
+        timeline = memory.trace(
             few_blocks, batch, False, torch.bfloat16, True, "blocks", recompute, sharded=True)
-        return max(exists - gradients for exists, gradients in moments)
+        return max(exists - gradients for exists, gradients in timeline)
 
     def __call__(self, micro_batch):
         by_layers = {}
@@ -95,8 +95,8 @@ def first_that_fits(config, gpus, per_node, batch_rows, layout, micro_batch, act
     for recompute, estimate in activations.items():
         # before, at the begin and at the end of the backward pass
         peak = estimate(micro_batch)
-        moments = [(peak, 0), (peak + 1, 1), (gradients, gradients)]
-        need = memory.weigh(moments, config, torch.bfloat16, True, True, layout, shards, parts > 1)
+        timeline = [(peak, 0), (peak + 1, 1), (gradients, gradients)]
+        need = memory.weigh(timeline, config, torch.bfloat16, True, True, layout, shards, parts > 1)
         if need.peak < HEADROOM * H100:
             total, _, exposed = step_seconds(flops * (1 + RECOMPUTED[recompute]), moved, gpus)
             return Choice(layout, shards, micro_batch, recompute, need, moved, total, exposed)

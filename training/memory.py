@@ -5,6 +5,7 @@ kernels, with tensors that have shapes but no values. Walking through these grap
 at each operation, gives the peak.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from training.update import MOMENTS
 
 
 class MemoryNeed(NamedTuple):
-    """Bytes on one rank at the moment of the peak, and what they are."""
+    """Bytes on one rank at the peak, and what they are."""
 
     parameters: int  # weights in fp32; of a sharded network this rank's
     optimizer: int  # its state, likewise
@@ -44,23 +45,19 @@ def predict(model_config, batch, posterior, dtype, on_gpu, compile="whole", reco
     lasting_gradients: they outlive the backward pass that adds to them (accumulation, DDP's buckets, CUDA
     graphs). layout and shards as in distributed.shard; accumulating: a step has several micro-batches.
     """
-    moments = trace(model_config, batch, posterior, dtype, on_gpu, compile, recompute, fp8, layout != "no")
-    return weigh(moments, model_config, dtype, on_gpu, lasting_gradients, layout, shards, accumulating)
+    timeline = trace(model_config, batch, posterior, dtype, on_gpu, compile, recompute, fp8, layout != "no")
+    return weigh(timeline, model_config, dtype, on_gpu, lasting_gradients, layout, shards, accumulating)
 
 
 def trace(model_config, batch, posterior, dtype, on_gpu, compile="whole", recompute="no", fp8=False,
           sharded=False):
     """[(bytes beside weights and moments, those of them that are gradients of weights)] along a step."""
-    graphs = []
-
-    def keep(graph, _):
-        graphs.append(graph.graph)
-        return make_boxed_func(graph.forward)
-
+    graphs = []  # the forward pass's, then the backward pass's
+    record = partial(record_graph, graphs)
     partition, more = default_partition, {}
     if compile != "no":
         partition, more = min_cut_rematerialization_partition, dict(decompositions=select_decomp_table())
-    compiler = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=partition, **more)
+    compiler = aot_autograd(fw_compiler=record, bw_compiler=record, partition_fn=partition, **more)
     torch._dynamo.reset()
     kernels.assumes_gpu = on_gpu
     try:
@@ -79,10 +76,16 @@ def trace(model_config, batch, posterior, dtype, on_gpu, compile="whole", recomp
         torch.set_default_dtype(torch.float32)
         kernels.assumes_gpu = False
         torch._dynamo.reset()
-    return list(timeline(*graphs, fused=compile != "no"))
+    return list(count_bytes(*graphs, fused=compile != "no"))
 
 
-def weigh(moments, model_config, dtype, on_gpu, lasting_gradients=False, layout="no", shards=1,
+def record_graph(graphs, module, inputs):
+    """Add a module's graph to `graphs`; returns a function that runs it as it is."""
+    graphs.append(module.graph)
+    return make_boxed_func(module.forward)
+
+
+def weigh(timeline, model_config, dtype, on_gpu, lasting_gradients=False, layout="no", shards=1,
           accumulating=False):
     """The `MemoryNeed` of a rank from what exists along a step; settings as in `predict`."""
     with torch.device("meta"):
@@ -90,7 +93,7 @@ def weigh(moments, model_config, dtype, on_gpu, lasting_gradients=False, layout=
     if layout == "no":
         weights = 4 * network.n_params()
         kept = weights if lasting_gradients else 0
-        exists, arrived = max(moments)
+        exists, arrived = max(timeline)
         peak = (1 + MOMENTS) * weights + kept + exists
         return MemoryNeed(weights, MOMENTS * weights, kept + arrived, 0, exists - arrived, peak)
 
@@ -118,21 +121,21 @@ def weigh(moments, model_config, dtype, on_gpu, lasting_gradients=False, layout=
         peak = (1 + MOMENTS) * weights + gradients + gathered + activations
         return MemoryNeed(weights, MOMENTS * weights, gradients, gathered, activations, peak)
 
-    return max((need(*moment) for moment in moments), key=lambda need: need.peak)
+    return max((need(*bytes_then) for bytes_then in timeline), key=lambda need: need.peak)
 
 
-def timeline(forward, backward, fused):
-    """(bytes that exist, those of them that are gradients of weights) at each operation of the two graphs.
+def count_bytes(forward, backward, fused):
+    """Yield (bytes that exist, those of them that are gradients of weights) at each operation of the graphs.
 
     Weights and batch are left out. What is `fused` never reaches memory: only the inputs and outputs of
     operations that are kernels of their own exist, and what a graph hands on.
     """
-    saved, handed_on = keys(forward, "placeholder", 0), keys(forward, "output", 0)
+    saved, handed_on = keys(forward, "placeholder"), keys(forward, "output")
     steps, size, exists, gradients = [], {}, handed_on - saved, set()
 
     # what each operation makes and uses, by the key of the memory behind it
     for number, graph in enumerate((forward, backward)):
-        inputs = keys(graph, "placeholder", 0)
+        inputs = keys(graph, "placeholder")
         for node in graph.nodes:
             named = name_results(node, inputs, number)
             size.update(named)
@@ -144,7 +147,7 @@ def timeline(forward, backward, fused):
                 exists |= made | used
             if node.op != "placeholder":
                 steps.append((made, used, workspace(node)))
-    exists -= saved | keys(backward, "placeholder", 0) - handed_on
+    exists -= saved | keys(backward, "placeholder") - handed_on
 
     # until which operation each must stay
     last = dict.fromkeys(gradients, len(steps))
@@ -164,33 +167,33 @@ def timeline(forward, backward, fused):
 
 
 def name_results(node, inputs, number):
-    """[(key, bytes)] of a node's results in the graph of this number.
+    """[((graph, storage), bytes)] of a node's results in the graph of this number.
 
-    The backward graph has copies of operations that it computes again: their results are not the forward
-    graph's.
+    What is in the `inputs` is of graph 0. The backward graph has copies of operations that it computes again:
+    their results are not the forward graph's.
     """
     named = []
-    for key, n_bytes in results(node, 0):
-        graph = 0 if key in inputs else number
-        named.append(((graph, key[1]), n_bytes))
+    for storage, n_bytes in results(node):
+        key = (0, storage)
+        named.append((key if key in inputs else (number, storage), n_bytes))
     return named
 
 
-def keys(graph, op, number):
-    """What the graph is given (`placeholder`) or hands on (`output`)."""
+def keys(graph, op):
+    """{(0, storage)} of what the graph is given (`placeholder`) or hands on (`output`)."""
     nodes = []
     for node in graph.nodes:
         if node.op == op:
             nodes += node.all_input_nodes if op == "output" else [node]
-    return {key for node in nodes for key, _ in results(node, number)}
+    return {(0, storage) for node in nodes for storage, _ in results(node)}
 
 
-def results(node, number):
-    """[(key, bytes)] of the memory behind the results of a node; views share theirs."""
+def results(node):
+    """[(storage, bytes)] of the memory behind the results of a node; views share theirs."""
     values = node.meta.get("val", ())
     values = values if isinstance(values, (tuple, list)) else (values,)
     storages = [value.untyped_storage() for value in values if isinstance(value, torch.Tensor)]
-    return [((number, storage._cdata), int(storage.nbytes())) for storage in storages]
+    return [(storage._cdata, int(storage.nbytes())) for storage in storages]
 
 
 def own_kernel(node):

@@ -17,6 +17,7 @@ from test_model import build
 
 import convert
 from corpus import tokenizers
+from corpus.files import sha256_of
 from interop import tokenizer_files
 from training import checkpoint
 
@@ -82,7 +83,7 @@ def make_run(folder, objective="masked", tokenizer="bytes", dtype=torch.float32,
 
 def write_record(place, record):
     """checkpoint.json of a folder, with the digests of the weights that lie there and its own."""
-    digests = {file.name: checkpoint.file_digest(file) for file in place.glob("*.safetensors")}
+    digests = {file.name: sha256_of(file) for file in place.glob("*.safetensors")}
     record = json.loads(json.dumps(record | dict(sha256=digests)))
     record["record_sha256"] = checkpoint.record_digest(record)
     (place / "checkpoint.json").write_text(json.dumps(record))

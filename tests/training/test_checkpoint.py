@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from runs import steps_saved
 from test_model import build, tokens
 
+from corpus.files import sha256_of
 from model import ModelConfig, Transformer
 from training import checkpoint, update
 from training.checkpoint import (
     Saver,
     checkpoints,
-    file_digest,
     load_model,
     load_newest,
     read_checkpoint,
@@ -237,7 +237,7 @@ def test_a_pickle_in_disguise_runs_no_code(tmp_path, name, kind):
             read_checkpoint(folder)
     else:
         record = json.loads((folder / "checkpoint.json").read_text())
-        record["sha256"][name] = file_digest(folder / name)  # its maker knows how to hash
+        record["sha256"][name] = sha256_of(folder / name)  # its maker knows how to hash
         sign(folder, record)
         restore_hostile(folder, name)
     assert not bang.exists()

@@ -165,14 +165,14 @@ def test_an_unfinished_checkpoint_is_no_checkpoint(run, run_main):
 
 def test_what_cannot_be_read_is_not_taken_for_damaged(run, refused, monkeypatch):
     """A network file system may fail for a moment: then nothing is resumed, and nothing dropped."""
-    file_digest = checkpoint.file_digest
+    sha256_of = checkpoint.sha256_of
 
     def stale(path):
         if "00000040" in str(path):
             raise OSError(116, "Stale file handle")
-        return file_digest(path)
+        return sha256_of(path)
 
-    monkeypatch.setattr(checkpoint, "file_digest", stale)
+    monkeypatch.setattr(checkpoint, "sha256_of", stale)
     assert "can't be read: [Errno 116] Stale file handle" in refused("--steps=50", "--resume=auto")
     assert steps_saved(run) == [40, 20]
 
@@ -224,7 +224,7 @@ def test_a_pickle_beside_the_moments_is_never_opened(run, run_main, capsys, sign
 
 
 @pytest.mark.parametrize("owner, name", (
-    (checkpoint, "file_digest"), (checkpoint, "flush_to_disk"), (Path, "rename")))
+    (checkpoint, "sha256_of"), (checkpoint, "sync_path"), (Path, "rename")))
 def test_a_checkpoint_that_cannot_be_written_costs_nothing_but_itself(
         run_main, refused, monkeypatch, tmp_path, owner, name):
     flags = ["--steps=20", "--save_every=5", "--keep=1"]
