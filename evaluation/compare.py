@@ -43,7 +43,7 @@ class Run:
 
     def __init__(self, folder):
         self.folder, self.name = Path(folder), Path(folder).name
-        self.metrics = [with_numbers(m) for m in read_metrics(folder) if "event" not in m]
+        self.metrics = [m for m in read_metrics(folder) if "event" not in m]
         validations = [m for m in self.metrics if "val_loss" in m]
         if not validations or not (self.folder / "settings.json").is_file():
             raise ValueError(f"{folder} has no validation: is it a run folder, and has the run got that far?")
@@ -86,12 +86,6 @@ class Run:
         if axis == "tokens":
             return tokens
         return tokens * self.flops_per_token if axis == "FLOPs" else self.seconds_until(tokens)
-
-
-def with_numbers(metrics):
-    """A line of metrics.jsonl; its losses that are not finite stand there as text."""
-    losses = ("loss", "val_loss", "val_error", "val_bpb")
-    return {name: float(value) if name in losses else value for name, value in metrics.items()}
 
 
 def read_shape(folder):

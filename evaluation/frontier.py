@@ -21,13 +21,13 @@ import numpy as np
 import torch
 
 import configurator
-import data
 from configurator import setting, split
-from corpus import tokenfiles
+from evaluation.measure import mean_and_error, open_validation
 from evaluation.texts import entropy, judge_nll, open_judge
 from sampling.decode import CONFIDENCE_ORDERS, PLANNED_ORDERS, DecodeConfig
 from sampling.generator import Generator
 from sampling.predictor import CacheGap
+from training import checks
 
 REMASKING = ("capped", "rescaled", "confidence")
 CACHES = ("no", "prefix", "dual")
@@ -50,7 +50,7 @@ class Config:
         "with remasking twice as many, too)")
     thresholds: str = setting("0.3,0.5,0.7,0.9", "of order=threshold, with commas")
     fallback: Literal["random", "surest"] = setting(
-        "random", "of order=threshold: which position opens in any case")
+        "random", "of order=threshold: which position is unmasked in any case")
     temperatures: str = setting("1.0", "with commas")
     caches: str = setting("no", "of no, prefix and dual, with commas; they need block")
     block: int = setting(0, "new tokens that are finished before the next ones begin (0: all at once)", low=0)
@@ -69,6 +69,8 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "of the writer's matrix products")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one")
     out: str = setting("", "folder for frontier.json and frontier.png (empty: the writer's)")
+
+    NEEDS = {"caches": "block"}
 
     def problems(self):
         """Settings that cannot be, one line each."""
@@ -89,8 +91,6 @@ class Config:
         for cache in split(self.caches):
             if cache not in CACHES:
                 problems.append(f"caches: there is no '{cache}'; choose from {', '.join(CACHES)}")
-        if set(split(self.caches)) - {"no"} and not self.block:
-            problems.append("caches need block: what is outside of it is kept")
         if not self.judge:
             problems.append("judge: name an autoregressive run that says how likely the samples are")
         return problems
@@ -187,15 +187,14 @@ def decode(generator, rows, config, micro_batch):
 def measure(judge, rows, skip):
     """NLL, perplexity and entropy of each row's tokens after the first `skip`, with errors, as a dict."""
     nll = judge_nll(judge, rows, skip)
-    entropies = np.array([entropy(row[skip:]) for row in rows])
-    n = len(rows)
+    nll, entropies = mean_and_error(nll), mean_and_error([entropy(row[skip:]) for row in rows])
     return dict(
-        nll=float(nll.mean()),
-        nll_error=float(nll.std(ddof=1) / math.sqrt(n)),
-        perplexity=float(np.exp(nll.mean())),
-        entropy=float(entropies.mean()),
-        entropy_error=float(entropies.std(ddof=1) / math.sqrt(n)),
-        samples=n,
+        nll=nll["mean"],
+        nll_error=nll["error"],
+        perplexity=float(np.exp(nll["mean"])),
+        entropy=entropies["mean"],
+        entropy_error=entropies["error"],
+        samples=len(rows),
         length=len(rows[0]) - skip,
     )
 
@@ -262,30 +261,40 @@ def sample_length(cfg, generator, judge):
 
 def held_out_rows(cfg, generator, length):
     """Rows of held-out text, or None without; raises ValueError."""
-    settings = generator.record["settings"]
-    corpus = cfg.corpus or settings["corpus"]
-    if corpus == "none":
+    if cfg.corpus == "none":
         if cfg.prompt:
             raise ValueError("prompts are held-out text, so they need a corpus")
         return None
     try:
-        opened = tokenfiles.load_corpus(corpus, settings.get("tokenizer", ""), settings.get("val_share", 0.0))
-        sequences = data.Sequences(opened.val, length, cfg.seed, 0, generator.tokenizer.n_vocab, "validation")
+        corpora = open_validation(generator, cfg.corpus).corpora
+        sequences = checks.validation_sequences(corpora, length)
+        sequences.seed = cfg.seed
         return sequences.rows(np.arange(cfg.samples))[:, 1:].tolist()
     except (ValueError, OSError) as problem:
+        corpus = cfg.corpus or generator.record["settings"]["corpus"]
         hint = "or say --corpus=none, without held-out text"
         raise ValueError(f"corpus={corpus}: {problem} ({hint})") from None
 
 
-def main(argv):
-    cfg = configurator.load(Config, argv, about=__doc__)
+class Inputs(NamedTuple):
+    """Who writes, who judges, what is written how, and the folder for what is measured."""
 
-    # everything that can be wrong with the user's settings and files
+    generator: Generator
+    judge: Generator
+    configs: dict  # {name: DecodeConfig}
+    held_out: list | None  # rows of text
+    rows: list  # to be written: a prompt and masks
+    n: int  # masks of a row
+    out: Path
+
+
+def open_inputs(cfg):
+    """Open what the settings name and make the folder; exit with a line if something is wrong with them."""
     try:
         generator = Generator.from_checkpoint(cfg.run_dir, cfg.device, cfg.dtype)
         judge = open_judge(cfg.judge, cfg.device, generator)
         n = sample_length(cfg, generator, judge)
-        if set(split(cfg.caches)) - {"no"} and generator.record["model"].get("shift"):
+        if set(split(cfg.caches)) - {"no"} and generator.is_shifted:
             raise ValueError("caches are not for a shifted model, whose predictions stand one position "
                              "before what is written")
         configs = decode_configs(cfg, generator.objective, n)
@@ -296,40 +305,59 @@ def main(argv):
         judge.load_weights()
     except (ValueError, OSError) as problem:
         configurator.fail(str(problem))
-
-    # held-out text and the judge's own samples
     holes = [generator.tokenizer.mask_id] * n
     rows = [row[: cfg.prompt] + holes for row in held_out] if held_out else [holes] * cfg.samples
+    return Inputs(generator, judge, configs, held_out, rows, n, out)
+
+
+def measure_references(cfg, inputs):
+    """Held-out text, if there is any, and the judge's own samples, which it likes best: a list of dicts."""
     references = []
-    if held_out:
-        references.append(dict(name="held-out text", **measure(judge, held_out, cfg.prompt)))
-    own_samples = decode(judge, rows, DecodeConfig(seed=cfg.seed, cache="prefix"), cfg.micro_batch)
-    own_samples = measure_decoding(judge, own_samples, cfg.prompt)
-    references.append(dict(name="the judge's own samples", **own_samples))
-    width = max(map(len, [*configs, *(line["name"] for line in references)]))
-    print(f"{cfg.samples} samples of {n} tokens; NLL is {cfg.judge}'s, entropy that of a sample's tokens")
+    if inputs.held_out:
+        references.append(dict(name="held-out text", **measure(inputs.judge, inputs.held_out, cfg.prompt)))
+    config = DecodeConfig(seed=cfg.seed, cache="prefix")
+    own_samples = decode(inputs.judge, inputs.rows, config, cfg.micro_batch)
+    figures = measure_decoding(inputs.judge, own_samples, cfg.prompt)
+    return [*references, dict(name="the judge's own samples", **figures)]
+
+
+def measure_config(cfg, inputs, name, config, is_first):
+    """What one way of decoding costs and gives, as a dict."""
+    if cfg.compile or is_first:  # once in vain: what the first pass sets up is no part of the speed
+        decode(inputs.generator, inputs.rows[: cfg.micro_batch], config, cfg.micro_batch)
+    decoding = decode(inputs.generator, inputs.rows, config, cfg.micro_batch)
+    order = name_of(name.split(",")[0], cache=config.cache)
+    figures = measure_decoding(inputs.judge, decoding, cfg.prompt)
+    line = dict(name=name, order=order, how=config._asdict(), **figures)
+    if decoding.cache_gap:
+        line |= dict(cache_kl=decoding.cache_gap.kl, cache_other=decoding.cache_gap.other)
+    return line
+
+
+def write_report(cfg, inputs, references, lines):
+    """Write frontier.json and frontier.png, and print their names."""
+    report = dict(run=str(cfg.run_dir), judge=str(cfg.judge), settings=vars(cfg),
+                  device=str(inputs.generator.device), threads=torch.get_num_threads(),
+                  torch=torch.__version__, beside=references, ways=lines)
+    out = inputs.out
+    (out / "frontier.json").write_text(json.dumps(report, indent=2))
+    title = f"{cfg.run_dir}: {cfg.samples} samples of {inputs.n} tokens, judged by {cfg.judge}"
+    draw(lines, references, out / "frontier.png", title)
+    print(f"written to {out / 'frontier.json'} and {out / 'frontier.png'}")
+
+
+def main(argv):
+    cfg = configurator.load(Config, argv, about=__doc__)
+    inputs = open_inputs(cfg)
+    references = measure_references(cfg, inputs)
+    width = max(map(len, [*inputs.configs, *(line["name"] for line in references)]))
+    print(f"{cfg.samples} samples of {inputs.n} tokens; NLL is {cfg.judge}'s, "
+          "entropy that of a sample's tokens")
     print(f"{'':{width}}  tokens/s  per pass    NLL, nats/token  perplexity  entropy, nats")
     for line in references:
         print_line(line, width)
-
-    # every way of decoding
     lines = []
-    for name, config in configs.items():
-        if cfg.compile or not lines:  # once in vain: what the first pass sets up is no part of the speed
-            decode(generator, rows[: cfg.micro_batch], config, cfg.micro_batch)
-        decoding = decode(generator, rows, config, cfg.micro_batch)
-        order = name_of(name.split(",")[0], cache=config.cache)
-        figures = measure_decoding(judge, decoding, cfg.prompt)
-        line = dict(name=name, order=order, how=config._asdict(), **figures)
-        if decoding.cache_gap:
-            line |= dict(cache_kl=decoding.cache_gap.kl, cache_other=decoding.cache_gap.other)
-        lines.append(line)
-        print_line(line, width)
-
-    report = dict(run=str(cfg.run_dir), judge=str(cfg.judge), settings=vars(cfg),
-                  device=str(generator.device), threads=torch.get_num_threads(), torch=torch.__version__,
-                  beside=references, ways=lines)
-    (out / "frontier.json").write_text(json.dumps(report, indent=2))
-    title = f"{cfg.run_dir}: {cfg.samples} samples of {n} tokens, judged by {cfg.judge}"
-    draw(lines, references, out / "frontier.png", title)
-    print(f"written to {out / 'frontier.json'} and {out / 'frontier.png'}")
+    for name, config in inputs.configs.items():
+        lines.append(measure_config(cfg, inputs, name, config, is_first=not lines))
+        print_line(lines[-1], width)
+    write_report(cfg, inputs, references, lines)

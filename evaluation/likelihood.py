@@ -270,6 +270,8 @@ def bin_means(r, values, bins):
 
 # --------------------------------------------------------------------------- the exact likelihood in an order
 
+ORDERS = ("left_to_right", "confidence", "random")
+
 
 @torch.no_grad()
 def chain_rule(objective, x, order, mask_id, autocast=contextlib.nullcontext, seed=0, row_numbers=None,

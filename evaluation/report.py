@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from configurator.format import with_error
+from evaluation.likelihood import ORDERS
 from training.log import read_metrics, write_rows
 
 
@@ -55,7 +56,7 @@ def print_bound(bound, run_dir, step):
     else:
         logged = [m["val_loss"] for m in read_metrics(run_dir) if m.get("step") == step and "val_loss" in m]
         if logged:
-            note = f"; train.py logged {float(logged[-1]):.4f}"
+            note = f"; train.py logged {logged[-1]:.4f}"
     print(f"{'':<22}{bound['rows']:,} rows of {bound['seq_len']}{passes}{note}")
 
 
@@ -99,6 +100,9 @@ def print_texts(texts):
 
 
 # -------------------------------------------------------------------------------------------------- for files
+
+
+NOT_TASKS = ("bound", "texts", *ORDERS)  # names of measurements beside those of benchmarks
 
 
 def figures(report):

@@ -9,8 +9,9 @@ A CSV has a header and a row per run, with at least
     params,unique_tokens,epochs,loss                    points on curves over repeated text
 
 The loss, in nats per token (of one tokenizer), may be called val_loss; a column objective (masked, ar, …)
-fits each by itself. Rows with the same params, unique_tokens, seed and curve (the last two where there are
-such columns) are one curve: they are resampled and left out together.
+fits each by itself. A row whose loss is nan or inf (a run that diverged) is left out. Rows with the same
+params, unique_tokens, seed and curve (the last two where there are such columns) are one curve: they are
+resampled and left out together.
 """
 
 import json

@@ -59,13 +59,13 @@ class Config:
         "", "whose plan to write, as the table's first column names it (empty: the first that is credible)")
     corpus: str = setting("corpora/mine", "of the plan to write")
 
+    NEEDS = {"epochs": "unique_tokens"}
+
     def problems(self):
         names = ("flops", "params", "tokens", "unique_tokens", "epochs", "days")
         given, problems = {name for name in names if getattr(self, name)}, []
         if not given - {"epochs"}:
             problems.append("plan for what? give flops, params, tokens, unique_tokens, or gpus and days")
-        if "epochs" in given and "unique_tokens" not in given:
-            problems.append("epochs needs unique_tokens")
         if {"flops", "days"} <= given:
             problems.append("give flops or days, not both")
         if {"unique_tokens", "tokens", "epochs"} <= given:

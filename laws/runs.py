@@ -77,8 +77,8 @@ def read_csv(path, objective=None):
     """Read the runs of a CSV, all or those of one `objective` ("": of the rows that name none).
 
     A row with unique_tokens 0 or empty saw every token once; without epochs it has tokens/unique_tokens of
-    them. Rows of the same params, unique_tokens, seed and curve are one curve. Raises ValueError with the
-    line.
+    them. Rows of the same params, unique_tokens, seed and curve are one curve. Rows whose loss is nan or inf
+    are left out: these runs diverged. Raises ValueError with the line.
     """
     rows = read_rows(path)
     loss_column = check_columns(rows[0], path)
@@ -86,6 +86,8 @@ def read_csv(path, objective=None):
     points, curve, curves = [], [], {}
     for line, row in enumerate(rows, 2):
         if objective is not None and (row.get("objective", objective) or "") != objective:
+            continue
+        if row[loss_column] in ("nan", "inf"):
             continue
         try:
             N, U, e, loss = parse_point(row, loss_column)
@@ -97,7 +99,8 @@ def read_csv(path, objective=None):
         points.append((N, U, e, loss))
 
     if not points:
-        raise ValueError(f"{path} has no runs of objective {objective}")
+        which = f"of objective {objective}" if objective else "that did not diverge"
+        raise ValueError(f"{path} has no runs {which}")
     return Runs(*np.array(points).T, np.array(curve))
 
 

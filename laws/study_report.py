@@ -1,12 +1,14 @@
 """What came out of a study: a table beside the paper's final values, and the paper's panels."""
 
 import csv
+import math
 from dataclasses import asdict
 from datetime import date
 
 import numpy as np
 
 import configurator
+from evaluation.report import NOT_TASKS
 from laws import drawing
 from laws.forms import QUOKKA
 from laws.runs import smooth_losses
@@ -24,8 +26,9 @@ def series(metrics, key):
 
 
 def task_keys(metrics):
-    """The keys of benchmark scores among a run's metrics."""
-    return sorted({key for m in metrics for key in m if key.startswith("eval/")})
+    """The keys of benchmark scores among a run's metrics, eval/TASK/METRIC."""
+    keys = {key for m in metrics for key in m if key.startswith("eval/")}
+    return sorted(key for key in keys if key.split("/")[1] not in NOT_TASKS)
 
 
 def final_values(metrics):
@@ -140,6 +143,8 @@ def format_pair(ours, theirs, name, form=".3f"):
 
 def describe_direction(ours, theirs, noise):
     """Whether our difference points where the paper's does, in words."""
+    if math.isnan(ours):
+        return "ours diverged"
     if abs(theirs) < PAPER_NOISE:
         return "none in either" if abs(ours) < noise else "none in the paper"
     if abs(ours) < noise:
@@ -205,7 +210,8 @@ def draw_panel(ax, key, metrics):
             if key == "loss":
                 values = smooth_losses(values)
             ax.plot(tokens, values, style, color=f"C{i}", lw=1.2, label=label)
-            late += list(values[tokens > tokens.max(initial=0) / 10])
+            is_shown = (tokens > tokens.max(initial=0) / 10) & np.isfinite(values)  # not: diverged
+            late += list(values[is_shown])
 
     is_loss = "loss" in key
     if is_loss and late:  # the first tenth falls too far to show the rest

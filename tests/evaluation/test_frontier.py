@@ -110,6 +110,16 @@ def test_a_frontier_end_to_end(run_main, run_frontier, tmp_path, objective):
     assert "entropy" in header  # perplexity is never without
 
 
+def test_the_held_out_text_of_a_mixture(run_main, run_frontier, corpus, tmp_path):
+    """A run trained on a mixture has the validation splits of all its sources."""
+    (tmp_path / "copy").symlink_to(corpus)
+    writer = run_main("--steps=3", f"--corpus={corpus}:0.7,{tmp_path / 'copy'}:0.3")
+    judge = run_main("--steps=3", "--objective=ar", run="judge")
+    flags = [f"--run_dir={writer}", f"--judge={judge}", "--orders=random", "--steps=4", "--samples=5"]
+    text = run_frontier(*flags, "--length=16")
+    assert "held-out text" in text
+
+
 @pytest.mark.parametrize("flags, message", (
     ([], "judge: name an autoregressive run"),
     (["--judge=x", "--orders=ancestrel"], "orders: there is no 'ancestrel'"),
@@ -117,7 +127,7 @@ def test_a_frontier_end_to_end(run_main, run_frontier, tmp_path, objective):
     (["--judge=x", "--thresholds=2"], "thresholds=2: expected numbers in (0, 1]"),
     (["--judge=x", "--temperatures=a"], "temperatures=a: expected numbers"),
     (["--judge=x", "--temperatures="], "temperatures=: expected numbers"),
-    (["--judge=x", "--caches=dual"], "caches need block"),
+    (["--judge=x", "--caches=dual"], "caches=dual needs block"),
     (["--judge=x", "--caches=big", "--block=3"], "caches: there is no 'big'"),
     (["--judge=nowhere"], "no usable checkpoint"),
     (["--judge=WRITER"], "is a masked model; its NLL would not be exact"),

@@ -225,7 +225,7 @@ def test_the_crossover_of_own_fits(capsys, tmp_path):
 @pytest.mark.parametrize("argv, message", [
     ([], "plan for what?"),
     (["--epochs=3"], "plan for what?"),
-    (["--flops=1e20", "--epochs=3"], "epochs needs unique_tokens"),
+    (["--flops=1e20", "--epochs=3"], "epochs=3.0 needs unique_tokens"),
     (["--flops=1e20", "--params=1B", "--tokens=1B"], "leave one of them out"),
     (["--unique_tokens=1B", "--tokens=2B", "--epochs=2"], "leave tokens or epochs out"),
     (["--flop=1e20"], "did you mean 'flops'"),

@@ -61,6 +61,15 @@ def test_bad_csv(tmp_path, text, message):
     assert message in str(problem.value) and "\n" not in str(problem.value)
 
 
+def test_runs_that_diverged_are_left_out(tmp_path):
+    rows = [dict(params=1e6, tokens=1e7, loss=loss) for loss in (3.0, float("nan"), 2.0, float("inf"))]
+    write_csv(rows, tmp_path / "x.csv")
+    assert read_csv(tmp_path / "x.csv").loss.tolist() == [3, 2]
+    write_csv(rows[1:2], tmp_path / "x.csv")
+    with pytest.raises(ValueError, match="has no runs that did not diverge"):
+        read_csv(tmp_path / "x.csv")
+
+
 def test_thin_curves_keep_their_ends():
     e = np.linspace(1, 1000, 500)
     runs = Runs(np.ones(500), np.ones(500), e, 1 + 1 / e, np.zeros(500, int))

@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 
 import configurator
 import train
+from evaluation.likelihood import ORDERS
+from evaluation.report import figures
 from laws import study, study_report
 from training.checkpoint import checkpoints
 from training.log import read_metrics
@@ -236,7 +238,8 @@ def test_the_table_holds_the_papers_values(tmp_path, name):
 
 
 def test_our_values(tmp_path):
-    last = {"eval/hellaswag": 0.31, "eval/hellaswag_stderr": 0.01, "eval/mmlu": 27.5}
+    last = {"eval/hellaswag": 0.31, "eval/hellaswag_stderr": 0.01, "eval/mmlu": 27.5,
+            "eval/bound/error": 9.0}
     write_metrics(tmp_path / "run", n=100, val=2.5, **last)
     values = study_report.final_values(read_metrics(tmp_path / "run"))
     last_twentieth = np.mean([2 + 1 / i for i in range(96, 101)])
@@ -256,6 +259,31 @@ def test_our_values(tmp_path):
 ])
 def test_directions(ours, theirs, words):
     assert study_report.describe_direction(ours, theirs, 0.02) == words
+
+
+def test_benchmarks_are_what_eval_measures_of_tasks():
+    """`eval.py --watch` logs bounds, exact likelihoods and texts beside the benchmarks."""
+    report = dict(
+        bound=dict(nats_per_token=2.5, error=0.1, bits_per_byte=3.0),
+        ordered={order: dict(nats_per_token=2.4, error=0.1) for order in ORDERS},
+        tasks=dict(hellaswag=dict(acc_norm=0.31, acc_norm_stderr=0.01)),
+        texts=dict(entropy=dict(mean=3.0), nll=dict(mean=2.0)),
+    )
+    line = figures(report)
+    assert len(line) == 13
+    assert study_report.task_keys([line]) == ["eval/hellaswag/acc_norm", "eval/hellaswag/acc_norm_stderr"]
+
+
+def test_a_run_that_diverged(tmp_path):
+    """Its cells and curves say so, and the others' are still to be seen."""
+    cfg = study.Config(runs=str(tmp_path))
+    runs = runs_of("lr", cfg)
+    for run, val in zip(runs.values(), (2.5, float("nan"))):
+        write_metrics(run.folder, n=20, val=val)
+    rows = study.STUDIES["lr"]
+    assert "| ours diverged |" in study_report.write_table("lr", rows, cfg, runs, "how")
+    study_report.draw_panels(rows, runs, tmp_path)
+    assert (tmp_path / "panels.png").exists()
 
 
 def test_panels_take_whatever_was_evaluated(tmp_path):

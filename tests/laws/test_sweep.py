@@ -22,6 +22,7 @@ import configurator
 import train
 from configurator.ladder import ladder
 from laws import collect, runner, sweep
+from laws.runs import read_csv
 from training.checkpoint import checkpoints
 from training.log import read_metrics
 
@@ -60,7 +61,8 @@ with open(run / "metrics.jsonl", "a", buffering=1) as metrics:
     for step in range(first + 1, s["steps"] + 1):
         time.sleep(rules.get("sleep", 0))
         tokens = step * s["batch_size"] * s["seq_len"]
-        line = dict(step=step, tokens=tokens, loss=1 / step, val_loss=1 / step, val_bpb=2.0)
+        loss = "nan" if run.name == rules.get("diverges") and step > 4 else 1 / step
+        line = dict(step=step, tokens=tokens, loss=loss, val_loss=loss, val_bpb=2.0)
         metrics.write(json.dumps(line) + "\\n")
         if step == rules.get(run.name):
             sys.exit("out of luck")
@@ -334,6 +336,22 @@ def test_the_others_go_on_when_one_fails(config, stand_in, capsys):
     sweep.run_sweep(cfg)  # mended
     assert all(run.is_finished for run in sweep.layout(cfg))
     assert started(stand_in())[-2:] == [(long.name, short.fork), (middle.name, middle.fork)]
+
+
+def test_a_run_that_diverges_is_a_point_without_a_loss(config, stand_in, capsys):
+    cfg = config(share=False)
+    *_, long = sweep.layout(cfg)
+    stand_in(diverges=long.name)
+    points = sweep.run_sweep(cfg)
+    assert "loss nan (2.0000 bits/byte)" in capsys.readouterr().out
+    assert [row["val_loss"] == "nan" for row in read_rows(points)] == [False, False, True]
+    assert len(read_csv(points).loss) == 2
+
+    repeated = config(unique_tokens="256", epochs="1,4", share=False, out=f"{cfg.out}_repeated")
+    stand_in(diverges=sweep.layout(repeated)[-1].name)
+    points = sweep.run_sweep(repeated)
+    losses = [row["val_loss"] for row in read_rows(points.with_name("curves.csv"))]
+    assert losses[:4] == ["1", "0.5", "0.3333333", "0.25"] and set(losses[4:]) == {"nan"}
 
 
 def test_other_settings_are_refused(config, stand_in, capsys):
