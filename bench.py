@@ -24,25 +24,7 @@ from benchmarks import cpu, gpu, sampling
 from benchmarks.common import failure, free_memory, machine
 from configurator import setting
 
-PARTS = {
-    "cpu": dict(
-        shakespeare=cpu.shakespeare,
-        gathered=cpu.gathered,
-        bf16=cpu.bf16,
-        choices=cpu.choices,
-        host=cpu.host,
-        loading=cpu.loading,
-        prepare=cpu.prepare,
-    ),
-    "gpu": dict(
-        head=gpu.head,
-        attention=gpu.attention,
-        fp8=gpu.fp8,
-        turns=gpu.turns,
-        steps=gpu.steps,
-        profile=gpu.profile,
-    ),
-}
+PARTS = dict(cpu=cpu.PARTS, gpu=gpu.PARTS)
 
 
 @dataclass
@@ -90,12 +72,12 @@ def main():
         free_memory(device)
         try:
             with kernels.prefer_cudnn_attention(device):
-                results = part(cfg, device)
+                results = part.measure(cfg, device)
         except Exception as problem:  # the other parts are worth having
             traceback.print_exc()
             results = failure(problem) + "\n"
             failures.append(f"{name} {results}")
-        report.append(f"## {name}\n\n{' '.join(part.__doc__.split())}\n\n{results}")
+        report.append(f"## {name}\n\n{part.text}\n\n{results}")
         print(report[-1], flush=True)
         if cfg.out and not cfg.smoke:  # after each part: a run that is cut short leaves what it has
             write(report, cfg)

@@ -8,7 +8,9 @@ import contextlib
 import gc
 import platform
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,10 +36,9 @@ def time_calls(function, device, repeats=1):
 
 
 def take_turns(rivals, device, rounds, repeats=1, warmup=3, outputs=None):
-    """Time functions that take turns, after `warmup` calls of each: {name: function} → {name: (rounds,)
-    milliseconds}.
+    """Time functions that take turns, {name: function}, after `warmup` calls of each.
 
-    outputs: a dict that receives what each function returned last.
+    Returns {name: (rounds,) milliseconds}. outputs: a dict that receives what each function returned last.
     """
     for function in rivals.values():
         for _ in range(warmup):
@@ -70,6 +71,13 @@ def free_memory(device):
 
 
 # --------------------------------------------------------------------------------------------------- reports
+
+
+class Part(NamedTuple):
+    """A part of a suite."""
+
+    measure: Callable  # of bench.py's settings and the device: returns results in Markdown
+    text: str  # what is measured, for the report
 
 
 def spread(values, digits=2):

@@ -1,6 +1,6 @@
 """The parts of `bench.py --suite=cpu`: training steps, attention's choice, the host's work, preparation.
 
-Each is called with bench.py's settings and the device, and returns its section of the report in Markdown.
+Each has a text for the report and a function of bench.py's settings and the device (`PARTS`).
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import torch
 import data
 import diffusion
 import kernels
-from benchmarks.common import ROOT, speedup, spread, table, take_turns
+from benchmarks.common import ROOT, Part, speedup, spread, table, take_turns
 from benchmarks.training import TrainingStep, model_shape, plain_step
 from corpus import python_docs, tokenfiles, tokenizers
 from training import transfer
@@ -34,9 +34,13 @@ def dtypes(device):
 # ----------------------------------------------------------------------------------------------------- steps
 
 
+SHAKESPEARE_TEXT = (
+    "AR at nanoGPT's Shakespeare-CPU shape (4 layers, 4 heads, 128 wide, 12 rows of 64, 65 tokens), as "
+    "train.py runs it (bf16 where the CPU multiplies it itself) and in fp32, against plain steps in fp32.")
+
+
 def shakespeare(cfg, device):
-    """AR at nanoGPT's Shakespeare-CPU shape (4 layers, 4 heads, 128 wide, 12 rows of 64, 65 tokens), as
-    train.py runs it (bf16 where the CPU multiplies it itself) and in fp32, against plain steps in fp32."""
+    """Time AR steps, ours and plain ones."""
     rows, shape = 12, dict(n_layer=4, n_head=4, d_model=128, n_vocab=65, seq_len=64)
     if cfg.smoke:
         rows, shape["n_layer"] = 2, 1
@@ -61,9 +65,13 @@ def shakespeare(cfg, device):
     return table(["step", "ms", "K tokens/s", *(f"{name}: faster by" for name in ours)], lines)
 
 
+GATHERED_TEXT = (
+    "A masked step at V = 50 304 that computes what follows the last attention, head and loss for the "
+    "masked positions only, against the same step at all positions.")
+
+
 def gathered(cfg, device):
-    """A masked step at V = 50 304 that computes what follows the last attention, head and loss for the masked
-    positions only, against the same step at all positions."""
+    """Time a masked step with the head at masked positions, and with the head at all."""
     rows, n_vocab, seq_len = 16, 50_303, 256
     if cfg.smoke:
         rows, n_vocab, seq_len = 4, 500, 32
@@ -85,9 +93,13 @@ def gathered(cfg, device):
     return f"{n_params:,} parameters without the embedding\n\n{results}"
 
 
+BF16_TEXT = (
+    "A masked step in bf16 (where the CPU multiplies it itself) against fp32: about 1M parameters, V = "
+    "256, 16 rows of 256.")
+
+
 def bf16(cfg, device):
-    """A masked step in bf16 (where the CPU multiplies it itself) against fp32: about 1M parameters, V = 256,
-    16 rows of 256."""
+    """Time a masked step in bf16 and in fp32."""
     if not kernels.has_bf16(device):
         return "This CPU has no bf16.\n"
     rows, seq_len = (4, 32) if cfg.smoke else (16, 256)
@@ -104,8 +116,11 @@ def bf16(cfg, device):
     return table(["type", "ms", "K tokens/s", "bf16 is faster by"], lines)
 
 
+CHOICES_TEXT = "The choice in kernels.py that holds on a CPU: attention by plain products for short rows."
+
+
 def choices(cfg, device):
-    """The choice in kernels.py that holds on a CPU: attention by plain products for short rows."""
+    """Time steps with each kind of attention, for rows of several lengths."""
     lines = []
     for dtype in dtypes(device).values():
         for seq_len in (32,) if cfg.smoke else (64, 128, 256, 512, 1024):
@@ -140,9 +155,13 @@ def with_plain_attention(step, longest):
 # -------------------------------------------------------------------------------------------------- the host
 
 
+HOST_TEXT = (
+    "What the host does per 65 536 tokens while the device computes: read rows, draw noise, find the "
+    "masked positions (one thread).")
+
+
 def host(cfg, device):
-    """What the host does per 65 536 tokens while the device computes: read rows, draw noise, find the masked
-    positions (one thread)."""
+    """Time how the host makes batches."""
     rows, seq_len = (4, 64) if cfg.smoke else (32, 2048)
     n_batches = 30  # at hand; they are read again and again
     tokens = np.random.default_rng(0).integers(0, 50_257, 40 * rows * seq_len).astype(np.uint16)
@@ -164,10 +183,14 @@ def host(cfg, device):
     return table(["objective", "loss", "ms", "M tokens/s"], lines)
 
 
+LOADING_TEXT = (
+    "Batches of (8, 2048) tokens from a file in the page cache, on one core: ours (int32, each block with "
+    "the token before it, every epoch exact) beside nanoGPT's get_batch (int64, inputs and targets, "
+    "positions at random), as nanoGPT documents it.")
+
+
 def loading(cfg, device):
-    """Batches of (8, 2048) tokens from a file in the page cache, on one core: ours (int32, each block with
-    the token before it, every epoch exact) beside nanoGPT's get_batch (int64, inputs and targets, positions
-    at random), as nanoGPT documents it."""
+    """Time how batches are read from a file, ours and nanoGPT's."""
     seq_len, rows, n_batches = 2048, 8, 64
     n_tokens = 10**6 if cfg.smoke else 10**8
     threads = torch.get_num_threads()
@@ -207,10 +230,14 @@ def loading(cfg, device):
 # ----------------------------------------------------------------------------------------------- preparation
 
 
+PREPARE_TEXT = (
+    "`python data.py` on 200 MB of JSON lines (documentation of this Python, GPT-2's BPE) on all cores, "
+    "from its start to its end, against tiktoken's own encode_ordinary_batch in one thread on the same "
+    "documents in memory. Memory: of all its processes, shared pages once.")
+
+
 def prepare(cfg, device):
-    """`python data.py` on 200 MB of JSON lines (documentation of this Python, GPT-2's BPE) on all cores, from
-    its start to its end, against tiktoken's own encode_ordinary_batch in one thread on the same documents in
-    memory. Memory: of all its processes, shared pages once."""
+    """Time data.py and tiktoken on the same text."""
     try:
         encoding = tokenizers.load_tokenizer("gpt2").encoding
     except ValueError as problem:
@@ -280,3 +307,14 @@ def memory_of(pid):
         for thread in Path(f"/proc/{pid}/task").iterdir():
             total += sum(memory_of(child) for child in (thread / "children").read_text().split())
     return total
+
+
+PARTS = dict(
+    shakespeare=Part(shakespeare, SHAKESPEARE_TEXT),
+    gathered=Part(gathered, GATHERED_TEXT),
+    bf16=Part(bf16, BF16_TEXT),
+    choices=Part(choices, CHOICES_TEXT),
+    host=Part(host, HOST_TEXT),
+    loading=Part(loading, LOADING_TEXT),
+    prepare=Part(prepare, PREPARE_TEXT),
+)

@@ -1,6 +1,6 @@
 """The parts of `bench.py --suite=gpu`: head and loss, fp8, attention, whole steps and where their time goes.
 
-Each is called with bench.py's settings and the device, and returns its section of the report in Markdown.
+Each has a text for the report and a function of bench.py's settings and the device (`PARTS`).
 """
 
 import gc
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
-from benchmarks.common import failure, free_memory, speedup, spread, synchronize, table, take_turns
+from benchmarks.common import Part, failure, free_memory, speedup, spread, synchronize, table, take_turns
 from benchmarks.training import TrainingStep, counted_flops, model_shape
 from configurator.ladder import ladder, swiglu_width
 from model import ModelConfig
@@ -28,11 +28,15 @@ compiled = partial(torch.compile, dynamic=False, fullgraph=True)
 # --------------------------------------------------------------------------------------------- head and loss
 
 
+HEAD_TEXT = (
+    "LM head and loss, forward and backward, bf16, on the rows that a masked step of 65 536 tokens has "
+    "and on all 65 536 (`full`); uniform diffusion's bound; the greedy head that sampling needs. Ours "
+    "against the reference as written, what Inductor makes of it, and torch's own (which has no weights "
+    "per row and excludes no columns). The inputs alone are larger than any L2.")
+
+
 def head(cfg, device):
-    """LM head and loss, forward and backward, bf16, on the rows that a masked step of 65 536 tokens has and
-    on all 65 536 (`full`); uniform diffusion's bound; the greedy head that sampling needs. Ours against the
-    reference as written, what Inductor makes of it, and torch's own (which has no weights per row and
-    excludes no columns). The inputs alone are larger than any L2."""
+    """Time the head and its losses."""
     lines = []
     for D, V, rows in ((64, 500, 128),) if cfg.smoke else ((768, 50_257, 65_536), (2048, 50_257, 65_536)):
         torch._dynamo.reset()
@@ -65,62 +69,30 @@ def head_rivals(cfg, device, D, V, rows, width):
     hidden, head, targets, weights, noisy, beta = head_inputs(device, D, V, rows, width)
     half = -(-rows * 33 // 64 // 64) * 64  # what `capacity` gives for 32 rows
     few = rows // 8 if not cfg.smoke else rows  # uncompiled, the bound forms many fp32 tensors of rows × V
+    for_entropy = hidden, head, targets, weights
+    for_bound = *for_entropy, noisy, beta
 
-    # what they compute
-    def entropy(hidden, head, targets, weights):
-        logits = kernels.head_logits(hidden, head, V)
-        return (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
-
-    def bound(hidden, head, targets, weights, noisy, beta):
-        probs = F.softmax(kernels.head_logits(hidden, head, V), dim=-1)[:, :V]
-        return (kernels.uniform_bound(probs, noisy, targets, beta) * weights).sum()
-
-    def ours(hidden, head, targets, weights, noisy=None, beta=None):
-        return kernels.fused_head_loss(hidden, head, targets, weights, noisy, beta, V, False)[0]
-
-    def torchs(hidden, head, targets, weights):
-        return F.linear_cross_entropy(hidden, head, targets)
-
-    def greedy(hidden, head):
-        logits = kernels.head_logits(hidden, head, V)
-        top, tokens = logits.max(-1)
-        return tokens, (top - logits.logsumexp(-1)).exp()
-
-    def our_greedy(hidden, head):
-        return kernels.head_greedy(hidden, head, V)
-
-    # how they are called
-    def gradients(loss, count, *inputs):
-        total = loss(hidden[:count], head, *(t[:count] for t in inputs))
-        torch.autograd.grad(total, (hidden, head))
-
-    def forward(function):
-        with torch.no_grad():
-            function(hidden[: rows // 2], head)
-
-    # who competes with whom
-    entropy_inputs, bound_inputs = (targets, weights), (targets, weights, noisy, beta)
     by_entropy = {
-        "reference": partial(gradients, entropy, half, *entropy_inputs),
-        "Inductor": partial(gradients, compiled(entropy), half, *entropy_inputs),
-        "ours": partial(gradients, ours, half, *entropy_inputs),
-        "ours, full": partial(gradients, ours, rows, *entropy_inputs),
+        "reference": partial(with_gradients, plain_entropy, V, half, *for_entropy),
+        "Inductor": partial(with_gradients, compiled(plain_entropy), V, half, *for_entropy),
+        "ours": partial(with_gradients, our_loss, V, half, *for_entropy),
+        "ours, full": partial(with_gradients, our_loss, V, rows, *for_entropy),
     }
     if hasattr(F, "linear_cross_entropy"):
         name = "torch's linear_cross_entropy (unweighted, all columns)"
-        by_entropy[name] = partial(gradients, torchs, half, *entropy_inputs)
+        by_entropy[name] = partial(with_gradients, torchs_entropy, V, half, *for_entropy)
     by_bound = {
-        "Inductor": partial(gradients, compiled(bound), half, *bound_inputs),
-        "ours": partial(gradients, ours, half, *bound_inputs),
+        "Inductor": partial(with_gradients, compiled(plain_bound), V, half, *for_bound),
+        "ours": partial(with_gradients, our_loss, V, half, *for_bound),
     }
     by_bound_of_few = {
-        "reference": partial(gradients, bound, few, *bound_inputs),
-        "ours": partial(gradients, ours, few, *bound_inputs),
+        "reference": partial(with_gradients, plain_bound, V, few, *for_bound),
+        "ours": partial(with_gradients, our_loss, V, few, *for_bound),
     }
     by_greedy = {
-        "reference": partial(forward, greedy),
-        "Inductor": partial(forward, compiled(greedy)),
-        "ours": partial(forward, our_greedy),
+        "reference": partial(without_gradients, plain_greedy, V, rows // 2, hidden, head),
+        "Inductor": partial(without_gradients, compiled(plain_greedy), V, rows // 2, hidden, head),
+        "ours": partial(without_gradients, our_greedy, V, rows // 2, hidden, head),
     }
     return [
         ("cross-entropy", half, 3, by_entropy),
@@ -128,6 +100,47 @@ def head_rivals(cfg, device, D, V, rows, width):
         ("uniform bound", few, 3, by_bound_of_few),
         ("greedy", rows // 2, 1, by_greedy),
     ]
+
+
+def plain_entropy(V, hidden, head, targets, weights):
+    logits = kernels.head_logits(hidden, head, V)
+    return (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
+
+
+def plain_bound(V, hidden, head, targets, weights, noisy, beta):
+    probs = F.softmax(kernels.head_logits(hidden, head, V), dim=-1)[:, :V]
+    return (kernels.uniform_bound(probs, noisy, targets, beta) * weights).sum()
+
+
+def our_loss(V, hidden, head, targets, weights, noisy=None, beta=None):
+    """The cross-entropy by our kernel or, of noisy tokens, the bound."""
+    return kernels.fused_head_loss(hidden, head, targets, weights, noisy, beta, V, False)[0]
+
+
+def torchs_entropy(V, hidden, head, targets, weights):
+    return F.linear_cross_entropy(hidden, head, targets)
+
+
+def plain_greedy(V, hidden, head):
+    logits = kernels.head_logits(hidden, head, V)
+    top, tokens = logits.max(-1)
+    return tokens, (top - logits.logsumexp(-1)).exp()
+
+
+def our_greedy(V, hidden, head):
+    return kernels.head_greedy(hidden, head, V)
+
+
+def with_gradients(loss, V, count, hidden, head, *others):
+    """Compute a loss of the first `count` rows, and its gradients."""
+    total = loss(V, hidden[:count], head, *(t[:count] for t in others))
+    torch.autograd.grad(total, (hidden, head))
+
+
+def without_gradients(function, V, count, hidden, head):
+    """Call a function of the first `count` rows without gradients."""
+    with torch.no_grad():
+        function(V, hidden[:count], head)
 
 
 def head_inputs(device, D, V, rows, width):
@@ -171,9 +184,13 @@ def measured_peak(device):
 # ------------------------------------------------------------------------------------------------------- fp8
 
 
+FP8_TEXT = (
+    "One product with both gradients at the 1.7B model's shapes, 32 768 rows: 8 bits against bf16 (both "
+    "compiled).")
+
+
 def fp8(cfg, device):
-    """One product with both gradients at the 1.7B model's shapes, 32 768 rows: 8 bits against bf16 (both
-    compiled)."""
+    """Time products in 8 bits and in bf16."""
     rows = 32_768
     shapes = {"q, k, v": (2048, 6144), "o": (2048, 2048), "gate, up": (2048, 10_880), "down": (5440, 2048)}
     if cfg.smoke:
@@ -208,10 +225,14 @@ def fp8(cfg, device):
 # ------------------------------------------------------------------------------------------------- attention
 
 
+ATTENTION_TEXT = (
+    "Attention, forward and backward, bf16, 65 536 tokens in rows of 2048, laid out as in the model: "
+    "torch's backends, and documents of about 400 tokens. The second time is with the documents' mask (or "
+    "borders) made anew, which a step does once for all layers.")
+
+
 def attention(cfg, device):
-    """Attention, forward and backward, bf16, 65 536 tokens in rows of 2048, laid out as in the model: torch's
-    backends, and documents of about 400 tokens. The second time is with the documents' mask (or borders) made
-    anew, which a step does once for all layers."""
+    """Time attention by every backend, and within documents."""
     shapes = ((2, 2, 64, 16),) if cfg.smoke else ((32, 14, 2048, 64), (32, 16, 2048, 128))
     lines = []
     for is_causal in (False, True):
@@ -373,12 +394,16 @@ def model_of(name, is_causal):
                        n_vocab=50_257, mask_id=50_257, seq_len=2048, causal=is_causal)
 
 
+STEPS_TEXT = (
+    "Whole training steps in bf16 on real tokens: batches on the device, forward, backward, clipping, "
+    "AdamW; one after the other without waiting, as train.py does. `plain_loss`: fp32 logits everywhere "
+    "instead of our kernel. Executed MFU counts what is really computed: what follows the last attention, "
+    "and the head, for the masked positions only. The MFU of whole blocks counts the whole last block; "
+    "PaLM's the head and attention in full. All relative to the datasheet's dense bf16 peak, fp8's included.")
+
+
 def steps(cfg, device):
-    """Whole training steps in bf16 on real tokens: batches on the device, forward, backward, clipping, AdamW;
-    one after the other without waiting, as train.py does. `plain_loss`: fp32 logits everywhere instead of our
-    kernel. Executed MFU counts what is really computed: what follows the last attention, and the head, for
-    the masked positions only. The issue's form counts the whole last block; PaLM's the head and attention in
-    full. All relative to the datasheet's dense bf16 peak, fp8's included."""
+    """Time whole training steps."""
     lines = []
     for name, objective, rows, settings in TINY_STEPS if cfg.smoke else STEPS:
         label = f"{name} {objective} {rows} × {described(settings, 'plain settings')}"
@@ -391,7 +416,7 @@ def steps(cfg, device):
         print(" | ".join(map(str, lines[-1])), flush=True)
         free_memory(device)
     header = ["model", "parameters (in blocks)", "objective", "rows", "settings", "ms", "tokens/s",
-              "executed MFU", "the issue's form", "PaLM's", "GiB measured / predicted", "attention", "loss",
+              "executed MFU", "of whole blocks", "PaLM's", "GiB measured / predicted", "attention", "loss",
               "FLOPs: formula / torch's counter"]
     return table(header, lines)
 
@@ -483,9 +508,13 @@ def time_in_a_row(step, device, count):
     return 1e3 * np.array(seconds), losses
 
 
+TURNS_TEXT = (
+    "Steps whose ratio is claimed, taking turns: fp8 against bf16 at 1.7B (8 rows each, so that both "
+    "fit), and at 135M the masked step against the one with head and loss at all positions.")
+
+
 def turns(cfg, device):
-    """Steps whose ratio is claimed, taking turns: fp8 against bf16 at 1.7B (8 rows each, so that both fit),
-    and at 135M the masked step against the one with head and loss at all positions."""
+    """Time pairs of steps in turns."""
     pairs = [
         ("fp8 / bf16", "1.7B", 8, dict(fp8=True), {}),
         ("gathered / full head", "135M", 16, {}, dict(full_head=True)),
@@ -536,8 +565,11 @@ def kind_of(kernel):
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, kernel, re.I)), "others")
 
 
+PROFILE_TEXT = "Shares of the device's time in a masked step, by kind of kernel."
+
+
 def profile(cfg, device):
-    """Shares of the device's time in a masked step, by kind of kernel."""
+    """Profile a masked step, by kind of kernel."""
     sections = []
     for name, rows in (("tiny", 4),) if cfg.smoke else (("135M", 32), ("1.7B", 16)):
         if cfg.rows and name not in cfg.rows:
@@ -596,3 +628,13 @@ def time_kernels(step, device, count=5):
         if microseconds > 0 and is_kernel and not event.is_user_annotation:
             kernel_times[event.key] = kernel_times.get(event.key, 0.0) + microseconds / 1e3 / (count + 1)
     return t.sum() / count, kernel_times
+
+
+PARTS = dict(
+    head=Part(head, HEAD_TEXT),
+    attention=Part(attention, ATTENTION_TEXT),
+    fp8=Part(fp8, FP8_TEXT),
+    turns=Part(turns, TURNS_TEXT),
+    steps=Part(steps, STEPS_TEXT),
+    profile=Part(profile, PROFILE_TEXT),
+)

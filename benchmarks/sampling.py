@@ -10,7 +10,7 @@ other as published, and requests batched together). Random weights: speed depend
 results/sampling_cpu.md.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -21,10 +21,11 @@ import torch.nn.functional as F
 
 import configurator
 import diffusion
-from benchmarks.common import processor, take_turns
+from benchmarks.common import processor, speedup, take_turns
+from benchmarks.training import model_shape
 from configurator import setting
 from evaluation.answers import Question, Scorer, score
-from model import ModelConfig, Transformer
+from model import Transformer
 from sampling import decode
 from sampling.decode import DecodeConfig
 from training.objective import Objective
@@ -140,31 +141,12 @@ def score_as_published(model, context, answer, samples=128, batch=32, generator=
 
 def random_network(cfg, n_vocab, seq_len, causal):
     """A network with random weights, large enough that the likeliest token leads clearly."""
-    n_head = max(1, cfg.d_model // 32)
-    config = ModelConfig(
-        n_layer=cfg.n_layer,
-        n_head=n_head,
-        n_kv_head=n_head,
-        head_dim=32,
-        d_model=cfg.d_model,
-        d_ff=64 * (8 * cfg.d_model // 3 // 64),
-        n_vocab=n_vocab,
-        mask_id=n_vocab,
-        seq_len=seq_len,
-        causal=causal,
-        tied=False,
-        init_std=0.1,
-    )
+    config = model_shape(cfg.n_layer, cfg.d_model // 32, cfg.d_model, n_vocab, seq_len, causal, tied=False)
+    config = replace(config, head_dim=32, init_std=0.1)
     network = Transformer(config).init_weights(torch.Generator().manual_seed(0))
     network = network.eval().requires_grad_(False).to(cfg.device)
     network.lm_head.weight *= 4
     return network
-
-
-def faster(label, slow, fast):
-    """Format how many times faster one rival is than another: median and range of the rounds' ratios."""
-    ratios = slow / fast
-    return f"{label}: {np.median(ratios):.2f} × ({ratios.min():.2f} … {ratios.max():.2f})"
 
 
 def per_second(count, milliseconds):
@@ -206,12 +188,12 @@ def masked(cfg, device):
         f"### masked: {length} tokens, {steps} steps, batch {cfg.batch}, vocabulary {cfg.vocab:,}",
         "",
         f"Temperature 0: published {speed['published']:.1f} tokens/s, ours {speed['ours']:.1f}; "
-        f"{faster('faster', greedy['published'], greedy['ours'])}; {equal:.2%} of the tokens are equal. "
-        f"Ancestral instead: {faster('faster', greedy['published'], greedy['ancestral'])}.",
+        f"faster: {speedup(greedy['published'], greedy['ours'])}; {equal:.2%} of the tokens are equal. "
+        f"Ancestral instead: {speedup(greedy['published'], greedy['ancestral'])}.",
         "",
         f"Temperature 1, {steps // 4} steps: "
-        f"{faster('low_confidence is faster', sampled['published'], sampled['ours'])}; "
-        f"{faster('ancestral', sampled['published'], sampled['ancestral'])}.",
+        f"low_confidence is faster: {speedup(sampled['published'], sampled['ours'])}; "
+        f"ancestral: {speedup(sampled['published'], sampled['ancestral'])}.",
         "",
     ]
 
@@ -233,8 +215,8 @@ def cache(cfg, device):
         times = take_turns(rivals, device, cfg.rounds, warmup=1)
         lines.append(
             f"{order}: no cache {per_second(cfg.batch * length, times['no']):.0f} tokens/s; "
-            f"{faster('prefix is faster', times['no'], times['prefix'])}; "
-            f"{faster('dual', times['no'], times['dual'])}."
+            f"prefix is faster: {speedup(times['no'], times['prefix'])}; "
+            f"dual: {speedup(times['no'], times['dual'])}."
         )
         lines.append("")
     return lines
@@ -258,7 +240,7 @@ def ar(cfg, device):
         f"### ar: {length} tokens, batch {cfg.batch}, vocabulary 257",
         "",
         f"Without keys and values kept {without:.0f} tokens/s, with them {kept:.0f}; "
-        f"{faster('faster', times['no'], times['prefix'])}; texts {equality}.",
+        f"faster: {speedup(times['no'], times['prefix'])}; texts {equality}.",
         "",
     ]
 
@@ -295,13 +277,13 @@ def answers(cfg, device):
         times = take_turns(rivals, device, cfg.rounds, warmup=0)
         times["one copy"] *= n_tokens(questions) / n_tokens(first_choices)
 
-        than_published = "Faster than the published loop with 32 copies a pass"
         speed = per_second(len(questions), times["ours"])
         lines.append(
             f"Answers of {shortest} to {longest} tokens: {speed:.2f} answers/s. "
-            f"{faster(than_published, times['32 copies'], times['ours'])}; "
-            f"{faster('with one', times['one copy'], times['ours'])}; "
-            f"{faster('than ours one request after the other', times['one by one'], times['ours'])}."
+            "Faster than the published loop with 32 copies a pass: "
+            f"{speedup(times['32 copies'], times['ours'])}; "
+            f"with one: {speedup(times['one copy'], times['ours'])}; "
+            f"than ours one request after the other: {speedup(times['one by one'], times['ours'])}."
         )
         lines.append("")
     return lines
@@ -338,7 +320,7 @@ def main(argv):
         "",
         f"`{command}`, {cfg.device}, {torch.get_num_threads()} threads, {processor()}, "
         f"torch {torch.__version__}, {cfg.n_layer} layers, {cfg.d_model} wide, fp32, not compiled. "
-        "Medians of the rounds' ratios (smallest … largest).",
+        "Medians of the rounds' ratios [smallest, largest].",
         "",
     ]
     for name in chosen:

@@ -52,11 +52,9 @@ def test_a_part_that_fails_costs_only_itself(tmp_path, monkeypatch):
     """And the attention order on Hopper is a context that can be entered once: each part needs its own."""
 
     def works(cfg, device):
-        """Works."""
         return "fine"
 
     def breaks(cfg, device):
-        """Breaks."""
         raise RuntimeError("no such kernel | here")
 
     entered = []
@@ -67,7 +65,8 @@ def test_a_part_that_fails_costs_only_itself(tmp_path, monkeypatch):
         yield
 
     monkeypatch.setattr(bench.kernels, "prefer_cudnn_attention", enter_once)
-    monkeypatch.setitem(bench.PARTS, "gpu", dict(a=works, b=breaks, c=works))
+    good, bad = common.Part(works, "It works."), common.Part(breaks, "It breaks.")
+    monkeypatch.setitem(bench.PARTS, "gpu", dict(a=good, b=bad, c=good))
     monkeypatch.setattr(bench.Config, "problems", lambda self: [])
     monkeypatch.setattr(sys, "argv", ["bench.py", "--suite=gpu", f"--out={tmp_path}"])
     with pytest.raises(SystemExit) as stop:
@@ -92,7 +91,7 @@ def test_the_first_word_sampling_has_settings_of_its_own(tmp_path, monkeypatch, 
     report = out.read_text()
     assert "`python bench.py sampling --parts=masked --vocab=50 --batch=2 --rounds=1`, cpu" in report
     assert "### masked: 256 tokens, 64 steps, batch 2, vocabulary 50" in report
-    assert "100.00% of the tokens are equal" in report and report.count(" × (") == 4
+    assert "100.00% of the tokens are equal" in report and report.count("] ×") == 4
 
     monkeypatch.setattr(sys, "argv", ["bench.py", "sampling", "--parts=mask"])
     with pytest.raises(SystemExit):
