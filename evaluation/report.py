@@ -126,7 +126,7 @@ def figures(report):
 
 
 def finite(value):
-    """The same for JSON, which knows no nan: null."""
+    """Replace what is not finite, inside of dicts and lists, by None: JSON knows no nan."""
     if isinstance(value, dict):
         return {key: finite(part) for key, part in value.items()}
     if isinstance(value, list):
@@ -191,7 +191,7 @@ def is_better(one, other):
 
 
 def write_curve(path, curve):
-    """The noise curve, a list of dicts, as .csv."""
+    """Write the noise curve, a list of dicts, as .csv."""
     with open(path, "w", newline="") as file:
         table = csv.DictWriter(file, list(curve[0]), lineterminator="\n")
         table.writeheader()
@@ -199,7 +199,7 @@ def write_curve(path, curve):
 
 
 def draw_curve(path, curve, title):
-    """The noise curve as .png, with error bars."""
+    """Draw the noise curve as .png, with error bars."""
     from matplotlib.figure import Figure  # it takes half a second
 
     def column(name):

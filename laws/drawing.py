@@ -57,7 +57,7 @@ def finish(ax, x="", y="", format_x=human_count, log_y=False, legend=None):
 
 
 def set_log_ticks(axis, format_value):
-    """Ticks of a logarithmic axis: the fewer, the more decades it shows."""
+    """Set the ticks of a logarithmic axis: the fewer, the more decades it shows."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     low, high = sorted(axis.get_view_interval())

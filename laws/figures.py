@@ -133,7 +133,7 @@ def select_laws(groups, names):
 
 
 def draw_valleys(groups, by_law=False):
-    """Loss against N, a colour per budget, with each budget's parabola, or with the parametric laws."""
+    """Draw loss against N, a colour per budget, with each budget's parabola or the parametric laws."""
     groups = drawable(groups, False, by_law)
     figure, axes = panels(len(groups), width=5.5, height=4.5, sharey=True)
     for group, ax in zip(groups, axes.flat):
@@ -161,14 +161,14 @@ def line_word(name):
 
 
 def draw_laws(ax, runs, laws, shade):
-    """Each law over the sizes of one budget's runs."""
+    """Draw each law over the sizes of one budget's runs."""
     N, flops = np.geomspace(runs.N.min(), runs.N.max(), 100), geometric_mean(runs.flops)
     for name, fit in laws.items():
         ax.plot(N, predict(fit, N, flops / (6 * N)), color=shade, lw=1, ls=law_style(name)["ls"], gid=name)
 
 
 def draw_parabola(ax, runs, shade):
-    """One budget's parabola with its minimum, if it has one: else the points say so."""
+    """Draw one budget's parabola with its minimum, if it has one: else the points say so."""
     try:
         valley = fit_valleys(runs)
     except ValueError:  # too few sizes, or no minimum
@@ -179,7 +179,7 @@ def draw_parabola(ax, runs, shade):
 
 
 def draw_frontier(groups):
-    """Compute-optimal N and D against compute: minima, power laws, and open models where runs are large."""
+    """Draw compute-optimal N and D against compute, with open models where runs are large."""
     groups = drawable(groups, False)
     figure, axes = panels(2, width=5.2, height=4.8)
     flops = np.concatenate([group.runs.flops for group in groups])
@@ -203,7 +203,7 @@ def draw_frontier(groups):
 
 
 def draw_group_frontier(ax, group, C, k, power):
-    """A group's minima with their 95 % band over the compute C; returns its power laws and their styles."""
+    """Draw a group's minima with their 95 % band over the compute C; returns its power laws, with styles."""
     valleys, colour = fit_valleys(group.runs), STYLES.get(group.objective, ("", BLUE))[1]
     band = [draw[k] * C ** draw[power] for draw in bootstrap_valleys(group.runs, 200)]
     ax.fill_between(C, *np.quantile(band, (0.025, 0.975), axis=0), color=colour, alpha=0.2, lw=0)
@@ -220,7 +220,7 @@ def draw_group_frontier(ax, group, C, k, power):
 
 
 def draw_models(ax, k):
-    """Open models: their parameters or tokens against their compute."""
+    """Draw open models: their parameters or tokens against their compute."""
     for name, (marker, sizes) in MODELS.items():
         compute = [6 * N * D for N, D in sizes]
         values = [N if k == "k_N" else D for N, D in sizes]
@@ -229,7 +229,10 @@ def draw_models(ax, k):
 
 
 def draw_residuals(groups):
-    """A row per law. Left: along each curve, or of each run. Right: a curve's mean and 10 to 90 % bar."""
+    """Draw by how much each law misses, a row per law.
+
+    Left: along each curve, or of each run. Right: a curve's mean and 10 to 90 % bar.
+    """
     shown = [group for group in groups if group.laws]
     if not shown:
         raise ValueError("the data have no fitted law")
@@ -248,6 +251,7 @@ def draw_residuals(groups):
 
 
 def draw_law_residuals(left, right, group, name, fit):
+    """Draw by how much one law misses."""
     runs, size, amount = group.runs, shades(group.runs.N), shades(group.runs.U)
     residuals = np.log(predict(fit, runs.N, runs.U, runs.e) / runs.loss)
     for curve in curves_of(runs._replace(loss=residuals)):
@@ -279,7 +283,7 @@ FIGURES = dict(
 
 
 def draw_fits(runs, fits, out, objective=""):
-    """After a fit: its valleys, or the curves with each law over them, and the residuals, as PNG in `out`."""
+    """Draw a fit's valleys, or its curves with each law over them, and the residuals, as PNG in `out`."""
     groups = [Group(objective, runs, fits)]
     drawers = [draw_epochs if groups[0].repeats else draw_valleys]
     if fits:

@@ -30,14 +30,14 @@ from laws.forms import HALF_LIFE, MUENNIGHOFF, find_optimum
 
 
 def draw_epochs(groups):
-    """Each curve, and the law's (dashed) over the same epochs."""
+    """Draw each curve, and the law's (dashed) over the same epochs."""
     for group in drawable(groups, True):
         for name in group.laws or [""]:
             yield f"epochs{'_' * bool(name)}{name}{group.suffix}", draw_curves(group, name)
 
 
 def draw_curves(group, name):
-    """The figure of a group's curves, with those of the law `name` ("": none)."""
+    """Draw a group's curves, with those of the law `name` ("": none): a figure."""
     colour, budgets = shades(group.runs.N), np.unique(group.runs.U)
     figure, axes = panels(len(budgets))
     for U, ax in zip(budgets, axes.flat):
@@ -61,13 +61,14 @@ def draw_curves(group, name):
 
 
 def draw_contours(groups):
-    """The loss over parameters and epochs, counted from each panel's lowest: panels can be compared."""
+    """Draw the loss over parameters and epochs, from each panel's lowest on: panels can be compared."""
     for group in drawable(groups, True, True):
         for name, fit in group.laws.items():
             yield f"contours_{name}{group.suffix}", draw_law_contours(group, name, fit)
 
 
 def draw_law_contours(group, name, fit):
+    """Draw one law's contours, a panel per amount of unique tokens: a figure."""
     runs, budgets = group.runs, np.unique(group.runs.U)
     budgets = budgets[np.unique(np.linspace(0, len(budgets) - 1, 6).round().astype(int))]
     levels = [0, 0.01, 0.03, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2]
@@ -85,7 +86,7 @@ def draw_law_contours(group, name, fit):
 
 
 def draw_contour_panel(ax, runs, fit, U, levels):
-    """A law's loss for U unique tokens, the best epochs of each size, the optimum; returns the contours."""
+    """Draw a law's loss for U unique tokens, each size's best epochs, the optimum; returns the contours."""
     from matplotlib.colors import BoundaryNorm
 
     # the law
@@ -133,7 +134,7 @@ class BestLine(NamedTuple):
 
 
 def draw_unique(groups):
-    """The best that U unique tokens allow by each law, at any compute.
+    """Draw the best that U unique tokens allow by each law, at any compute.
 
     A law without an optimum has no epochs and parameters to advise; a fitted one is searched within the N and
     e of its data, the paper's printed ones anywhere.
@@ -166,7 +167,7 @@ def draw_unique(groups):
 
 
 def best_line(groups, group, name, fit, U):
-    """A fitted law is asked where its data are (as in plan), a printed one anywhere."""
+    """Find a law's best choices: a fitted one's where its data are (as in plan), a printed one's anywhere."""
     style, bounds = law_style(name), {}
     if not name.endswith("_printed"):
         bounds = dict(N=(group.runs.N.min(), group.runs.N.max()), e=(1.0, max(1.0, group.runs.e.max())))
@@ -184,7 +185,7 @@ def muennighoff_line(U):
 
 
 def draw_best_line(axes, U, line):
-    """The loss, epochs and N of the best choices; dotted where there is no optimum."""
+    """Draw the loss, epochs and N of the best choices; dotted where there is no optimum."""
     inside = np.array([line.is_monotone or not choice.on_border for choice in line.best])
     near_border = np.convolve(inside, [1, 1, 1], "same") < 3
     axes[0].plot(U, np.where(near_border, line.loss, np.nan), lw=1.2, color=line.style["color"], ls=":")
@@ -194,7 +195,7 @@ def draw_best_line(axes, U, line):
 
 
 def draw_crossings(ax, U, line, ar):
-    """A circle where the law's best loss crosses AR's, between two amounts of unique tokens."""
+    """Draw a circle where the law's best loss crosses AR's, between two amounts of unique tokens."""
     above = ar.loss - line.loss
     for i in np.flatnonzero(above[:-1] * above[1:] < 0):
         at = U[i] * (U[i + 1] / U[i]) ** (above[i] / (above[i] - above[i + 1]))
@@ -207,7 +208,7 @@ def draw_crossings(ax, U, line, ar):
 
 
 def draw_crossover(groups):
-    """Two figures of where masked diffusion may fall below the lowest loss that AR ever has.
+    """Draw where masked diffusion falls below the lowest loss that AR ever has, in two figures.
 
     A panel per size and amount of unique tokens; and against epochs and compute each size (thin) and the best
     so far over sizes (thick), where each may choose its size.
@@ -226,7 +227,7 @@ def draw_crossover(groups):
 
 
 def draw_sizes(masked, ar, sizes, budgets):
-    """A panel per size and amount of unique tokens."""
+    """Draw masked diffusion beside AR, a panel per size and amount of unique tokens: a figure."""
     n, columns = len(sizes) * len(budgets), len(budgets)
     figure, axes = panels(n, columns, width=3.6, height=2.6, sharex="col")
     for N, row in zip(sizes, axes):
@@ -253,7 +254,7 @@ def draw_sizes(masked, ar, sizes, budgets):
 
 
 def draw_best_so_far(masked, ar, budgets):
-    """Each size and the best so far over sizes, against epochs (above) and compute (below)."""
+    """Draw each size and the best so far over sizes, against epochs (above) and compute (below)."""
     figure, axes = panels(2 * len(budgets), columns=len(budgets), width=4.2, sharey="col")
     for against, row in zip(("e", "flops"), axes):
         for U, ax in zip(budgets, row):
@@ -287,7 +288,7 @@ def best_so_far(runs, against):
 
 
 def mark_crossover(ax, lines, against, suffix=""):
-    """Both lines {objective: (x, loss)}, and a star where masked diffusion falls below AR's lowest loss."""
+    """Draw both lines {objective: (x, loss)}, and a star where masked falls below AR's lowest loss."""
     for objective, (x, loss) in lines.items():
         title, colour = STYLES[objective]
         ax.plot(x, loss, color=colour, lw=2.4 if suffix else 1.8, label=title + suffix, gid=objective)

@@ -151,7 +151,7 @@ def check_machine(runs, cfg):
 def train_all(runs, finished, cfg):
     """Train what is not finished, one after the other; exits where a run fails.
 
-    If signals come, it exits with 128 + the first one.
+    If a signal comes, it exits with 128 + the first one.
     """
     with runner.Runner() as training:
         for number, (words, run) in enumerate(runs.items(), 1):

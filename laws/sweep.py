@@ -377,7 +377,7 @@ def remaining_flops(runs, cfg):
 def train_all(runs, cfg):
     """Train what is not finished, `jobs` at a time. Returns {name: problem}.
 
-    If signals come, it exits with 128 + the first one.
+    If a signal comes, it exits with 128 + the first one.
     """
     waiting, failed = [run for run in runs if not run.is_finished], {}
     n_finished = len(runs) - len(waiting)

@@ -57,7 +57,8 @@ class Activations:
         batch = diffusion.make_batch(process, tokens, levels, rows)
         few_blocks = dataclasses.replace(config, n_layer=n_layer)
         timeline = memory.trace(
-            few_blocks, batch, False, torch.bfloat16, True, "blocks", recompute, sharded=True)
+            few_blocks, batch, posterior=False, dtype=torch.bfloat16, on_gpu=True, compile="blocks",
+            recompute=recompute, sharded=True)
         return max(exists - gradients for exists, gradients in timeline)
 
     def __call__(self, micro_batch):
@@ -96,7 +97,9 @@ def first_that_fits(config, gpus, per_node, batch_rows, layout, micro_batch, act
         # before, at the begin and at the end of the backward pass
         peak = estimate(micro_batch)
         timeline = [(peak, 0), (peak + 1, 1), (gradients, gradients)]
-        need = memory.weigh(timeline, config, torch.bfloat16, True, True, layout, shards, parts > 1)
+        need = memory.weigh(
+            timeline, config, torch.bfloat16, on_gpu=True, lasting_gradients=True, layout=layout,
+            shards=shards, accumulating=parts > 1)
         if need.peak < HEADROOM * H100:
             total, _, exposed = step_seconds(flops * (1 + RECOMPUTED[recompute]), moved, gpus)
             return Choice(layout, shards, micro_batch, recompute, need, moved, total, exposed)

@@ -35,18 +35,17 @@ class MemoryNeed(NamedTuple):
 
 
 def predict(model_config, batch, posterior, dtype, on_gpu, compile="whole", recompute="no", fp8=False,
-            lasting_gradients=False, layout="no", shards=1, accumulating=False):
+            layout="no", **states):
     """The `MemoryNeed` of one step on micro-batches like `batch` (arrays), in autocast to `dtype`.
 
     compile and recompute as in objective.compile_and_wrap and Transformer.use. Without recomputation it
     agrees with what torch allocates to 1 %; with it, it can be 7 % low, 20 % where the whole model is one
-    graph (the compiler moves things).
-
-    lasting_gradients: they outlive the backward pass that adds to them (accumulation, DDP's buckets, CUDA
-    graphs). layout and shards as in distributed.shard; accumulating: a step has several micro-batches.
+    graph (the compiler moves things). layout and `states` (lasting_gradients, shards, accumulating) as in
+    `weigh`.
     """
-    timeline = trace(model_config, batch, posterior, dtype, on_gpu, compile, recompute, fp8, layout != "no")
-    return weigh(timeline, model_config, dtype, on_gpu, lasting_gradients, layout, shards, accumulating)
+    timeline = trace(
+        model_config, batch, posterior, dtype, on_gpu, compile, recompute, fp8, sharded=layout != "no")
+    return weigh(timeline, model_config, dtype, on_gpu, layout=layout, **states)
 
 
 def trace(model_config, batch, posterior, dtype, on_gpu, compile="whole", recompute="no", fp8=False,
@@ -87,7 +86,11 @@ def record_graph(graphs, module, inputs):
 
 def weigh(timeline, model_config, dtype, on_gpu, lasting_gradients=False, layout="no", shards=1,
           accumulating=False):
-    """The `MemoryNeed` of a rank from what exists along a step; settings as in `predict`."""
+    """The `MemoryNeed` of a rank from what exists along a step.
+
+    lasting_gradients: they outlive the backward pass that adds to them (accumulation, DDP's buckets, CUDA
+    graphs). layout and shards as in distributed.shard; accumulating: a step has several micro-batches.
+    """
     with torch.device("meta"):
         network = Transformer(model_config)
     if layout == "no":
