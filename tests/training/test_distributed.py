@@ -249,8 +249,8 @@ WIDE = dict(rows=2, d_model=256, n_layer=6)
 
 
 @pytest.mark.parametrize("layout, accumulation, shape", [
-    ("optim", 2, dict(rows=8)), ("full", 1, WIDE),
-    slow("full", 1, dict(rows=8)), slow("full", 2, dict(rows=64)), slow("optim", 1, dict(rows=64)),
+    ("optim", 2, dict(rows=8, n_layer=3)), ("full", 1, WIDE), slow("full", 1, dict(rows=8, n_layer=3)),
+    slow("full", 2, dict(rows=64, n_layer=3)), slow("optim", 1, dict(rows=64, n_layer=3)),
     slow("optim", 2, WIDE)], ids=str)
 def test_a_rank_needs_the_memory_that_was_predicted(group, layout, accumulation, shape):
     """States exactly; what a step takes beyond them to 2 % where activations dominate.
