@@ -485,7 +485,7 @@ def finish(run, state, log, saver, watch, stopping, to_do):
     if stopping and state.step < run.steps:
         log.write(state.step, event="stopped")
         say(run.ranks, f"stopped by a signal after step {state.step}; continue with --resume=auto")
-    reached, final = (run.folder / f"step_{step:08d}" for step in (state.step, run.steps))
+    reached, final = (checkpoint.step_folder(run.folder, step) for step in (state.step, run.steps))
     if not to_do:
         say(run.ranks, f"nothing to do: {reached} is at step {state.step} of {run.steps}")
     if run.ranks.rank == 0 and final.is_dir():

@@ -20,7 +20,8 @@ from benchmarks.common import Part, failure, free_memory, speedup, spread, synch
 from benchmarks.training import TrainingStep, counted_flops, model_shape
 from configurator.ladder import ladder, swiglu_width
 from model import ModelConfig
-from training import dryrun, memory, transfer
+from training import memory, transfer
+from training.flops import peak_flops
 
 compiled = partial(torch.compile, dynamic=False, fullgraph=True)
 
@@ -446,7 +447,7 @@ def step_line(cfg, device, name, objective, rows, settings):
     # What was computed
     network, example = step.network, step.example
     speed = step.tokens / np.median(t) * 1e3
-    peak_flops = dryrun.peak_flops(device) or float("nan")
+    peak_speed = peak_flops(device) or float("nan")
     flops = (
         network.flops_per_token(step.head_share),
         flops_of_whole_blocks(network, step.head_share),
@@ -473,7 +474,7 @@ def step_line(cfg, device, name, objective, rows, settings):
         described(settings, "—"),
         spread(t, 1),
         f"{speed:,.0f}",
-        *(f"{speed * count / peak_flops:.1%}" for count in flops),
+        *(f"{speed * count / peak_speed:.1%}" for count in flops),
         f"{peak / 2**30:.1f}{predicted}",
         backend,
         f"{np.mean(losses[-4:]):.3f}",

@@ -108,16 +108,15 @@ class TrainingStep:
 
 def make_batches(process, rows, n_batches, short_rows=0.0):
     """Make batches of real tokens, as arrays → (batches, the share of the positions of each with a head)."""
-    settings = SimpleNamespace(document_attention=False)
+    settings = SimpleNamespace(
+        document_attention=False, short_rows=short_rows, seed=process.seed, seq_len=process.seq_len)
     sequences = data.Sequences(real_tokens(process.n_vocab), process.seq_len, seed=1)
     batches, shares = [], []
     for first in range(0, n_batches * rows, rows):
         sample = first + np.arange(rows)
-        lengths = eligible = None
-        if short_rows:
-            lengths = data.short_row_lengths(process.seed, sample, process.seq_len, short_rows)
-            eligible = np.arange(process.seq_len) < lengths[:, None]
-        levels = diffusion.noise_levels(process, first, rows, n_eligible=lengths)
+        counts = data.eligible_counts(settings, sample)
+        levels = diffusion.noise_levels(process, first, rows, n_eligible=counts)
+        eligible = data.eligible_positions(settings, sample)
         ids = sequences.ids(sample)
         batches.append(
             data.read_batch(settings, None, process, sequences, ids, levels, np.arange(rows), eligible))

@@ -22,7 +22,7 @@ from configurator.format import human_seconds, with_error
 from configurator.renamed import SETTINGS, renamed, renamed_record
 from evaluation import likelihood
 from model import ModelConfig, Transformer
-from training import dryrun
+from training import flops
 from training.log import read_metrics, read_rows
 
 
@@ -62,7 +62,7 @@ class Run:
     def noisy_share(self):
         """The share of its tokens that the LM head reads."""
         shape, s = self.model.config, self.settings
-        return dryrun.noisy_share(diffusion.Process(
+        return flops.noisy_share(diffusion.Process(
             s["objective"], shape.n_vocab, shape.mask_id, shape.seq_len, s["seed"], s["loss"], s["estimator"],
             s["schedule"], s["time"], s["time_sigma"]))
 

@@ -27,7 +27,7 @@ from evaluation.texts import entropy, judge_nll, open_judge
 from sampling.decode import CONFIDENCE_ORDERS, PLANNED_ORDERS, DecodeConfig
 from sampling.generator import Generator
 from sampling.predictor import CacheGap
-from training import checks
+from training.corpora import validation_sequences
 
 REMASKING = ("capped", "rescaled", "confidence")
 CACHES = ("no", "prefix", "dual")
@@ -267,7 +267,7 @@ def held_out_rows(cfg, generator, length):
         return None
     try:
         corpora = open_validation(generator, cfg.corpus).corpora
-        sequences = checks.validation_sequences(corpora, length)
+        sequences = validation_sequences(corpora, length)
         sequences.seed = cfg.seed
         return sequences.rows(np.arange(cfg.samples))[:, 1:].tolist()
     except (ValueError, OSError) as problem:

@@ -17,7 +17,14 @@ from evaluation import likelihood, texts
 from evaluation.report import progress_bar
 from sampling.decode import DecodeConfig
 from sampling.generator import Generator
-from training import checks, distributed
+from training import distributed
+from training.corpora import (
+    VOCABULARY,
+    open_corpora,
+    text_digest,
+    training_text,
+    validation_sequences,
+)
 from training.objective import Objective
 
 # ------------------------------------------------------------------------------------------- what is measured
@@ -41,14 +48,14 @@ def open_validation(generator, corpus=""):
     record = generator.record
     settings = SimpleNamespace(**DEFAULTS | record["settings"])
     settings.corpus = corpus or settings.corpus
-    corpora = checks.open_corpora(settings)
+    corpora = open_corpora(settings)
     meta = corpora[0].meta
-    differences = [f"{key} {record['corpus'][key]} and {meta[key]}" for key in checks.VOCABULARY
+    differences = [f"{key} {record['corpus'][key]} and {meta[key]}" for key in VOCABULARY
                    if record["corpus"][key] != meta[key]]
     if differences:
         raise ValueError(f"checkpoint and corpus don't go together: {', '.join(differences)}")
-    is_own = checks.text_digest(corpora, "val") == record["corpus"].get("val_sha256")
-    sequences = checks.validation_sequences(corpora, settings.seq_len)
+    is_own = text_digest(corpora, "val") == record["corpus"].get("val_sha256")
+    sequences = validation_sequences(corpora, settings.seq_len)
     return Validation(settings, corpora, sequences, is_own)
 
 
@@ -125,7 +132,7 @@ def measure_bound(cfg, subject):
         rows=rows,
         passes=passes,
         seq_len=settings.seq_len,
-        text=checks.text_digest(validation.corpora, "val"),
+        text=text_digest(validation.corpora, "val"),
         own_text=validation.is_own,
     )
     if cfg.bins and not exact:
@@ -243,9 +250,9 @@ def measure_texts(cfg, subject, judge):
         report |= dict(judge=cfg.judge, nll=mean_and_error(nll), pairs=pairs)
     if cfg.match:
         record, corpora = generator.record["corpus"], subject.validation.corpora
-        streams = checks.training_text(subject.validation.settings, corpora)
+        streams = training_text(subject.validation.settings, corpora)
         held_out = held_out_rows(corpora, generator.seq_len, rows)
-        report["own_text"] = checks.text_digest(corpora, "train") == record.get("train_sha256")
+        report["own_text"] = text_digest(corpora, "train") == record.get("train_sha256")
         report["copies"] = texts.copies(streams, rows, held_out, sorted(map(int, split(cfg.match))))
     return report
 
@@ -275,7 +282,7 @@ def judge_texts(judge, samples):
 
 def held_out_rows(corpora, seq_len, rows):
     """As many rows of the validation split, cut to the lengths of `rows`."""
-    sequences = checks.validation_sequences(corpora, seq_len)
+    sequences = validation_sequences(corpora, seq_len)
     ids = data.validation_ids(min(len(rows), sequences.available), sequences.available)
     held_out = sequences.read(ids)[:, 1:].tolist()
     return [text[: len(row)] for text, row in zip(held_out, rows)]

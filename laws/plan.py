@@ -27,7 +27,7 @@ from configurator.format import human_count, human_seconds
 from configurator.ladder import LADDER, ladder_params
 from laws.advise import REFITTED, compute_plans, crossover, data_plans, known_laws
 from laws.forms import QUOKKA
-from training.dryrun import PEAK
+from training.flops import PEAK
 
 MEMORY = {"H100": 80e9, "H200": 141e9, "A100": 80e9}  # bytes
 STATE = 16  # bytes per parameter in fp32: weights, gradients and AdamW's two moments

@@ -24,7 +24,7 @@ import shlex
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -309,10 +309,7 @@ def write_config(run, cfg):
     path = Path(cfg.out) / "configs" / f"{run.name}.py"
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [f"# {run.params:,} parameters, {run.flops:.4g} FLOPs; made by scaling.py sweep from {cfg.base}"]
-    for field in fields(run.settings):
-        value = getattr(run.settings, field.name)
-        if value != field.default:
-            lines.append(f"{field.name} = {value!r}")
+    lines += [f"{name} = {value!r}" for name, value in configurator.changed(run.settings).items()]
     path.write_text("\n".join(lines) + "\n")
     return path
 

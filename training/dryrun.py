@@ -3,21 +3,17 @@
 training/layouts.py compares the ways to train a model on some GPUs by it.
 """
 
-import sys
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-import data
 import diffusion
 from configurator.format import human_bytes, human_seconds
 from model import Transformer
-from training import checkpoint, distributed
-
-# Dense bf16 peak in FLOP/s, for MFU: the first name that occurs in the device's.
-PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "GH200": 989e12, "H200": 989e12,
-        "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+from training import checkpoint, checks, distributed
+from training.flops import PEAK, expected_share
+from training.log import warn
 
 # The share of the bf16 peak that computing alone is assumed to reach: 41 % to 50 % are published for H100s,
 # 1B to 8B.
@@ -29,28 +25,6 @@ HIDDEN = 0.9  # share of communication that computing can hide: all but the firs
 H100 = 80e9  # bytes of memory
 # Computing added by recomputation: elementwise work; gate and up, too; the forward pass.
 RECOMPUTED = {"no": 0.0, "elementwise": 0.02, "selective": 0.12, "full": 0.33}
-
-
-def peak_flops(device):
-    """The datasheet's dense bf16 FLOP/s of a GPU, None where it is not known."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for known, peak in PEAK.items() if known in name), None)
-
-
-def noisy_share(process, first_sample=0, n_rows=4096, progress=0.5, lengths=None):
-    """The share of positions that get a head in these rows: of a masked process the masked ones, else all.
-
-    lengths as in diffusion.noise_levels.
-    """
-    if process.objective != "masked":
-        return 1.0
-    levels = diffusion.noise_levels(process, first_sample, n_rows, progress, lengths)
-    return float(levels.count.mean()) / process.seq_len
-
-
-def expected_share(run):
-    """The `noisy_share` of a run, halfway through."""
-    return noisy_share(run.process, lengths=data.eligible_counts(run.cfg, np.arange(4096)))
 
 
 def predict_memory(run):
@@ -79,8 +53,7 @@ def predict_peak(run):
         return predict_memory(run).peak
     except Exception as problem:
         reason = f"{type(problem).__name__}: {problem}"
-        print(f"warning: no prediction of memory ({reason})", file=sys.stderr, flush=True)
-        return None
+        return warn(run.ranks, f"no prediction of memory ({reason})")
 
 
 # ---------------------------------------------------------------------------------------------- communication
@@ -172,7 +145,7 @@ def report(run):
 
     # disk
     size, temporary = checkpoint.checkpoint_bytes(n_params, layout != "no")
-    kept = cfg.keep + len(run.kept_steps) + (run.steps // cfg.keep_every if cfg.keep_every else 0)
+    kept = checks.checkpoints_kept(run)
     all_of_them = human_bytes((kept + 1) * size + temporary)
     lines.append(f"a checkpoint has {human_bytes(size)}; {kept} kept and one in the making {all_of_them}")
 

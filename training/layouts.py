@@ -13,7 +13,8 @@ import diffusion
 from configurator.ladder import ladder, swiglu_width
 from model import ModelConfig, Transformer
 from training import distributed, memory
-from training.dryrun import H100, PEAK, RECOMPUTED, Traffic, step_seconds, traffic
+from training.dryrun import H100, RECOMPUTED, Traffic, step_seconds, traffic
+from training.flops import PEAK
 
 HEADROOM = 0.9  # of the memory: what the allocator can't use
 

@@ -25,7 +25,8 @@ import data
 import diffusion
 import kernels
 from configurator.renamed import SETTINGS, renamed
-from training import distributed, dryrun
+from training import distributed
+from training.flops import expected_share, noisy_share, peak_flops
 from training.transfer import AsyncCopy, seconds_between, timestamp
 
 # ---------------------------------------------------------------------------------------------- for people
@@ -48,7 +49,7 @@ def print_opening(run, network, resumed, to_do):
     cfg, ranks = run.cfg, run.ranks
     changed = [f"{name}={value}" for name, value in configurator.changed(cfg).items()]
     say(ranks, f"settings: {', '.join(changed)}")
-    flops = network.flops_per_token(dryrun.expected_share(run))
+    flops = network.flops_per_token(expected_share(run))
     shard = f", shard: {cfg.shard}" if cfg.layout() != "no" else ""
     place = f"{str(run.dtype)[6:]} on {ranks.world} × {run.device.type}"
     say(ranks, f"{network.n_params():,} parameters ({network.n_params(False):,} without embeddings), "
@@ -250,7 +251,7 @@ class StepLog:
         self.figures = torch.zeros(run.cfg.log_every, len(self.names), device=run.device)
         self.unsent = 0  # steps in `figures`
         self.arriving, self.speeds = deque(), deque(maxlen=20)
-        self.peak = dryrun.peak_flops(run.device) if run.dtype == torch.bfloat16 else None
+        self.peak = peak_flops(run.device) if run.dtype == torch.bfloat16 else None
         self.restart_clock()
 
     def restart_clock(self):
@@ -339,7 +340,7 @@ class StepLog:
         run = self.run
         first, n_rows = self.state.samples_at(step - 1, run.cfg.batch_size), run.cfg.batch_size
         lengths = data.eligible_counts(run.cfg, first + np.arange(n_rows))
-        share = dryrun.noisy_share(run.process, first, n_rows, (step - 1) / run.steps, lengths)
+        share = noisy_share(run.process, first, n_rows, (step - 1) / run.steps, lengths)
         flops = tokens_per_s * self.network.flops_per_token(share)
         return dict(mfu=flops / (self.peak * run.ranks.world))
 

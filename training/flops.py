@@ -1,0 +1,33 @@
+"""FLOPs: what a GPU can do at most, and which share of the positions gets a head."""
+
+import numpy as np
+import torch
+
+import data
+import diffusion
+
+# Dense bf16 peak in FLOP/s, for MFU: the first name that occurs in the device's.
+PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "GH200": 989e12, "H200": 989e12,
+        "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+
+
+def peak_flops(device):
+    """The datasheet's dense bf16 FLOP/s of a GPU, None where it is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for known, peak in PEAK.items() if known in name), None)
+
+
+def noisy_share(process, first_sample=0, n_rows=4096, progress=0.5, lengths=None):
+    """The share of positions that get a head in these rows: of a masked process the masked ones, else all.
+
+    lengths as in diffusion.noise_levels.
+    """
+    if process.objective != "masked":
+        return 1.0
+    levels = diffusion.noise_levels(process, first_sample, n_rows, progress, lengths)
+    return float(levels.count.mean()) / process.seq_len
+
+
+def expected_share(run):
+    """The `noisy_share` of a run, halfway through."""
+    return noisy_share(run.process, lengths=data.eligible_counts(run.cfg, np.arange(4096)))
