@@ -261,14 +261,17 @@ def test_a_signal_after_the_first_ends_the_run_at_once(corpus, tmp_path):
     run = tmp_path / "run"
     flags = ["--steps=2", "--batch_size=65536", "--micro_batch=8"]
     process = start(*flags, f"--corpus={corpus}", f"--run_dir={run}")
-    until(lambda: read_metrics(run))
-    for _ in range(3):  # these are one
+    try:
+        until(lambda: read_metrics(run))
+        for _ in range(3):  # these are one
+            process.terminate()
+            time.sleep(0.2)
+        time.sleep(2)
+        assert process.poll() is None
         process.terminate()
-        time.sleep(0.2)
-    time.sleep(2)
-    assert process.poll() is None
-    process.terminate()
-    assert process.wait(timeout=20) == -signal.SIGTERM
+        assert process.wait(timeout=20) == -signal.SIGTERM
+    finally:
+        process.kill()
 
 
 def test_a_signal_within_the_handler_of_another(signals):
