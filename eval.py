@@ -33,12 +33,11 @@ import configurator
 import kernels
 from configurator import setting, split
 from evaluation import compare, frontier, measure, report, texts
+from evaluation.likelihood import ORDERS
 from evaluation.watch import ScoreLog
 from sampling.generator import Generator
 from training import distributed
 from training.objective import Objective
-
-ORDERS = ("left_to_right", "confidence", "random")
 
 
 @dataclass
@@ -297,9 +296,10 @@ def evaluate_new_checkpoints(cfg, ranks):
     with contextlib.closing(log):
         while True:
             looks = log.is_finished(), log.next_checkpoint()  # the last one may appear between the two
-            is_finished, folder = distributed.all_gather(ranks, looks)[0]  # the first rank decides for all
-            if folder:
-                evaluate_into(log, cfg, folder, tasks, ranks)
+            # the first rank decides for all
+            is_finished, checkpoint = distributed.all_gather(ranks, looks)[0]
+            if checkpoint:
+                evaluate_into(log, cfg, checkpoint, tasks, ranks)
                 is_waiting = False
             elif is_finished:
                 break
@@ -312,9 +312,9 @@ def evaluate_new_checkpoints(cfg, ranks):
         print(f"{cfg.watch} is at its last step, and its checkpoints are scored")
 
 
-def evaluate_into(log, cfg, folder, tasks, ranks):
-    """Evaluate one checkpoint of a run and log its figures; raises ValueError or OSError."""
-    generator, problem = attempt(open_generator, cfg, folder)
+def evaluate_into(log, cfg, checkpoint, tasks, ranks):
+    """Evaluate one checkpoint of a run (watch.Unscored), log its figures; raises ValueError or OSError."""
+    generator, problem = attempt(open_generator, cfg, checkpoint.folder)
     problem = next(filter(None, distributed.all_gather(ranks, problem)), None)
     if not problem:
         inputs = open_inputs(cfg, generator, ranks, tasks)
@@ -325,12 +325,12 @@ def evaluate_into(log, cfg, folder, tasks, ranks):
     if ranks.rank:
         return
     if problem:
-        log.pass_over(problem)
+        log.pass_over(checkpoint, problem)
         return
     measured, losses = result
-    report.print_report(measured, folder.parent, generator.record["step"])
+    report.print_report(measured, checkpoint.folder.parent, generator.record["step"])
     report.write_report(inputs.out, measured, losses, generator, vars(cfg))
-    log.append(generator.record, report.figures(measured))
+    log.append(checkpoint, generator.record, report.figures(measured))
 
 
 def attempt(function, *arguments):

@@ -11,9 +11,18 @@ import math
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from training.checkpoint import checkpoints, step_of
 from training.log import read_metrics
+
+
+class Unscored(NamedTuple):
+    """A checkpoint without scores, as it was when its turn came."""
+
+    folder: Path
+    identity: tuple  # of the folder
+    times_back: int  # of the run, to before this checkpoint
 
 
 class ScoreLog:
@@ -22,19 +31,17 @@ class ScoreLog:
     def __init__(self, run_dir):
         self.run_dir, self.tracker = Path(run_dir), None
         self.passed_over = set()  # identities of checkpoints that could not be scored
-        self.identity = self.times_back = None  # of the checkpoint that is being scored
 
     def next_checkpoint(self):
-        """The oldest checkpoint folder without scores, or None. `append` or `pass_over` is due for it."""
+        """The oldest checkpoint without scores, for `append` or `pass_over`, or None."""
         scored = set()
         for metrics in read_metrics(self.run_dir):
             if any(name.startswith("eval/") for name in metrics):
                 scored.add(metrics["step"])
         for folder in reversed(checkpoints(self.run_dir)):
-            self.identity = identity(folder)
-            if step_of(folder) not in scored and self.identity not in self.passed_over:
-                self.times_back = times_back(self.run_dir, step_of(folder))
-                return folder
+            step, which = step_of(folder), identity(folder)
+            if step not in scored and which not in self.passed_over:
+                return Unscored(folder, which, times_back(self.run_dir, step))
         return None
 
     def is_finished(self):
@@ -46,13 +53,13 @@ class ScoreLog:
                 return step_of(folders[0]) >= steps
         return False
 
-    def pass_over(self, problem):
-        """Give up the checkpoint that is being scored."""
-        self.passed_over.add(self.identity)
-        warn(f"{self.run_dir / self.identity[0]} is passed over: {problem}")
+    def pass_over(self, checkpoint, problem):
+        """Give up an Unscored checkpoint."""
+        self.passed_over.add(checkpoint.identity)
+        warn(f"{checkpoint.folder} is passed over: {problem}")
 
-    def append(self, record, figures):
-        """Log the figures of the checkpoint with this record; raises OSError.
+    def append(self, checkpoint, record, figures):
+        """Log the figures of an Unscored checkpoint with this record; raises OSError.
 
         Nothing is logged if the run has gone back past its step meanwhile: it is of a course that was given
         up. The trainer first logs that it goes back, then trims, into a new file. So the file is opened here
@@ -63,7 +70,7 @@ class ScoreLog:
         line = dict(step=record["step"], tokens=tokens)
         line |= {name: value if math.isfinite(value) else str(value) for name, value in figures.items()}
         with open(path, "ab", buffering=0) as file:
-            if times_back(self.run_dir, record["step"]) != self.times_back:
+            if times_back(self.run_dir, record["step"]) != checkpoint.times_back:
                 return
             text = json.dumps(line) + "\n"
             if is_torn(path):

@@ -174,10 +174,10 @@ def test_the_last_checkpoint_appears_just_after_a_look(run_main, run_watch, monk
     next_checkpoint = watch.ScoreLog.next_checkpoint
 
     def look(log):
-        folder = next_checkpoint(log)
-        if not folder and not (run / "step_00000004").is_dir():
+        checkpoint = next_checkpoint(log)
+        if not checkpoint and not (run / "step_00000004").is_dir():
             shutil.copytree(done / "step_00000004", run / "step_00000004")
-        return folder
+        return checkpoint
 
     monkeypatch.setattr(watch.ScoreLog, "next_checkpoint", look)
     run_watch(run, *QUICK)
@@ -190,56 +190,56 @@ def test_next_checkpoint_is_the_oldest_without_scores(tmp_path):
     log = watch.ScoreLog(tmp_path)
     lines = [dict(step=3, tokens=9, val_loss=1.0), dict(step=6, tokens=18, **{"eval/x/acc": 0.5})]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert log.next_checkpoint().name == "step_00000003"
-    log.pass_over("it is damaged")
-    assert log.next_checkpoint().name == "step_00000009"
+    first = log.next_checkpoint()
+    assert first.folder.name == "step_00000003"
+    log.pass_over(first, "it is damaged")
+    assert log.next_checkpoint().folder.name == "step_00000009"
     (tmp_path / "step_00000003/checkpoint.json").write_text("{}")
-    assert log.next_checkpoint().name == "step_00000003"
+    assert log.next_checkpoint().folder.name == "step_00000003"
 
 
 RECORD = dict(step=6, next_sample=60, passed_samples=10, model=dict(seq_len=4), settings={})
 
 
 def log_at_step_6(folder):
-    """A ScoreLog that is scoring step 6 of a run whose trainer has its metrics open."""
+    """(ScoreLog, step 6 that it is scoring) of a run whose trainer has its metrics open."""
     (folder / "step_00000006").mkdir()
     line = json.dumps(dict(step=6, tokens=200, loss=1.0)) + "\n"
     (folder / "metrics.jsonl").write_text(line)
     log = watch.ScoreLog(folder)
-    assert log.next_checkpoint()
-    return log
+    return log, log.next_checkpoint()
 
 
 def test_a_line_of_scores(tmp_path):
-    log = log_at_step_6(tmp_path)
-    log.append(RECORD, {"eval/x/acc": 0.5, "eval/x/nll": float("nan")})
+    log, checkpoint = log_at_step_6(tmp_path)
+    log.append(checkpoint, RECORD, {"eval/x/acc": 0.5, "eval/x/nll": float("nan")})
     last = read_metrics(tmp_path)[-1]
     assert math.isnan(last.pop("eval/x/nll")) and last == {"step": 6, "tokens": 200, "eval/x/acc": 0.5}
     assert log.next_checkpoint() is None
 
 
 def test_a_torn_line_does_not_swallow_the_scores(tmp_path):
-    log = log_at_step_6(tmp_path)
+    log, checkpoint = log_at_step_6(tmp_path)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 7, "lo')
-    log.append(RECORD, {"eval/x/acc": 0.5})
+    log.append(checkpoint, RECORD, {"eval/x/acc": 0.5})
     assert read_metrics(tmp_path)[-1]["eval/x/acc"] == 0.5
 
 
 @pytest.mark.parametrize("back_to, is_logged", [(4, False), (6, True)])
 def test_scores_of_a_course_that_was_given_up(tmp_path, back_to, is_logged):
     """The run goes back past the step while it is scored: then another checkpoint of this step is to come."""
-    log = log_at_step_6(tmp_path)
+    log, checkpoint = log_at_step_6(tmp_path)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write(json.dumps(dict(step=back_to, tokens=160, event="back", from_step=9)) + "\n")
     trim_metrics(tmp_path / "metrics.jsonl", back_to)
-    log.append(RECORD, {"eval/x/acc": 0.5})
+    log.append(checkpoint, RECORD, {"eval/x/acc": 0.5})
     assert bool(scores(tmp_path)) == is_logged
 
 
 def test_a_line_that_comes_too_late_is_not_in_the_trimmed_file(tmp_path, monkeypatch):
     """The trainer goes back just after the watcher has looked."""
-    log = log_at_step_6(tmp_path)
+    log, checkpoint = log_at_step_6(tmp_path)
     looks = []
 
     def times_back(run, step):
@@ -250,7 +250,7 @@ def test_a_line_that_comes_too_late_is_not_in_the_trimmed_file(tmp_path, monkeyp
         return 0
 
     monkeypatch.setattr(watch, "times_back", times_back)
-    log.append(RECORD, {"eval/x/acc": 0.5})
+    log.append(checkpoint, RECORD, {"eval/x/acc": 0.5})
     assert looks == [6] and not scores(tmp_path)
 
 
