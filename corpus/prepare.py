@@ -404,7 +404,7 @@ def finish(sources, folder, tokenizer, state):
         meta[split] = dict(counts, sha256=digest, files=files)
 
     if isinstance(tokenizer, tokenizers.HuggingFaceTokenizer):
-        shutil.copyfile(tokenizer.path, folder / "tokenizer.json")
+        tokenizer.copy_to(folder)
     tokenizer.token_bytes().tofile(folder / "token_bytes.bin")
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
     for path in (*folder.iterdir(), folder):

@@ -17,6 +17,8 @@ What looks like a special token in a text is text, too.
 
 import hashlib
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -90,12 +92,17 @@ class HuggingFaceTokenizer:
     Its name holds the digest of the file, of which a copy travels with the corpus and the run. `eos` names
     the token that ends a document; empty: the first of EOS_NAMES that is a special token. Raises ValueError
     if the file is no tokenizer.json, has no such token, or has tokens that do not spell text.
+
+    masks: tokens that a model's settings call the mask, by id or text. The first of them that lies above the
+    vocabulary proper is it, and text ends there: added tokens above it, as MegaDLMs' tokenizers have them,
+    occur in no text. Its id is then part of the name. Without such a token: a special one of MASK_NAMES above
+    all others, or a new id.
     """
 
     EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|eos|>", "<eos>", "</s>", "<|im_end|>", "[SEP]")
     MASK_NAMES = ("<|mdm_mask|>", "<|mask|>", "<mask>", "[MASK]")
 
-    def __init__(self, path, eos=""):
+    def __init__(self, path, eos="", masks=()):
         self.path = Path(path)
         raw = self.path.read_bytes()
         self.inner, layout = parse_tokenizer_json(raw, path)
@@ -109,11 +116,27 @@ class HuggingFaceTokenizer:
             hint = f" (its specials: {', '.join(self.specials)})" if self.specials else ""
             raise ValueError(f"{path}: {problem}; give it with --eos={hint}")
         self.eos, self.eos_id = eos, vocab[eos]
-        self.name = f"tokenizer.json {hashlib.sha256(raw).hexdigest()[:16]} {eos}"
-
-        self.n_vocab = self.mask_id = self.find_mask(vocab)
+        default = self.find_mask(vocab)
+        self.added_ids = {token["content"]: token["id"] for token in added_tokens}
+        self.mask_id = next(self.fitting_masks(masks, vocab), default)
+        self.n_vocab = self.mask_id
+        self.has_named_mask = self.mask_id != default
+        named = f"mask={self.mask_id} " if self.has_named_mask else ""
+        self.name = f"tokenizer.json {hashlib.sha256(raw).hexdigest()[:16]} {named}{eos}"
+        if any(token["id"] > self.mask_id and not token["special"] for token in added_tokens):
+            layout["added_tokens"] = [token for token in added_tokens if token["id"] <= self.mask_id]
+            self.inner, _ = parse_tokenizer_json(json.dumps(layout).encode(), path)
         self.allows_cuts = allows_cuts(layout)
         self.lengths = self.measure_tokens(vocab, layout)
+
+    def fitting_masks(self, masks, vocab):
+        """The ids of those `masks` that are added tokens above the vocabulary proper and the eos."""
+        added = set(self.added_ids.values())
+        last = max({self.eos_id, *vocab.values()} - (added - {self.eos_id}))
+        for mask in masks:
+            mask_id = self.added_ids.get(mask, mask)
+            if mask_id in added and mask_id > last:
+                yield mask_id
 
     def find_mask(self, vocab):
         """The id of the mask: its own, if it lies above all text (as LLaDA's and Dream's), else a new id."""
@@ -144,6 +167,14 @@ class HuggingFaceTokenizer:
             else:
                 lengths[i] = len(token.replace("▁", " ").encode("utf-8"))
         return lengths
+
+    def copy_to(self, folder):
+        """Copy the tokenizer.json, and write down beside it which token is the mask if that was named."""
+        shutil.copyfile(self.path, Path(folder) / "tokenizer.json")
+        if self.has_named_mask:
+            mask = next(text for text, i in self.added_ids.items() if i == self.mask_id)
+            settings = json.dumps(dict(mask_token=mask)) + "\n"
+            (Path(folder) / "tokenizer_config.json").write_text(settings, encoding="utf-8")
 
     def encode(self, text):
         return self.encode_batch([text])[0]
@@ -207,11 +238,20 @@ def allows_cuts(layout):
     return last.get("use_regex", True)
 
 
-def load_tokenizer(name, folders=(), eos=""):
+# {file of a model's folder: what it calls the mask there}
+MASK_SETTINGS = {
+    "config.json": "mask_token_id",
+    "tokenizer_config.json": "mask_token",
+    "special_tokens_map.json": "mask_token",
+}
+
+
+def load_tokenizer(name, folders=(), eos="", mask=None):
     """Load a tokenizer: bytes, a tiktoken encoding, or the path of a tokenizer.json or of a folder with one.
 
     The name that a tokenizer.json's tokenizer has itself ("tokenizer.json DIGEST EOS") is looked for in
-    `folders`. eos: see HuggingFaceTokenizer. Raises ValueError.
+    `folders`. eos: see HuggingFaceTokenizer. mask: id or text of the mask of a model that was trained with
+    it; None: as the files beside a tokenizer.json say. Raises ValueError.
     """
     if name.startswith("tokenizer.json "):
         return find_tokenizer_json(name, folders)
@@ -222,7 +262,8 @@ def load_tokenizer(name, folders=(), eos=""):
     if path.suffix == ".json":
         if not path.is_file():
             raise ValueError(f"{path}: no such tokenizer file")
-        return HuggingFaceTokenizer(path, eos)
+        masks = named_masks(path) if mask is None else [mask]
+        return HuggingFaceTokenizer(path, eos, masks)
 
     if eos:
         raise ValueError(f"eos={eos}: only a tokenizer.json leaves that open")
@@ -230,11 +271,30 @@ def load_tokenizer(name, folders=(), eos=""):
 
 
 def find_tokenizer_json(name, folders):
-    """The tokenizer of the name "tokenizer.json DIGEST EOS", from one of `folders`. Raises ValueError."""
+    """The tokenizer "tokenizer.json DIGEST [mask=ID] EOS", from one of `folders`. Raises ValueError."""
     _, digest, eos = name.split(" ", 2)
+    named_mask = re.match(r"mask=(\d+) ", eos)
+    masks = [int(named_mask[1])] if named_mask else []
+    eos = eos[named_mask.end() :] if named_mask else eos
     for folder in folders:
         path = Path(folder) / "tokenizer.json"
         if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest().startswith(digest):
-            return HuggingFaceTokenizer(path, eos)
+            return HuggingFaceTokenizer(path, eos, masks)
     raise ValueError(f"no tokenizer.json of digest {digest} in {' or '.join(map(str, folders))}; "
                      "put the one that prepared the corpus there")
+
+
+def named_masks(path):
+    """The tokens that the files beside a tokenizer.json call the mask, by id or text, and MegaDLMs' one."""
+    masks = [read_json(path.with_name(name)).get(key) for name, key in MASK_SETTINGS.items()]
+    masks = [mask.get("content") if isinstance(mask, dict) else mask for mask in masks]
+    return [mask for mask in masks if isinstance(mask, int | str)] + ["<|mask_token|>"]
+
+
+def read_json(path):
+    """The object that a JSON file holds, empty where there is no such file or no object in it."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}

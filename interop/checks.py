@@ -58,16 +58,17 @@ def choose_objective(cfg, recorded, path):
 # ------------------------------------------------------------------------------------------------- vocabulary
 
 
-def open_tokenizer(cfg, folder, recorded_name=""):
+def open_tokenizer(cfg, folder, mask, recorded_name=""):
     """The tokenizer that --tokenizer names, or else the folder's own; None if there is none.
 
-    recorded_name: the tokenizer that the folder's settings name.
+    mask: id or text of its training's, None if its settings don't tell; recorded_name: the tokenizer that the
+    folder's settings name.
     """
     if cfg.tokenizer == "none":
         return None
-    named = load_tokenizer(cfg.tokenizer, (), cfg.eos) if cfg.tokenizer else None
+    named = load_tokenizer(cfg.tokenizer, (), cfg.eos, mask) if cfg.tokenizer else None
     try:
-        own = own_tokenizer(folder, recorded_name)
+        own = own_tokenizer(folder, mask, recorded_name)
     except ValueError:
         if named:  # that the folder's can't be read may be why another is named
             return named
@@ -78,12 +79,12 @@ def open_tokenizer(cfg, folder, recorded_name=""):
     return named or own
 
 
-def own_tokenizer(folder, recorded_name):
+def own_tokenizer(folder, mask, recorded_name):
     if recorded_name:
         with explain_bad_settings(folder / "config.json"):
             return load_tokenizer(recorded_name)
     path = folder / "tokenizer.json"
-    return load_tokenizer(str(path)) if path.is_file() else None
+    return load_tokenizer(str(path), mask=mask) if path.is_file() else None
 
 
 def choose_vocabulary(path, tokenizer, objective, n_rows, n_text, mask_id):

@@ -26,14 +26,27 @@ class Chunk(NamedTuple):
     length: int
 
 
+class Place(NamedTuple):
+    """The bytes of a file that hold an object, as torch.save wrote it."""
+
+    file: str
+    position: int
+    length: int
+
+
 def open_folder(folder):
-    """{name: ShardedTensor} of a folder; raises ValueError or OSError."""
-    described = read_metadata(Path(folder) / ".metadata")
-    return {name: ShardedTensor(Path(folder), name, *about) for name, about in described.items()}
+    """({name: ShardedTensor}, {name: Place} of other objects) of a folder; raises ValueError or OSError."""
+    tensors, objects = read_metadata(Path(folder) / ".metadata")
+    return {name: ShardedTensor(Path(folder), name, *about) for name, about in tensors.items()}, objects
+
+
+def read_object(folder, place):
+    """What torch.save wrote at a Place, of harmless classes only; raises ValueError or OSError."""
+    return pickles.load(Path(folder) / place.file, (place.position, place.length))
 
 
 def read_metadata(path):
-    """{name: (shape, dtype, [Chunk])} of the tensors that a .metadata file describes.
+    """({name: (shape, dtype, [Chunk])} of tensors, {name: Place} of other objects) by a .metadata file.
 
     Raises ValueError or OSError.
     """
@@ -43,6 +56,9 @@ def read_metadata(path):
         locations = {(index.fqn, tuple(index.offset)): location
                      for index, location in metadata.storage_data.items()
                      if getattr(index, "offset", None) is not None}
+        objects = {index.fqn: Place(*find_place(index.fqn, location))
+                   for index, location in metadata.storage_data.items()
+                   if getattr(index, "offset", None) is None}
         tensors = {}
         for name, about in metadata.state_dict_metadata.items():
             if type(about).__name__ != "TensorStorageMetadata":
@@ -52,7 +68,7 @@ def read_metadata(path):
                 raise TypeError(f"{name!r} is no tensor")
             chunks = [locate_chunk(name, shape, chunk, locations) for chunk in about.chunks]
             tensors[name] = tuple(shape), dtype, chunks
-        return tensors
+        return tensors, objects
     except (RefusedPickle, OSError):
         raise
     except Exception as problem:  # a damaged pickle can raise almost anything
@@ -62,13 +78,20 @@ def read_metadata(path):
 def locate_chunk(name, shape, described, locations):
     """The Chunk that .metadata describes, with its location; raises ValueError where the two can't be."""
     offsets, sizes = torch.Size(described.offsets), torch.Size(described.sizes)
-    location = locations.get((name, tuple(offsets)))
-    if location is None or Path(location.relative_path).name != location.relative_path:
-        raise ValueError(f"no place is given for the chunk of {name} at {tuple(offsets)}")
-    if not len(shape) == len(offsets) == len(sizes) or min(location.offset, location.length) < 0:
+    place = find_place(f"the chunk of {name} at {tuple(offsets)}", locations.get((name, tuple(offsets))))
+    if not len(shape) == len(offsets) == len(sizes):
         raise ValueError(f"the description of {name} contradicts itself")
+    return Chunk(tuple(offsets), tuple(sizes), *place)
+
+
+def find_place(what, location):
+    """(file, position, length) of a location that .metadata gives; raises ValueError where it is none."""
+    if location is None or Path(location.relative_path).name != location.relative_path:
+        raise ValueError(f"no place is given for {what}")
     position, length = int(location.offset), int(location.length)
-    return Chunk(tuple(offsets), tuple(sizes), location.relative_path, position, length)
+    if min(position, length) < 0:
+        raise ValueError(f"the place of {what} contradicts itself")
+    return location.relative_path, position, length
 
 
 def find_values(path, position, length):
@@ -78,17 +101,20 @@ def find_values(path, position, length):
     """
     tensor = pickles.load(path, (position, length), map_location="meta")
     problem = ValueError(f"{Path(path).name} at {position}: no plain tensor")
-    if not isinstance(tensor, torch.Tensor) or not tensor.is_contiguous() or tensor.storage_offset():
+    if not isinstance(tensor, torch.Tensor) or not tensor.is_contiguous():
         raise problem
+    # of a view, torch saves all that it is a part of
+    skipped = tensor.storage_offset() * tensor.element_size()
     with pickles.FileSection(path, position, length) as section, zipfile.ZipFile(section) as archive:
         entry = next((info for info in archive.infolist() if info.filename.endswith("/data/0")), None)
         if entry is None or entry.compress_type != zipfile.ZIP_STORED:
             raise problem
-        if entry.file_size < tensor.numel() * tensor.element_size():
+        if entry.file_size < skipped + tensor.numel() * tensor.element_size():
             raise problem
         section.seek(entry.header_offset + 26)  # its header ends with the sizes of a name and an extra field
         name_size, extra_size = (int.from_bytes(section.read(2), "little") for _ in range(2))
-    return tensor.dtype, tensor.shape, position + entry.header_offset + 30 + name_size + extra_size
+    start = position + entry.header_offset + 30 + name_size + extra_size
+    return tensor.dtype, tensor.shape, start + skipped
 
 
 class ShardedTensor:

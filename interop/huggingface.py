@@ -59,15 +59,15 @@ def open_source(cfg, path):
     checks.check_shape(path, shape, len(original))
 
     objective = checks.choose_objective(cfg, "ar" if shape["causal"] else "masked", path)
-    tokenizer = checks.open_tokenizer(cfg, path, settings.get("tokenizer_name", ""))
+    mask_id = None if shape["causal"] else settings.get("mask_token_id")
+    mask_id = mask_id if cfg.mask_id < 0 else cfg.mask_id
+    tokenizer = checks.open_tokenizer(cfg, path, mask_id, settings.get("tokenizer_name", ""))
     if tokenizer is None and cfg.tokenizer != "none":
         has_vocab = (path / "vocab.json").is_file()
         remedy = " (transformers makes one of its vocab.json: docs/checkpoints.md)" if has_vocab else ""
         raise ValueError(f"{path} has no tokenizer.json{remedy}: give --tokenizer, or none (nothing can be "
                          "sampled or evaluated then)")
     n_rows = settings["vocab_size"]
-    mask_id = None if shape["causal"] else settings.get("mask_token_id")
-    mask_id = mask_id if cfg.mask_id < 0 else cfg.mask_id
     n_vocab, mask_id = checks.choose_vocabulary(path, tokenizer, objective, n_rows, n_rows, mask_id)
     shape["seq_len"] = cfg.seq_len or shape["seq_len"]
     config = ModelConfig(**shape, n_vocab=n_vocab, mask_id=mask_id)

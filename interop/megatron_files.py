@@ -2,7 +2,8 @@
 
     run/latest_checkpointed_iteration.txt
     run/iter_0000100/mp_rank_00[_000]/model_optim_rng.pt   `torch`: a file per tensor (and pipeline) rank
-    run/iter_0000100/{.metadata,common.pt,__0_0.distcp}    `torch_dist`: chunks of tensors, layers stacked
+    run/iter_0000100/{.metadata,common.pt,__0_0.distcp}    `torch_dist`: chunks of tensors, layers stacked;
+                                                           since core 0.19 common.pt is one of the chunks
 
 Both become {name: LazyTensor} under the names of the `torch` format, layers numbered over the whole network.
 """
@@ -239,9 +240,10 @@ def take_shard(name, values, n_rows, rank, n_ranks):
 
 def read_distributed(folder):
     """As `read`, from torch.distributed.checkpoint's files: layers are stacked, or numbered."""
-    args, iteration = read_arguments(pickles.load(folder / "common.pt"), folder / "common.pt")
+    sharded, objects = distcp.open_folder(folder)
+    args, iteration = read_common_state(folder, objects)
     weights = {}
-    for key, tensor in distcp.open_folder(folder).items():
+    for key, tensor in sharded.items():
         name = canonical_name(key)
         if name.startswith(NOT_WEIGHTS) or name.split("/")[0].endswith(IGNORED):
             continue
@@ -254,6 +256,21 @@ def read_distributed(folder):
             read = partial(read_layer, tensor, layer)
             weights[f"decoder.layers.{layer}.{stacked[1]}"] = LazyTensor(tensor.shape[1:], tensor.dtype, read)
     return args, iteration, weights
+
+
+def read_common_state(folder, objects):
+    """(arguments, iteration) of common.pt, or, since core 0.19, of an object among the chunks.
+
+    Raises ValueError or OSError.
+    """
+    path = folder / "common.pt"
+    names = [name for name in objects if name.split("/")[0] == "common_state"]
+    if path.is_file() or not names:
+        return read_arguments(pickles.load(path), path)
+    values = distcp.read_object(folder, objects[names[0]])
+    if isinstance(values, list) and values:  # of the ranks that have it, which is one
+        values = values[0]
+    return read_arguments(values, f"{folder}: {names[0]}")
 
 
 def read_layer(stack, layer):

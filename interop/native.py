@@ -4,7 +4,6 @@ sample.py, eval.py and `train.py --init_from` take what is written here like any
 """
 
 import json
-import shutil
 from dataclasses import asdict
 
 from corpus.tokenizers import load_tokenizer
@@ -41,7 +40,7 @@ def write(folder, run_dir, source, weights, on_progress):
     weights: {our name: LazyTensor}, the source's, maybe in another dtype. Raises ValueError or OSError.
     """
     if hasattr(source.tokenizer, "path"):
-        shutil.copyfile(source.tokenizer.path, folder / "tokenizer.json")
+        source.tokenizer.copy_to(folder)
     settings = run_settings(run_dir, source)
     (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
     place = checkpoint.step_folder(folder, source.step)

@@ -140,9 +140,13 @@ class MetadataUnpickler(pickle.Unpickler):
     A pickle may change the classes it meets (BUILD sets attributes), so it never meets one that is in use.
     """
 
-    CLASSES = (  # of torch.distributed.checkpoint.metadata
-        "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
-        "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING")
+    CLASSES = {
+        "torch.distributed.checkpoint.metadata": {
+            "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata",
+            "ChunkStorageMetadata", "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING"},
+        # what each rank was to write: Megatron-LM keeps that since core 0.11
+        "torch.distributed.checkpoint.planner": {
+            "SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"}}
     OTHER_NAMES = {
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch", "device"),
         ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath")}
@@ -159,7 +163,7 @@ class MetadataUnpickler(pickle.Unpickler):
             return self.DTYPES[name]
         if (module, name) == ("torch", "Size"):
             return torch.Size
-        is_metadata = module == "torch.distributed.checkpoint.metadata" and name in self.CLASSES
+        is_metadata = name in self.CLASSES.get(module, ())
         is_other = (module, name) in self.OTHER_NAMES or module == self.OLD_MODULE
         if is_metadata or is_other or module.startswith(FRAMEWORKS):
             return self.stand_ins.setdefault(name, type(name, (StandIn,), {}))

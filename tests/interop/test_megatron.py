@@ -20,6 +20,7 @@ from tiny_checkpoints import (
     make_run,
     megatron_args,
     refusal,
+    replace_chunk,
     weights_of,
     write_distributed,
     write_megatron,
@@ -181,6 +182,30 @@ def test_honest_checkpoints_hold_more_than_tensors(monkeypatch, tmp_path):
 def test_torch_dist_converts(tmp_path, ranks, stacked):
     network = make_run(tmp_path / "ours", n_kv_head=2, tied=False, n_layer=4)
     write_distributed(tmp_path / "mega", network, "masked", ranks, stacked)
+    convert_ok(tmp_path / "mega", tmp_path / "back", tokenizer="bytes", verify=True)
+    assert_same_weights(tmp_path / "back", tmp_path / "ours")
+
+
+@pytest.mark.parametrize("core", ("0.12", "0.19"))
+def test_torch_dist_of_later_versions_of_the_core(tmp_path, core):
+    network = make_run(tmp_path / "ours", n_kv_head=2)
+    write_distributed(tmp_path / "mega", network, "masked", core=core)
+    folder = tmp_path / "mega/iter_0000042"
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    kinds = {item.type.name for plan in metadata.all_local_plans for item in plan.items}
+    assert kinds == {"SHARD", "BYTE_IO"} and (folder / "common.pt").is_file() == (core == "0.12")
+    convert_ok(tmp_path / "mega", tmp_path / "back", tokenizer="bytes", verify=True)
+    assert_same_weights(tmp_path / "back", tmp_path / "ours")
+    assert checkpoint.read_checkpoint(tmp_path / "back/step_00000042")["step"] == 42
+
+
+def test_a_chunk_that_is_a_view_of_more(tmp_path):
+    """Megatron's own writer saves a view with all that it is a part of."""
+    network, name = make_run(tmp_path / "ours"), "decoder.final_layernorm.weight"
+    write_distributed(tmp_path / "mega", network, "masked", ranks=1)
+    values = network.norm.weight.detach()
+    view = torch.cat((values + 1, values, values - 1))[len(values) : 2 * len(values)]
+    replace_chunk(tmp_path / "mega/iter_0000042", name, view)
     convert_ok(tmp_path / "mega", tmp_path / "back", tokenizer="bytes", verify=True)
     assert_same_weights(tmp_path / "back", tmp_path / "ours")
 

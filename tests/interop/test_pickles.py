@@ -14,6 +14,7 @@ from tiny_checkpoints import (
     edit_pickle,
     make_run,
     refusal,
+    replace_chunk,
     write_distributed,
     write_megatron,
 )
@@ -46,18 +47,13 @@ class Poison:
         return calls[self.function]
 
 
-def poison_chunk(iteration, poison):
-    """Replace a chunk of a torch_dist folder."""
-    metadata = pickle.loads((iteration / ".metadata").read_bytes())
-    name = "decoder.final_layernorm.weight"
-    place = next(place for index, place in metadata.storage_data.items() if index.fqn == name)
-    path = iteration / place.relative_path
-    torch.save(poison, iteration / "chunk")
-    content, chunk = path.read_bytes(), (iteration / "chunk").read_bytes()
-    (iteration / "chunk").unlink()
-    path.write_bytes(content + chunk)
-    place.offset, place.length = len(content), len(chunk)
-    (iteration / ".metadata").write_bytes(pickle.dumps(metadata))
+@pytest.mark.parametrize("module, name", (
+    ("torch.distributed.checkpoint.planner", "DefaultSavePlanner"), ("torch.distributed.checkpoint", "save"),
+    ("torch", "load"), ("builtins", "getattr")))
+def test_metadata_names_nothing_but_what_checkpoints_need(tmp_path, module, name):
+    (tmp_path / ".metadata").write_bytes(b"\x80\x02c" + f"{module}\n{name}\n".encode() + b".")
+    with pytest.raises(pickles.RefusedPickle, match=name):
+        distcp.read_metadata(tmp_path / ".metadata")
 
 
 @pytest.mark.parametrize("function", ("posix.system", "builtins.exec", "subprocess.call"))
@@ -75,7 +71,7 @@ def test_poisoned_pickles_are_refused(distributed, tmp_path, function):
     metadata = pickle.loads(path.read_bytes())
     metadata.planner_data = poison
     path.write_bytes(pickle.dumps(metadata))
-    poison_chunk(tmp_path / "chunk/iter_0000042", poison)
+    replace_chunk(tmp_path / "chunk/iter_0000042", "decoder.final_layernorm.weight", poison)
     convert_ok(tmp_path / "ours", tmp_path / "hf")
     (tmp_path / "hf/model.safetensors").unlink()
     shutil.copytree(tmp_path / "hf", tmp_path / "old_hf")

@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import multiprocessing
+import pickle
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -229,8 +230,12 @@ def write_megatron(folder, network, objective, tp=1, pp=1, extra=None, **args):
     (Path(folder) / "latest_checkpointed_iteration.txt").write_text("42")
 
 
-def write_distributed(folder, network, objective, ranks=2, stacked=True, **args):
-    """A run in `torch_dist` format, its tensors divided among the files of so many ranks."""
+def write_distributed(folder, network, objective, ranks=2, stacked=True, core="0.8", **args):
+    """A run in `torch_dist` format, its tensors divided among the files of so many ranks.
+
+    core: the version of Megatron's whose layout it is. Since 0.11 .metadata holds what each rank was to
+    write; since 0.19 the common state is an object among the chunks, a list of one.
+    """
     c, whole, place = network.config, megatron_tensors(network), Path(folder) / "iter_0000042"
     place.mkdir(parents=True)
     if stacked:
@@ -244,17 +249,32 @@ def write_distributed(folder, network, objective, ranks=2, stacked=True, **args)
     states["rng_state/shard_0"] = torch.ones(8, dtype=torch.uint8)
     # processes that are forked from a server: torch is imported once for all of them
     multiprocessing.set_forkserver_preload(["torch.distributed.checkpoint", "torch.distributed.tensor"])
-    args_of_rank = ranks, str(place), whole | moments | states, place.parent / "store"
+    contents = dict(args=megatron_args(c, objective, **args), iteration=42, checkpoint_version=3.0)
+    objects = {"common_state/shard_0_1": [contents]} if core == "0.19" else {}
+    args_of_rank = ranks, str(place), whole | moments | states, objects, core != "0.8", place.parent / "store"
     torch.multiprocessing.start_processes(
         save_torch_dist.save_rank, args_of_rank, nprocs=ranks, start_method="forkserver")
-    contents = dict(args=megatron_args(c, objective, **args), iteration=42, checkpoint_version=3.0)
-    torch.save(contents, place / "common.pt")
+    if not objects:
+        torch.save(contents, place / "common.pt")
     backend = dict(sharded_backend="torch_dist", sharded_backend_version=1)
     (place / "metadata.json").write_text(json.dumps(backend))
     (Path(folder) / "latest_checkpointed_iteration.txt").write_text("42")
 
 
 # ---------------------------------------------------------------------------------------------------- changes
+
+
+def replace_chunk(iteration, name, content):
+    """Put what torch.save makes of `content` in the place of a tensor's first chunk (`torch_dist`)."""
+    metadata = pickle.loads((iteration / ".metadata").read_bytes())
+    place = next(place for index, place in metadata.storage_data.items() if index.fqn == name)
+    path = iteration / place.relative_path
+    torch.save(content, iteration / "chunk")
+    before, chunk = path.read_bytes(), (iteration / "chunk").read_bytes()
+    (iteration / "chunk").unlink()
+    path.write_bytes(before + chunk)
+    place.offset, place.length = len(before), len(chunk)
+    (iteration / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
 def edit_json(path, **changes):

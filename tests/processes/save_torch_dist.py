@@ -6,7 +6,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 
-def save_rank(rank, world, folder, tensors, store):
+class PlanKeeper(dcp.DefaultSavePlanner):
+    """Leaves in .metadata what each rank was to write, as Megatron's planner does."""
+
+    def create_global_plan(self, all_plans):
+        plans, metadata = super().create_global_plan(all_plans)
+        metadata.all_local_plans = all_plans
+        return plans, metadata
+
+
+def save_rank(rank, world, folder, tensors, objects, keeps_plans, store):
     """One rank's part: tensors are sharded along dimensions that `world` divides, each along another."""
     dist.init_process_group("gloo", store=dist.FileStore(str(store), world), rank=rank, world_size=world)
     mesh = init_device_mesh("cpu", (world,))
@@ -16,5 +25,6 @@ def save_rank(rank, world, folder, tensors, store):
         placement = Shard(dims[number % len(dims)]) if dims else Replicate()
         state_dict[name] = distribute_tensor(tensor, mesh, [placement])
     state_dict["decoder.layers.mlp.linear_fc1._extra_state/shard_0_2"] = "bytes that nobody reads"
-    dcp.save(state_dict, checkpoint_id=folder)
+    planner = PlanKeeper(flatten_state_dict=False) if keeps_plans else None
+    dcp.save(state_dict | objects, checkpoint_id=folder, planner=planner)
     dist.destroy_process_group()
