@@ -22,6 +22,7 @@ from test_checkpoint import PICKLES, SHARD, Bomb
 
 import train
 from configurator.renamed import RECORD, SETTINGS
+from corpus.files import sha256_of
 from training import checkpoint, checks
 from training.checkpoint import checkpoints, read_checkpoint, record_digest
 from training.distributed import STOPPED
@@ -190,7 +191,7 @@ def write_bomb(folder, name, kind, signed=True):
     bang.rmdir()  # it is live
 
     def sign(record):  # its maker knows how to hash
-        digest = checkpoint.file_digest(folder / name)
+        digest = sha256_of(folder / name)
         return record | dict(sha256=record["sha256"] | {name: digest})
 
     if signed:
