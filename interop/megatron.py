@@ -71,7 +71,7 @@ def open_source(cfg, path):
         raise ValueError(f"{path} has no {EMBEDDING}")
     n_rows = original[EMBEDDING].shape[0] if original[EMBEDDING].shape else 0
     mask_id = args.get("mask_token") if cfg.mask_id < 0 else cfg.mask_id
-    tokenizer = checks.open_tokenizer(cfg, path, mask_id)
+    tokenizer = checks.open_tokenizer(cfg, path, None if objective == "ar" else mask_id)
     if type(mask_id) is not int or not 0 <= mask_id < n_rows:
         mask_id = None  # some name it by its text
     if tokenizer is None and cfg.tokenizer != "none":
