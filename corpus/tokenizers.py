@@ -134,8 +134,8 @@ class HuggingFaceTokenizer:
         added = set(self.added_ids.values())
         last = max({self.eos_id, *vocab.values()} - (added - {self.eos_id}))
         for mask in masks:
-            mask_id = self.added_ids.get(mask, mask)
-            if mask_id in added and mask_id > last:
+            mask_id = self.added_ids.get(mask) if isinstance(mask, str) else mask
+            if type(mask_id) is int and mask_id in added and mask_id > last:  # settings may hold anything
                 yield mask_id
 
     def find_mask(self, vocab):
@@ -287,8 +287,7 @@ def find_tokenizer_json(name, folders):
 def named_masks(path):
     """The tokens that the files beside a tokenizer.json call the mask, by id or text, and MegaDLMs' one."""
     masks = [read_json(path.with_name(name)).get(key) for name, key in MASK_SETTINGS.items()]
-    masks = [mask.get("content") if isinstance(mask, dict) else mask for mask in masks]
-    return [mask for mask in masks if isinstance(mask, int | str)] + ["<|mask_token|>"]
+    return [mask.get("content") if isinstance(mask, dict) else mask for mask in masks] + ["<|mask_token|>"]
 
 
 def read_json(path):

@@ -102,6 +102,9 @@ def test_settings_decide_where_files_disagree(tmp_path):
         assert (corpus["mask_id"], f"mask={expected} " in corpus["tokenizer"]) == (expected, True)
     error = refusal(tmp_path, source=tmp_path / "hf", out=tmp_path / "d", mask_id=65)
     assert "its mask has the id 65" in error
+    for strange in ([1], {"a": 1}, 257.0):  # a line, as for any other setting that can't be
+        edit_json(tmp_path / "hf/config.json", mask_token_id=strange)
+        assert "its mask can't be" in refusal(tmp_path, source=tmp_path / "hf", out=tmp_path / "d")
 
     # whoever prepares text with a copy beside a converted run or in a corpus gets the same mask
     shutil.copytree(tmp_path / "a", tmp_path / "copy")
