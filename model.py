@@ -276,7 +276,8 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        self.embed = nn.Embedding(c.padded_vocab, c.d_model)
+        # without Embedding's own initial values: on the meta device they import the compiler, two seconds
+        self.embed = nn.Embedding.from_pretrained(torch.empty(c.padded_vocab, c.d_model), freeze=False)
         self.time = TimeEmbedding(c.d_model) if c.timed else None
         self.drop = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))

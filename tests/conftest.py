@@ -13,7 +13,8 @@ for folder in ("corpus", "evaluation", "interop", "processes", "sampling", "trai
 
 # a job that a script starts in the background ignores it, and so would what it starts
 signal.signal(signal.SIGINT, signal.default_int_handler)
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+# networks this small gain nothing from threads; with two in each of two workers, each waits for the other
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as scaling.py does
 if not os.path.exists("/dev/nvidiactl"):  # without a GPU triton's interpreter runs the kernels
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -145,14 +146,3 @@ def without_codegen(monkeypatch):
         return torch._dynamo.utils.counters
 
     return choose
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """Networks this small gain nothing from threads, and lose much where the cores are shared."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

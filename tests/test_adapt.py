@@ -25,8 +25,6 @@ from training.checkpoint import checkpoints, init_weights_from, read_checkpoint
 from training.log import read_metrics
 from training.objective import Objective
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SHAPE = ("n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "d_ff", "model", "tied")
 TINY_WITHOUT_SHAPE = [flag for flag in TINY if flag.lstrip("-").partition("=")[0] not in SHAPE]
 

@@ -30,8 +30,6 @@ import convert
 from interop import megatron, tensors
 from model import ModelConfig
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 RANK_0 = "iter_0000042/mp_rank_00/model_optim_rng.pt"
 
 

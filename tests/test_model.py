@@ -23,9 +23,6 @@ needs_paper = pytest.mark.skipif(not PAPER.is_dir(), reason="the paper's tables 
 HEADS = ((4, 4, 8), (4, 2, 8), (6, 1, 16), (3, 3, 6))
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def config(**settings):
     shape = dict(n_layer=2, n_head=4, n_kv_head=4, head_dim=8, d_model=32, d_ff=64, n_vocab=100, mask_id=100,
                  seq_len=16, causal=False)

@@ -21,7 +21,6 @@ from corpus import tokenizers
 from interop import tokenizer_files
 from training import checkpoint
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 MASK = "<|mask_token|>"
 EXTRAS = [f"<|extra_{i}|>" for i in range(11)]
 

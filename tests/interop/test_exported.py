@@ -16,8 +16,6 @@ import sample
 from corpus import tokenizers
 from training import checkpoint
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module", autouse=True)
 def remote_code(tmp_path_factory):

@@ -23,7 +23,6 @@ from interop import tokenizer_files
 from model import ModelConfig
 from training import checkpoint
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 STRETCH = (4.0, 1.0, 4.0, 16.0)
 SHAPES = dict(
     plain=("masked", {}), untied=("masked", dict(tied=False, n_kv_head=2)),

@@ -29,7 +29,6 @@ from tiny_checkpoints import (
 from model import ModelConfig
 from training import checkpoint
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 RANK_0 = "iter_0000042/mp_rank_00/model_optim_rng.pt"
 
 

@@ -22,8 +22,6 @@ from torch.distributed.checkpoint import metadata as dcp_metadata
 
 from interop import distcp, pickles
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def distributed(tmp_path_factory):
