@@ -1,8 +1,11 @@
 """The commands of the README and of docs/ run as printed, but for a few steps and in folders of the test."""
 
+import contextlib
+import io
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -11,7 +14,12 @@ import torch
 from conftest import ROOT
 
 import configurator
+import convert
+import eval
+import sample
+import scaling
 import train
+from corpus import prepare
 
 README = (ROOT / "README.md").read_text()
 PAGES = {path.stem: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
@@ -33,13 +41,29 @@ def those_of(script):
     return [command for command in COMMANDS if f" {script}" in command]
 
 
-def run(command, *more):
-    """Run a command of the docs in the clone; its output."""
-    words = shlex.split(command)
-    python = [sys.executable, "-m", "torch.distributed.run"] if words[0] == "torchrun" else [sys.executable]
-    done = subprocess.run([*python, *words[1:], *more], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+MAINS = {"data.py": prepare.main, "train.py": train.main, "sample.py": sample.main, "eval.py": eval.main,
+         "convert.py": convert.main, "scaling.py": scaling.main}
+
+
+def run(command, *more, folder=ROOT):
+    """Run a command of the docs in a folder; its output.
+
+    In this process, where torch need not be imported again, but for torchrun's.
+    """
+    words = [*shlex.split(command), *map(str, more)]
+    if words[0] == "torchrun":
+        words = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
+        done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+    printed, handlers = io.StringIO(), {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", words[1:])
+        MAINS[words[1]]()
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+    return printed.getvalue()
 
 
 def test_every_command_is_known_to_this_file():
@@ -53,11 +77,7 @@ def test_data_commands(tmp_path):
     """Prepare, inspect, export, one after the other in a folder of their own."""
     outputs = {}
     for command in those_of("data.py"):
-        words = shlex.split(command)[2:]
-        script = [sys.executable, ROOT / "data.py"]
-        done = subprocess.run([*script, *words], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        outputs[words[0]] = done.stdout
+        outputs[command.split()[2]] = run(command, folder=tmp_path)
     assert list(outputs) == ["docs", "inspect", "export"]
     assert "corpora/docs/train.bin: " in outputs["docs"] and "all SHA-256 sums agree" in outputs["inspect"]
     assert (tmp_path / "megatron/docs_train.idx").is_file()
@@ -145,9 +165,7 @@ def is_quick(command):
 
 @pytest.mark.parametrize("command", [command for command in those_of("scaling.py") if is_quick(command)])
 def test_planning_commands(command, tmp_path):
-    words = [sys.executable, ROOT / "scaling.py", *shlex.split(command)[2:]]
-    done = subprocess.run(words, cwd=elsewhere(tmp_path), capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.count("\n") > 10, done.stderr
+    assert run(command, folder=elsewhere(tmp_path)).count("\n") > 10
     assert (tmp_path / "configurator/my_plan.py").is_file() == ("--write" in command)
 
 
@@ -156,10 +174,8 @@ def test_planning_commands(command, tmp_path):
 def test_scaling_commands(command, tmp_path):
     """The long ones, whole: fit, sweep, plot and study, on the documentation of this Python."""
     folder = elsewhere(tmp_path)
-    subprocess.run([sys.executable, ROOT / "data.py", "docs"], cwd=folder, check=True, capture_output=True)
-    words = [sys.executable, ROOT / "scaling.py", *shlex.split(command)[2:]]
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run("python data.py docs", folder=folder)
+    run(command, folder=folder)
 
 
 def elsewhere(folder):

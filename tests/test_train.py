@@ -258,15 +258,12 @@ def test_a_compiled_run_equals_an_eager_one_and_never_recompiles(
     assert_close_figures(eager, run, 1e-3)
 
 
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("compile, flags", (
-    ("blocks", ["--short_rows=0.5"]), slow("whole", []), slow("blocks", ["--recompute=elementwise"]),
-    slow("blocks", ["--fp8", "--dtype=auto"]), slow("whole", ["--fp8", "--dtype=auto"])), ids=str)
+    ("blocks", ["--short_rows=0.5"]), ("whole", []), ("blocks", ["--recompute=elementwise"]),
+    ("blocks", ["--fp8", "--dtype=auto"]), ("whole", ["--fp8", "--dtype=auto"])), ids=str)
 def test_ways_to_train_agree(run_main, compile, flags):
-    """With the compiler's own kernels."""
+    """With the compiler's own kernels; training/test_update.py does it with fewer, and the quickstart."""
     torch._dynamo.reset()
     eager = run_main("--steps=10", *[flag for flag in flags if "short" in flag], run="eager")
     compiled = run_main("--steps=10", f"--compile={compile}", *flags, run="compiled")
