@@ -14,6 +14,7 @@ code, and a tensor may have been sharded otherwise when it was saved.
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import sys
 import threading
@@ -468,7 +469,8 @@ HELD = {}  # locks of run folders, until this process ends
 def lock_run_folder(run_dir, seconds):
     """Let no other process write into a run folder as long as this one lives.
 
-    Raises OSError if another does so for `seconds`.
+    Raises OSError if another does so for `seconds`. A link in the lock's place is not followed, and what
+    stands in the file is left alone: it may be somebody else's.
     """
     path = Path(run_dir).resolve() / ".lock"
     if path in HELD:
@@ -477,7 +479,11 @@ def lock_run_folder(run_dir, seconds):
         import fcntl
     except ImportError:  # Windows
         return
-    file, end = open(path, "w"), time.monotonic() + seconds
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as problem:
+        raise OSError(f"{path} can't be opened as a lock: {problem.strerror}; remove it") from None
+    end = time.monotonic() + seconds
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -485,6 +491,7 @@ def lock_run_folder(run_dir, seconds):
             return
         except BlockingIOError:
             if time.monotonic() > end:
+                os.close(file)
                 raise OSError(f"{run_dir}: another process is training into it; stop that one, "
                               "or choose another --run_dir") from None
             time.sleep(0.2)

@@ -22,6 +22,8 @@ import configurator
 # Exit code of a run that a signal stopped after it was saved (sysexits' EX_TEMPFAIL): start it again.
 STOPPED = 75
 
+LOOPBACK = "127.0.0.1"
+
 
 class Ranks(NamedTuple):
     """This process's place among all, and the groups by which CPU tensors travel (None if it is single)."""
@@ -64,14 +66,17 @@ def rendezvous(rank, world, limit):
 
     torchrun has one of its own, but with the entries of starts before: after a restart ranks would call
     processes that are dead (pytorch/pytorch#135712). So it is asked only for the new one's address, and that
-    is tried.
+    is tried. Where all ranks are on one machine, it is the loopback's: nobody else can reach the store.
     """
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    launcher, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    host = LOOPBACK if os.environ.get("LOCAL_WORLD_SIZE") == str(world) else launcher
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return dist.TCPStore(host, port, world, is_master=rank == 0, timeout=limit)
-    board, name = dist.TCPStore(host, port, is_master=False, timeout=limit), "nanoquokka/store"
+        if rank == 0:
+            return open_store(host, port, limit)
+        return dist.TCPStore(host, port, is_master=False, timeout=limit)
+    board, name = dist.TCPStore(launcher, port, is_master=False, timeout=limit), "nanoquokka/store"
     if rank == 0:
-        store = dist.TCPStore(host, 0, is_master=True, timeout=limit)
+        store = open_store(host, 0, limit)
         board.set(name, str(store.port))
         return store
     end = time.monotonic() + limit.total_seconds()
@@ -88,6 +93,15 @@ def rendezvous(rank, world, limit):
             time.sleep(0.2)
 
 
+def open_store(host, port, limit):
+    """A key-value store that this process keeps, at a free port if it is 0."""
+    if host != LOOPBACK:  # by itself it listens on every interface
+        return dist.TCPStore(host, port, is_master=True, timeout=limit)
+    listener = socket.create_server((LOOPBACK, port))
+    port = listener.getsockname()[1]
+    return dist.TCPStore(host, port, is_master=True, timeout=limit, master_listen_fd=listener.detach())
+
+
 def shut_down(ranks, code=0):
     """End this process without its groups' destructors: with all ranks, or after an error at once.
 
@@ -96,6 +110,11 @@ def shut_down(ranks, code=0):
     """
     if ranks.world > 1 and code in (0, STOPPED):
         dist.barrier(group=ranks.control)
+    leave(code)
+
+
+def leave(code):
+    """End this process at once."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -328,3 +328,20 @@ def test_a_slow_write_is_no_standstill(tmp_path):
     saver.thread.start()
     saver.wait()
     assert 3 <= len(heard) <= 5 and heard[-1] - begin < 4.5
+
+
+# ------------------------------------------------------------------------------------------ the folder's lock
+
+
+def test_a_lock_neither_follows_a_link_nor_empties_a_file(tmp_path):
+    """Somebody else may have put it there: a folder with only a lock in it passes for a new one."""
+    precious = tmp_path / "precious"
+    precious.write_text("of value")
+    for name in ("linked", "file"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "linked/.lock").symlink_to(precious)
+    with pytest.raises(OSError, match="linked/.lock can't be opened as a lock: .*; remove it"):
+        checkpoint.lock_run_folder(tmp_path / "linked", 0)
+    (tmp_path / "file/.lock").write_text("of value")
+    checkpoint.lock_run_folder(tmp_path / "file", 0)
+    assert precious.read_text() == (tmp_path / "file/.lock").read_text() == "of value"

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import socket
+from datetime import timedelta
 from itertools import pairwise, product
 
 import pytest
@@ -20,7 +22,7 @@ from safetensors.torch import load_file
 import train
 from training import checkpoint
 from training.checkpoint import checkpoints, load_model, load_newest
-from training.distributed import Ranks, any_rank, on_all_ranks
+from training.distributed import Ranks, any_rank, on_all_ranks, rendezvous
 
 # name: how many ranks, and how they divide the state
 LAYOUTS = {
@@ -276,3 +278,21 @@ def test_a_slow_rank_is_found(train_on, corpus, tmp_path, layout):
     for m in comparisons:
         assert (m["slowest"], m["fastest"]) == (1, 0) and m["slowest_s"] > m["fastest_s"] + 0.03
     assert "rank 1 is slow" in output
+
+
+# ------------------------------------------------------------------------------------------------ who listens
+
+
+def test_ranks_of_one_machine_meet_where_nobody_else_can_reach(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    variables = dict(MASTER_ADDR="localhost", MASTER_PORT=port, LOCAL_WORLD_SIZE=2)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    store = rendezvous(0, 2, timedelta(seconds=20))
+    other = rendezvous(1, 2, timedelta(seconds=20))
+    other.set("key", "value")
+    assert store.get("key") == b"value" and store.host == "127.0.0.1"
+    with pytest.raises(OSError):  # this machine, too, by another of its addresses
+        socket.create_connection(("127.0.0.2", port), timeout=5)
