@@ -1,6 +1,10 @@
-"""Numbers, bytes and times as people read them."""
+"""Numbers, bytes, times and names as people read them."""
 
 import math
+import warnings
+
+# of names in writings that matplotlib's font lacks; it draws a box with a hint in their place
+warnings.filterwarnings("ignore", "Glyph .* missing from ", UserWarning)
 
 SECONDS = (("s", 1, 90), ("min", 60, 90), ("h", 3600, 48), ("days", 86_400, 730), ("years", 31_557_600, 1e4))
 
@@ -34,3 +38,9 @@ def with_error(value, error, digits=4):
     """1.2345 ± 0.0123; without the error where it is not known."""
     text = f"{value:.{digits}f}"
     return f"{text} ± {error:.{digits}f}" if math.isfinite(error) else text
+
+
+def plot_text(name):
+    """A user's name for matplotlib, letter by letter: no `$` begins a formula, no `_` hides its label."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name).replace("$", r"\$")
+    return "\u200b" + text if text.startswith("_") else text  # that is a space of no width

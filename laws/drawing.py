@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from configurator.format import human_count
+from configurator.format import human_count, plot_text
 from laws.runs import Runs
 
 # Colours that colour-blind readers tell apart (Okabe and Ito).
@@ -121,7 +121,9 @@ class Group(NamedTuple):
 
     @property
     def title(self):
-        return STYLES[self.objective][0] if self.objective in STYLES else self.objective or "runs"
+        if self.objective in STYLES:
+            return STYLES[self.objective][0]
+        return plot_text(self.objective) or "runs"
 
     @property
     def suffix(self):
@@ -142,7 +144,7 @@ def drawable(groups, repeats, with_laws=False):
 def law_style(name):
     """The line of a law, as arguments of plot, and its label."""
     law, printed, _ = name.partition("_printed")
-    title, colour = STYLES.get(law, (law, GREY))
+    title, colour = STYLES.get(law, (plot_text(law), GREY))
     if printed:
         title += ", printed"
     elif law != "ours":

@@ -8,6 +8,7 @@ from datetime import date
 import numpy as np
 
 import configurator
+from configurator.format import plot_text
 from evaluation.report import NOT_TASKS
 from laws import drawing
 from laws.forms import QUOKKA
@@ -185,7 +186,7 @@ def draw_panels(rows, runs, out):
     metrics = {words: read_metrics(run.folder) for words, run in runs.items()}
     columns = dict(loss="training loss", val_loss="validation loss", param_norm="parameter norm")
     for key in task_keys([m for records in metrics.values() for m in records]):
-        columns[key] = key.removeprefix("eval/")
+        columns[key] = plot_text(key.removeprefix("eval/"))
 
     with matplotlib.rc_context({"font.size": 7}):
         figure, axes = drawing.panels(len(rows) * len(columns), columns=len(columns), width=3.6, height=3)
@@ -202,6 +203,7 @@ def draw_panel(ax, key, metrics):
     """Draw one key of several runs' metrics, [(name, metrics), …], against tokens."""
     late = []
     for i, (name, records) in enumerate(metrics):
+        name = plot_text(name)
         lines = {key: ("-", name)}
         if key == "val_loss" and len(series(records, "val_paper")[1]):
             lines = dict(val_paper=("-", name), val_loss=("--", f"{name} (bound)"))
