@@ -378,7 +378,7 @@ def train(cfg, device, watch):
     watch.at_step(state.step)
     check_shared_folder(run)
     if to_do:
-        on_all_ranks(ranks, prepare_run_folder, run, tracker)
+        on_all_ranks(ranks, prepare_run_folder, run, tracker, resumed)
     log = on_all_ranks(ranks, StepLog, run, state, guard, network, tracker)
     if to_do and log.journal:
         log.journal.back_to(state.step if resumed else -1)
@@ -521,11 +521,13 @@ def check_shared_folder(run):
                           "--run_dir must be on a file system that all nodes share")
 
 
-def prepare_run_folder(run, tracker):
+def prepare_run_folder(run, tracker, resumed):
     """Write what the run's folder holds beside metrics and checkpoints, on rank 0."""
     if run.ranks.rank:
         return
     checkpoint.remove_leftovers(run.folder)
+    if resumed:
+        checkpoint.set_aside_after(resumed[0])
     (run.folder / "settings.json").write_text(configurator.dump(run.cfg) + "\n")
     if run.corpora[0].tokenizer_file:  # sampling needs it
         shutil.copyfile(run.corpora[0].tokenizer_file, run.folder / "tokenizer.json")

@@ -1,9 +1,26 @@
-"""Files on a disk: mapped, hashed, and made to last."""
+"""Files on a disk: listed, mapped, hashed, and made to last."""
 
 import hashlib
 import os
+from pathlib import Path
 
 import numpy as np
+
+# Beside names that begin with a dot (.DS_Store, AppleDouble's ._train.bin, .nfs…): what Windows, macOS's
+# archiver and Synology leave in folders.
+SYSTEM_NAMES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir"}
+
+
+def list_folder(folder, pattern="*"):
+    """The paths in a user's folder that match a pattern, sorted, without what systems leave there."""
+    folder = Path(folder)
+    return sorted(path for path in folder.glob(pattern)
+                  if not any(map(is_system_name, path.relative_to(folder).parts)))
+
+
+def is_system_name(name):
+    """Whether a file or folder of this name is hidden, or left by a system beside the user's own."""
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
 
 def map_tokens(path, dtype, count, source, offset=0):
@@ -45,7 +62,7 @@ def sync_path(path):
 
 def stamp(path):
     """(bytes, time of the last change in ns) of a file, or of all the files in a folder."""
-    paths = path.rglob("*") if path.is_dir() else [path]
+    paths = [file for file in list_folder(path, "**/*") if file.is_file()] if path.is_dir() else [path]
     stats = [p.stat() for p in paths]
     n_bytes = sum(stat.st_size for stat in stats)
     return n_bytes, max((stat.st_mtime_ns for stat in stats), default=0)

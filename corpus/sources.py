@@ -10,7 +10,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from corpus.files import stamp
+from corpus.files import SYSTEM_NAMES, list_folder, stamp
 
 SUFFIXES = {".txt": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
@@ -47,7 +47,8 @@ def sources_of(name, cfg):
         return [file_source(file, cfg) for file in files_in(path, cfg)]
     if path.is_file():
         return [file_source(path, cfg)]
-    matches = sorted(match for match in glob.glob(name, recursive=True) if Path(match).is_file())
+    matches = sorted(match for match in glob.glob(name, recursive=True)  # hidden ones only if asked for
+                     if Path(match).is_file() and Path(match).name.lower() not in SYSTEM_NAMES)
     if not matches:
         problem = "no file matches" if glob.has_magic(name) else "no such file"
         raise FileNotFoundError(f"{name}: {problem}")
@@ -62,9 +63,8 @@ def is_dataset(path):
 def files_in(folder, cfg):
     """The files of a folder and of those in it that are sources: no hidden ones, none of an unknown kind."""
     files = []
-    for path in sorted(folder.rglob("*")):
-        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and not is_hidden and (cfg.format != "auto" or kind_of(path)):
+    for path in list_folder(folder, "**/*"):
+        if path.is_file() and (cfg.format != "auto" or kind_of(path)):
             files.append(path)
     if not files:
         raise ValueError(f"{folder}: no {', '.join(SUFFIXES)} files in it "

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from corpus import tokenizers
-from corpus.files import map_tokens
+from corpus.files import list_folder, map_tokens
 from corpus.megatron_dataset import open_megatron
 from corpus.stream import DocumentStarts, Stream, next_document_start
 
@@ -219,7 +219,7 @@ def find_token_files(folder):
     one_file = folder if folder.suffix == ".bin" else folder.parent / f"{folder.name}.bin"
     two_files = {split: [folder.parent / f"{folder.name}_{split}.bin"] for split in ("train", "val")}
     if folder.is_dir():
-        found = sorted(folder.glob("*.bin"))
+        found = list_folder(folder, "*.bin")
     elif one_file.is_file():
         found = [one_file]
     elif all(path.is_file() for path, in two_files.values()):

@@ -23,6 +23,7 @@ from configurator.renamed import SETTINGS, renamed, renamed_record
 from evaluation import likelihood
 from model import ModelConfig, Transformer
 from training import flops
+from training.checkpoint import checkpoints
 from training.log import read_metrics, read_rows
 
 
@@ -90,9 +91,10 @@ class Run:
 
 def read_shape(folder):
     """The network of a run's newest checkpoint without values, None if there is none."""
-    for record in sorted(folder.glob("step_*/checkpoint.json"))[-1:]:
+    for newest in checkpoints(folder)[:1]:
+        record = renamed_record(json.loads((newest / "checkpoint.json").read_text()))
         with torch.device("meta"):
-            return Transformer(ModelConfig(**renamed_record(json.loads(record.read_text()))["model"]))
+            return Transformer(ModelConfig(**record["model"]))
 
 
 def training_seconds(metrics):

@@ -24,6 +24,8 @@ from lm_eval.api.group import Group
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
+from corpus.files import list_folder
+
 # Quokka's figures call them `hellaswag` and `mmlu_val`. Its 1B models reach 30 to 36 % on the latter, where
 # models of that size guess when they have to name a letter: so its answers are the choices themselves, on
 # MMLU's validation split. (The paper doesn't say; HellaSwag's 59 % are acc_norm's.)
@@ -74,7 +76,7 @@ def local_files(folder, name):
     published it (hellaswag_val.jsonl, val/NAME_val.csv).
     """
     files = {}
-    for path in sorted(folder.rglob("*")):
+    for path in list_folder(folder, "**/*"):
         if path.suffix not in (".jsonl", ".json", ".parquet", ".csv") or path.name == "dataset_infos.json":
             continue
         *parents, stem = path.relative_to(folder).with_suffix("").parts
@@ -167,7 +169,7 @@ def find_tasks(names, task_path, task_data, warn):
 
 def check_yaml(task_path):
     """Raise ValueError for a .yaml file that can't be read: the harness leaves it out without a word."""
-    for path in sorted(Path(task_path).rglob("*.yaml")) if task_path else ():
+    for path in list_folder(task_path, "**/*.yaml") if task_path else ():
         try:
             load_yaml(path, resolve_func=False, recursive=True)
         except Exception as problem:

@@ -10,6 +10,7 @@ from functools import lru_cache, partial
 
 import torch
 
+from corpus.files import list_folder
 from interop import checks, megatron_files
 from interop.source import Source, fit_vocabulary, weight_shapes
 from interop.tensors import LazyTensor
@@ -44,7 +45,7 @@ DEFAULT_ARGUMENTS = dict(
 def is_checkpoint(path):
     """True if a folder looks like one of Megatron's."""
     has_pointer = (path / "latest_checkpointed_iteration.txt").is_file()
-    return has_pointer or (path / ".metadata").is_file() or any(path.glob("mp_rank_*"))
+    return has_pointer or (path / ".metadata").is_file() or bool(list_folder(path, "mp_rank_*"))
 
 
 # ---------------------------------------------------------------------------------------------------- reading

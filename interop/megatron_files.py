@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 
+from corpus.files import list_folder
 from interop import distcp, pickles, tensors
 from interop.tensors import LazyTensor
 
@@ -102,7 +103,7 @@ def read_ranks(folder):
 def find_ranks(folder):
     """{(pipeline rank, tensor rank): file} of an iteration; raises FileNotFoundError where there is none."""
     paths = {}
-    for path in folder.glob("mp_rank_*/model_optim_rng.pt"):
+    for path in list_folder(folder, "mp_rank_*/model_optim_rng.pt"):
         match = re.fullmatch(r"mp_rank_(\d+)(?:_(\d+))?", path.parent.name)
         if match:
             paths[int(match[2] or 0), int(match[1])] = path

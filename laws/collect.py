@@ -14,6 +14,7 @@ import torch
 
 from configurator.renamed import renamed_record
 from corpus import tokenfiles
+from corpus.files import list_folder
 from laws.runs import smooth_losses, write_csv
 from model import ModelConfig, Transformer
 from training.checkpoint import checkpoints
@@ -32,7 +33,7 @@ def find_csv(path, out):
     path = Path(path)
     if not path.is_dir():
         return path
-    if any(path.rglob("events.out.tfevents*")):
+    if list_folder(path, "**/events.out.tfevents*"):
         from laws import events
 
         out.mkdir(parents=True, exist_ok=True)
@@ -123,7 +124,7 @@ def decay_start(record):
 
 def read_records(folder):
     """(name, newest checkpoint's record, metrics) of every run under `folder`, finished or not."""
-    for path in sorted(Path(folder).rglob("settings.json")):
+    for path in list_folder(folder, "**/settings.json"):
         record = newest_record(path.parent)
         if record:
             yield path.parent.name, record, read_metrics(path.parent)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from corpus.files import list_folder
 from laws.runs import smooth_losses, write_csv
 
 LOSS, VALIDATION = "lm loss", "lm loss validation"  # the backend's names for both
@@ -21,7 +22,7 @@ def write_points(logs, path):
     logs = Path(logs)
     known = read_known(logs / "runs.csv")
     rows = []
-    for folder in sorted({file.parent for file in logs.rglob("events.out.tfevents*")}):
+    for folder in sorted({file.parent for file in list_folder(logs, "**/events.out.tfevents*")}):
         name = folder.relative_to(logs).as_posix()
         rows += run_points(folder, name, known.get(name, {}), logs / "runs.csv")
     if not rows:

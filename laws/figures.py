@@ -26,6 +26,7 @@ import numpy as np
 
 import configurator
 from configurator import setting, split
+from corpus.files import list_folder
 from laws.collect import find_csv
 from laws.drawing import (
     BLUE,
@@ -90,7 +91,7 @@ def read_groups(cfg):
     if cfg.data:
         path = find_csv(cfg.data, Path(cfg.out))
         groups = [Group(objective, read_csv(path, objective), {}) for objective in objectives_in(path)]
-        files = find_fits(cfg.fits) or sorted(map(str, Path(cfg.data).glob("fit/fits*.json")))
+        files = find_fits(cfg.fits) or list(map(str, list_folder(cfg.data, "fit/fits*.json")))
     else:
         csvs = (QUOKKA / "isoflop_points.csv", QUOKKA / "epoch_curves.csv")
         groups = [Group("quokka", read_csv(path), {}) for path in csvs]

@@ -32,6 +32,17 @@ def prepared(folder, *names, **settings):
     return prepare.prepare(sources.find_sources([str(name) for name in names], cfg), folder, cfg)
 
 
+def litter(folder):
+    """Leave in a folder and in those below it what macOS and Windows leave, a ._NAME beside every file."""
+    apple_double = b"\0\5\26\7\0\2\0\0Mac OS X        " + bytes(4072)  # an even size, as tokens have
+    for place in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+        for path in list(place.iterdir()):
+            if path.is_file():
+                path.with_name(f"._{path.name}").write_bytes(apple_double)
+        for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
+            (place / name).write_bytes(apple_double)
+
+
 def call_main(monkeypatch, *argv):
     """Call train.main() in this process, which gets its signal handlers back."""
     import train

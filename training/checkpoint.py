@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from configurator.renamed import renamed_record
-from corpus.files import sha256_of, sync_path
+from corpus.files import list_folder, sha256_of, sync_path
 from model import ModelConfig, Transformer, shard_like
 from training import update
 from training.distributed import SINGLE, all_gather
@@ -75,7 +75,7 @@ def check_files(folder, digests, part, parts):
     for name in sorted(digests)[part::parts]:
         if not (folder / name).is_file() or sha256_of(folder / name) != digests[name]:
             raise ValueError(f"{folder / name} is missing or damaged")
-    for path in (*folder.glob("*.safetensors"), *folder.glob("optimizer/*")):
+    for path in (*list_folder(folder, "*.safetensors"), *list_folder(folder, "optimizer/*")):
         if path.relative_to(folder).as_posix() not in digests:
             raise ValueError(f"{path} is no part of this checkpoint")
 
@@ -94,6 +94,11 @@ def checkpoints(run_dir):
     """The checkpoint folders of a run, newest first."""
     folders = [path for path in Path(run_dir).glob("step_*") if path.name.removeprefix("step_").isdigit()]
     return sorted(folders, key=step_of, reverse=True)
+
+
+def checkpoints_after(folder):
+    """The checkpoint folders of the same run that are newer than `folder`, newest first."""
+    return [other for other in checkpoints(folder.parent) if step_of(other) > step_of(folder)]
 
 
 def load_newest(run_dir, warn, ranks=SINGLE, fit=lambda record: True):
@@ -144,7 +149,7 @@ def open_checkpoint(path, warn=print_warning, ranks=SINGLE):
 
 def weight_files(folder):
     """The files that hold a checkpoint's weights."""
-    return sorted(Path(folder).glob("model*.safetensors"))
+    return list_folder(folder, "model*.safetensors")
 
 
 def load_model(folder, record, device="cpu"):
@@ -203,12 +208,21 @@ def restore(folder, record, network, optimizer, ranks=SINGLE):
     weights, moments = weight_tensors(network), update.state_tensors(network, optimizer)
     try:
         for values, place in ((weights, folder), (moments, folder / "optimizer")):
-            reader = dcp.HuggingFaceStorageReader(str(place))
-            dcp.load(values, storage_reader=reader, process_group=ranks.saving, no_dist=ranks.world == 1)
+            dcp.load(values, storage_reader=open_reader(place), process_group=ranks.saving,
+                     no_dist=ranks.world == 1)
     except (Exception, CheckpointException) as problem:  # of many types: dcp's own, safetensors', each rank's
         lines = [line for line in str(problem).splitlines() if line.strip()]
         reason = lines[-1] if lines else ""
         raise ValueError(f"{folder} can't be read: {type(problem).__name__}: {reason}") from None
+
+
+def open_reader(folder):
+    """torch's reader of a folder of .safetensors; by itself it takes a ._model.safetensors for one."""
+    import torch.distributed.checkpoint as dcp
+
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    reader.fs.ls = lambda path: list(map(str, list_folder(path)))
+    return reader
 
 
 def weight_tensors(network):
@@ -358,8 +372,7 @@ class Saver:
         for number, (name, keys) in enumerate(names.items()):
             if number % world == rank and sharded:
                 values = {key: torch.empty(weights[key].shape) for key in keys}
-                reader = dcp.HuggingFaceStorageReader(str(building / "shards"))
-                dcp.load(values, storage_reader=reader, no_dist=True)
+                dcp.load(values, storage_reader=open_reader(building / "shards"), no_dist=True)
             elif rank == 0 and not sharded:
                 values = {key: weights[key].contiguous() for key in keys}
             else:
@@ -386,7 +399,8 @@ class Saver:
         for path in (building / "checkpoint.json", building / "optimizer", building):
             sync_path(path)
         final = step_folder(self.run_dir, step)
-        discard(final)  # a damaged one of the same step
+        if final.exists():
+            set_aside(final)
         building.rename(final)
         sync_path(self.run_dir)
         point_to(final)
@@ -395,11 +409,10 @@ class Saver:
     def remove_old(self, newest, amid_bad_steps):
         """Remove the checkpoints that need not stay."""
         folders = checkpoints(self.run_dir)
-        place = folders.index(newest)
-        later = folders[:place]  # damaged, or of a course that was given up
-        passing = [folder for folder in folders[place:] if not self.stays(step_of(folder))]
+        older = folders[folders.index(newest) :]
+        passing = [folder for folder in older if not self.stays(step_of(folder))]
         keep = self.keep + amid_bad_steps  # one saved amid bad steps is none to go back to
-        for folder in later + passing[keep:]:
+        for folder in passing[keep:]:
             with contextlib.suppress(OSError):  # the newest is safe, whatever keeps an old one from going
                 discard(folder)
 
@@ -408,13 +421,14 @@ class Saver:
         return step in self.kept_steps or bool(self.keep_every) and step % self.keep_every == 0
 
     def forget_after(self, folder):
-        """Drop the checkpoints of a course that was given up at `folder`."""
+        """Drop the checkpoints of a course that was given up at `folder`; damaged ones are set aside."""
         if self.ranks.rank == 0:
             point_to(folder)
-            for later in checkpoints(self.run_dir):
-                if later == folder:
-                    break
-                discard(later)
+            for later in checkpoints_after(folder):
+                with contextlib.suppress(ValueError, OSError):
+                    read_checkpoint(later)
+                    discard(later)
+            set_aside_after(folder)
 
 
 def is_dtensor(value):
@@ -461,6 +475,22 @@ def discard(folder):
         shutil.rmtree(going, ignore_errors=True)
         folder.rename(going)
         shutil.rmtree(going)
+
+
+def set_aside(folder):
+    """Give a checkpoint that can't be read another name, under which nothing looks for it or removes it."""
+    number, place = 1, folder.with_name(f"damaged_{folder.name}")
+    while place.exists():
+        number += 1
+        place = folder.with_name(f"damaged_{folder.name}_{number}")
+    folder.rename(place)
+    print_warning(f"{folder} is kept as {place.name}")
+
+
+def set_aside_after(folder):
+    """Set aside the checkpoints that a fallback to `folder` has passed over."""
+    for later in checkpoints_after(folder):
+        set_aside(later)
 
 
 HELD = {}  # locks of run folders, until this process ends

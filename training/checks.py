@@ -15,6 +15,7 @@ import torch
 import diffusion
 import kernels
 from configurator.ladder import ladder, swiglu_width
+from corpus.files import list_folder
 from corpus.tokenfiles import parse_corpora
 from data import validation_ids
 from model import ModelConfig, Transformer
@@ -284,7 +285,7 @@ def check_folders(run):
         raise FileNotFoundError(f"compare={cfg.compare}: no such run")
     if cfg.dry_run:
         return
-    occupied = run.folder.exists() and any(path.name != ".lock" for path in run.folder.iterdir())
+    occupied = run.folder.exists() and bool(list_folder(run.folder))
     if occupied and cfg.resume == "no":
         raise FileExistsError(f"{run.folder} is not empty; continue it with --resume=auto "
                               "or choose another --run_dir")

@@ -5,6 +5,7 @@ import random
 
 import numpy as np
 import pytest
+from conftest import litter
 
 pytest.importorskip("lm_eval")
 
@@ -89,6 +90,7 @@ def test_files_of_every_layout(tmp_path):
                  "notes.csv"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
+    litter(tmp_path)
 
     def names(part):
         files = tasks.local_files(tmp_path, part)

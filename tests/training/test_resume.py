@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import call_main, prepared
+from conftest import call_main, litter, prepared
 from runs import (
     TINY,
     assert_close_figures,
@@ -50,6 +50,11 @@ def run(trained, tmp_path):
 def modification_times(folder):
     """{path: when it was changed} of all in a run's folder but its lock."""
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
+
+
+def contents(folder):
+    """{path below it: bytes} of the files in a folder."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def edit_record(folder, edit):
@@ -134,13 +139,44 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
         run, trained, run_main, capsys, name, harm, damage):
     folder = run / "step_00000040"
     harm(folder / name)
+    harmed = contents(folder)
     run_main(*FLAGS, "--resume=auto")
     captured = capsys.readouterr()
     problem = f"{folder}{damage.format(name=name, folder=folder)}"
-    assert captured.err == f"warning: {problem}; falling back to the checkpoint before it\n"
+    assert captured.err == (f"warning: {problem}; falling back to the checkpoint before it\n"
+                            f"warning: {folder} is kept as damaged_step_00000040\n")
+    assert contents(run / "damaged_step_00000040") == harmed
     assert f"resumed from {run}/step_00000020" in captured.out
     assert (run / "latest").read_text() == "step_00000040\n"
     assert equal_runs(run, trained) and read_checkpoint(run / "step_00000040")["step"] == 40
+
+
+def test_each_damaged_checkpoint_is_kept(run, run_main):
+    """Also where one of the same step was kept before."""
+    for damaged in ("damaged_step_00000040", "damaged_step_00000040_2"):
+        cut(run / "step_00000040/model.safetensors")
+        harmed = contents(run / "step_00000040")
+        run_main(*FLAGS, "--resume=auto")
+        assert contents(run / damaged) == harmed and steps_saved(run)[0] == 40
+    cut(run / "step_00000040/model.safetensors")
+    with pytest.raises(SystemExit):
+        run_main("--steps=50", "--resume=auto", "--d_model=64")
+    assert not (run / "damaged_step_00000040_3").exists()  # refused: nothing was touched
+
+
+def test_what_systems_leave_in_a_checkpoint_is_no_damage(run, run_main, capsys):
+    """48006ab took a .DS_Store for damage, and torch's reader opens every *.safetensors."""
+    litter(run)
+    run_main("--steps=50", "--resume=auto")
+    captured = capsys.readouterr()
+    assert f"resumed from {run}/step_00000040" in captured.out and not captured.err
+    assert steps_saved(run)[0] == 50 and not list(run.glob("damaged*"))
+
+
+def test_a_folder_with_nothing_of_ours_in_it_is_free(tmp_path, run_main):
+    (tmp_path / "run").mkdir()
+    litter(tmp_path / "run")
+    assert steps_saved(run_main("--steps=2")) == [2]
 
 
 @pytest.mark.parametrize("harm", (flip, cut, Path.unlink))
@@ -208,16 +244,13 @@ def test_a_hostile_checkpoint_is_refused_and_runs_no_code(run, refused, name, ki
     assert not bang.exists() and last_step(run) == 40
 
 
-@pytest.mark.parametrize("signed, begin", ((True, "step_00000040"), (False, "step_00000020")))
-def test_a_pickle_beside_the_moments_is_never_opened(run, run_main, capsys, signed, begin):
-    """Where torch's own distributed checkpoints have theirs; unless the record has it, it is damage."""
+@pytest.mark.parametrize("signed", (True, False))
+def test_a_pickle_beside_the_moments_is_never_opened(run, run_main, capsys, signed):
+    """Where torch's own distributed checkpoints have theirs."""
     bang = write_bomb(run / "step_00000040", "optimizer/.metadata", "pickle", signed)
     run_main("--steps=50", "--resume=yes")
     captured = capsys.readouterr()
-    assert f"resumed from {run}/{begin}" in captured.out
-    path = run / "step_00000040/optimizer/.metadata"
-    damage = f"{path} is no part of this checkpoint; falling back to the checkpoint before it"
-    assert captured.err == ("" if signed else f"warning: {damage}\n")
+    assert f"resumed from {run}/step_00000040" in captured.out and not captured.err
     assert not bang.exists() and steps_saved(run)[0] == 50
 
 
