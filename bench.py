@@ -91,7 +91,7 @@ def write(report, cfg):
     name = "_".join([cfg.suite, *chosen])
     folder = Path(cfg.out)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.md").write_text("\n".join(report))
+    (folder / f"{name}.md").write_text("\n".join(report), encoding="utf-8")
 
 
 if __name__ == "__main__":

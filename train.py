@@ -528,11 +528,11 @@ def prepare_run_folder(run, tracker, resumed):
     checkpoint.remove_leftovers(run.folder)
     if resumed:
         checkpoint.set_aside_after(resumed[0])
-    (run.folder / "settings.json").write_text(configurator.dump(run.cfg) + "\n")
+    (run.folder / "settings.json").write_text(configurator.dump(run.cfg) + "\n", encoding="utf-8")
     if run.corpora[0].tokenizer_file:  # sampling needs it
         shutil.copyfile(run.corpora[0].tokenizer_file, run.folder / "tokenizer.json")
     if tracker:
-        (run.folder / "wandb_id.txt").write_text(tracker.id)
+        (run.folder / "wandb_id.txt").write_text(tracker.id, encoding="utf-8")
 
 
 def print_results(run):

@@ -124,7 +124,7 @@ def machine(suite):
 def processor():
     """The CPU's name, as Linux knows it."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.split(":")[1].strip()
     return platform.processor() or platform.machine()
@@ -140,4 +140,4 @@ def commit():
 
 
 def git(*arguments):
-    return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    return subprocess.run(["git", *arguments], capture_output=True, encoding="utf-8", cwd=ROOT).stdout.strip()

@@ -282,7 +282,7 @@ def run_preparation(texts):
     """Run data.py on texts as JSON lines; its seconds and the most bytes that its processes held."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "text.jsonl"
-        with open(path, "w") as file:
+        with open(path, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(dict(text=text)) + "\n" for text in texts)
         command = [sys.executable, str(ROOT / "data.py"), str(path), f"--out={folder}", "--name=made",
                    "--tokenizer=gpt2"]
@@ -301,11 +301,12 @@ def memory_of(pid):
     """Bytes that a process and its children hold, pages that they share counted once (Linux; else 0)."""
     total = 0
     with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines():
             if line.startswith("Pss:"):
                 total += int(line.split()[1]) * 1024
         for thread in Path(f"/proc/{pid}/task").iterdir():
-            total += sum(memory_of(child) for child in (thread / "children").read_text().split())
+            children = (thread / "children").read_text(encoding="utf-8").split()
+            total += sum(memory_of(child) for child in children)
     return total
 
 

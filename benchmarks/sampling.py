@@ -329,5 +329,5 @@ def main(argv):
         print("\n".join(section), flush=True)
     if cfg.out:
         Path(cfg.out).parent.mkdir(exist_ok=True)
-        Path(cfg.out).write_text("\n".join(lines))
+        Path(cfg.out).write_text("\n".join(lines), encoding="utf-8")
         print(f"written to {cfg.out}")

@@ -406,7 +406,7 @@ def finish(sources, folder, tokenizer, state):
     if isinstance(tokenizer, tokenizers.HuggingFaceTokenizer):
         tokenizer.copy_to(folder)
     tokenizer.token_bytes().tofile(folder / "token_bytes.bin")
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     for path in (*folder.iterdir(), folder):
         sync_path(path)
     return meta

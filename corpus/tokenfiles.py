@@ -122,7 +122,7 @@ def load_prepared(folder):
 def read_meta(folder):
     """(meta.json, dtype, [(split, entry of a token file)]) of a prepared corpus. Raises ValueError."""
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         dtype = {"uint16": np.dtype(np.uint16), "uint32": np.dtype(np.uint32)}[meta["dtype"]]
         files = []
         for split in ("train", "val"):

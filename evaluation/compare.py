@@ -48,7 +48,8 @@ class Run:
         validations = [m for m in self.metrics if "val_loss" in m]
         if not validations or not (self.folder / "settings.json").is_file():
             raise ValueError(f"{folder} has no validation: is it a run folder, and has the run got that far?")
-        self.settings = renamed(json.loads((self.folder / "settings.json").read_text()), SETTINGS)
+        settings = (self.folder / "settings.json").read_text(encoding="utf-8")
+        self.settings = renamed(json.loads(settings), SETTINGS)
         self.last = validations[-1]
         self.rows = {}  # file → (about, ids, losses), of the last step
         evaluation = self.folder / f"eval_{self.last['step']:08d}"
@@ -92,7 +93,7 @@ class Run:
 def read_shape(folder):
     """The network of a run's newest checkpoint without values, None if there is none."""
     for newest in checkpoints(folder)[:1]:
-        record = renamed_record(json.loads((newest / "checkpoint.json").read_text()))
+        record = renamed_record(json.loads((newest / "checkpoint.json").read_text(encoding="utf-8")))
         with torch.device("meta"):
             return Transformer(ModelConfig(**record["model"]))
 
@@ -236,7 +237,7 @@ def main(argv):
         text, notes = table(runs, cfg.sigmas)
         out = Path(cfg.out or folders[0])
         out.mkdir(parents=True, exist_ok=True)
-        (out / "compare.md").write_text("\n\n".join([text, *notes]) + "\n")
+        (out / "compare.md").write_text("\n\n".join([text, *notes]) + "\n", encoding="utf-8")
         draw(runs, out / "compare.png")
     except (ValueError, OSError, KeyError) as problem:
         configurator.fail(str(problem))

@@ -340,7 +340,7 @@ def write_report(cfg, inputs, references, lines):
                   device=str(inputs.generator.device), threads=torch.get_num_threads(),
                   torch=torch.__version__, beside=references, ways=lines)
     out = inputs.out
-    (out / "frontier.json").write_text(json.dumps(report, indent=2))
+    (out / "frontier.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
     title = f"{cfg.run_dir}: {cfg.samples} samples of {inputs.n} tokens, judged by {cfg.judge}"
     draw(lines, references, out / "frontier.png", title)
     print(f"written to {out / 'frontier.json'} and {out / 'frontier.png'}")

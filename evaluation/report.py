@@ -159,7 +159,7 @@ def write_report(folder, report, losses, generator, settings):
     merged = before | about | report | dict(settings=all_settings)
     for name in {"tasks", "ordered"} & set(report):  # each task and order for itself
         merged[name] = before.get(name, {}) | report[name]
-    path.with_suffix(".tmp").write_text(json.dumps(finite(merged), indent=1))
+    path.with_suffix(".tmp").write_text(json.dumps(finite(merged), indent=1), encoding="utf-8")
     path.with_suffix(".tmp").replace(path)
     names = [path.name]
 
@@ -179,7 +179,7 @@ def read_report(path, generator):
     """The eval.json of the same checkpoint, {} where there is none."""
     report = {}
     with contextlib.suppress(OSError, ValueError):
-        report = json.loads(path.read_text())
+        report = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(report, dict) or report.get("checkpoint") != str(generator.folder.resolve()):
         return {}
     return report
@@ -192,7 +192,7 @@ def is_better(one, other):
 
 def write_curve(path, curve):
     """Write the noise curve, a list of dicts, as .csv."""
-    with open(path, "w", newline="") as file:
+    with open(path, "w", encoding="utf-8", newline="") as file:
         table = csv.DictWriter(file, list(curve[0]), lineterminator="\n")
         table.writeheader()
         table.writerows(curve)

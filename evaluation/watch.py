@@ -49,7 +49,7 @@ class ScoreLog:
         folders = checkpoints(self.run_dir)
         for folder in folders:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                steps = json.loads((folder / "checkpoint.json").read_text())["steps"]
+                steps = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))["steps"]
                 return step_of(folders[0]) >= steps
         return False
 
@@ -125,7 +125,7 @@ def open_tracker(run_dir, settings):
         if "WANDB_MODE" not in os.environ:  # two processes write to one run
             about = wandb.Settings(x_primary=False, x_update_finish_state=False)
             shared = dict(mode="shared", settings=about)
-        run_id = id_file.read_text().strip()
+        run_id = id_file.read_text(encoding="utf-8").strip()
         tracker = wandb.init(project=settings["wandb"], id=run_id, resume="allow", **shared)
         tracker.define_metric("*", step_metric="step")  # as the trainer's
         return tracker

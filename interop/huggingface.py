@@ -230,7 +230,7 @@ def open_weights(folder):
 def open_indexed(folder, index, open_file):
     """{their name: LazyTensor} of the weight files that an index lists; raises ValueError or OSError."""
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(weight_map.values()))
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as problem:
         raise ValueError(f"{index} can't be read: {one_line(problem)}") from None

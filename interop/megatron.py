@@ -262,7 +262,7 @@ def write(folder, source, weights, n_tensor, n_pipeline, on_progress):
             path = folder / f"iter_{source.step:07d}" / rank / "model_optim_rng.pt"
             path.parent.mkdir(parents=True)
             torch.save(dict(args=args, checkpoint_version=3.0, iteration=source.step, model=shards), path)
-    (folder / "latest_checkpointed_iteration.txt").write_text(str(source.step))
+    (folder / "latest_checkpointed_iteration.txt").write_text(str(source.step), encoding="utf-8")
 
 
 def check_writable(config, n_tensor, n_pipeline):

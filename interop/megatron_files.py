@@ -37,7 +37,7 @@ def find_iteration(path):
     pointer = path / "latest_checkpointed_iteration.txt"
     if not pointer.is_file():
         return path
-    latest = pointer.read_text(errors="replace").strip()
+    latest = pointer.read_text(encoding="utf-8", errors="replace").strip()
     if latest != "release" and not re.fullmatch("[0-9]{1,12}", latest):
         raise ValueError(f"{pointer} holds no iteration but {latest[:20]!r}")
     folder = path / (latest if latest == "release" else f"iter_{int(latest):07d}")

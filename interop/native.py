@@ -42,7 +42,7 @@ def write(folder, run_dir, source, weights, on_progress):
     if hasattr(source.tokenizer, "path"):
         source.tokenizer.copy_to(folder)
     settings = run_settings(run_dir, source)
-    (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     place = checkpoint.step_folder(folder, source.step)
     place.mkdir()
     files = write_weights(place, weights, on_progress)
@@ -52,7 +52,7 @@ def write(folder, run_dir, source, weights, on_progress):
         sha256={name: checkpoint.digest_on_disk(place / name) for name in files})
     record = json.loads(json.dumps(record))  # as it will be read: the digest is of lists, not tuples
     record["record_sha256"] = checkpoint.record_digest(record)
-    (place / "checkpoint.json").write_text(json.dumps(record, indent=2) + "\n")
+    (place / "checkpoint.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     checkpoint.point_to(place)
 
 

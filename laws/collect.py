@@ -133,7 +133,9 @@ def read_records(folder):
 def newest_record(folder):
     """The record of a run's newest checkpoint with today's names, or None. Its files are not checked."""
     newest = checkpoints(folder)[:1]
-    return renamed_record(json.loads((newest[0] / "checkpoint.json").read_text())) if newest else None
+    if not newest:
+        return None
+    return renamed_record(json.loads((newest[0] / "checkpoint.json").read_text(encoding="utf-8")))
 
 
 @functools.cache

@@ -296,7 +296,7 @@ def fit_and_write(cfg, out):
     out.mkdir(parents=True, exist_ok=True)
     for objective, runs in groups.items():
         name = f"fits_{objective}.json" if objective else "fits.json"
-        (out / name).write_text(json.dumps(entries[objective], indent=1) + "\n")
+        (out / name).write_text(json.dumps(entries[objective], indent=1) + "\n", encoding="utf-8")
         if cfg.figures:
             from laws import figures
 
@@ -304,5 +304,5 @@ def fit_and_write(cfg, out):
     masked, ar = (entries.get(objective, {}).get("approach1") for objective in ("masked", "ar"))
     if masked and ar:
         report += compare_objectives(masked, ar)
-    (out / "fits.md").write_text("\n".join(report) + "\n")
+    (out / "fits.md").write_text("\n".join(report) + "\n", encoding="utf-8")
     return "\n".join(report)

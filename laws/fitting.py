@@ -276,7 +276,7 @@ def read_fits(path):
     """Read a fits.json; raises ValueError."""
     fits, approach1, about = {}, None, {}
     try:
-        for name, entry in json.loads(Path(path).read_text()).items():
+        for name, entry in json.loads(Path(path).read_text(encoding="utf-8")).items():
             if name == "about":
                 about = entry
             elif name == "approach1":

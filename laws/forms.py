@@ -206,7 +206,7 @@ PAPER_NAMES = dict(alpha="a", beta="b", c_p="c", m_p="m", k_p="k", p_e="p", gamm
 
 def published_coefficients(path=QUOKKA / "coefficients.json"):
     """The paper's {law: coefficients}, unrounded where its figures give them; and approach 1's power laws."""
-    printed = json.loads(path.read_text())
+    printed = json.loads(path.read_text(encoding="utf-8"))
 
     def pick(equation, column):
         values = printed[equation][column]

@@ -324,7 +324,7 @@ def main(argv=None):
 
     if cfg.write:
         text, warnings = override_file(cfg, suggested)
-        Path(cfg.write).write_text(text)
+        Path(cfg.write).write_text(text, encoding="utf-8")
         command = f"torchrun --nproc_per_node={cfg.gpus} train.py {cfg.write}"
         print(f"\nwrote {cfg.write} ({suggested.law}): {command}")
         for warning in warnings:

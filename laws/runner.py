@@ -95,7 +95,7 @@ class Runner:
             output = None
             if log:
                 log.parent.mkdir(parents=True, exist_ok=True)
-                output = stack.enter_context(open(log, "a"))
+                output = stack.enter_context(open(log, "a", encoding="utf-8"))
                 fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # in a session of its own: a terminal's Ctrl-C reaches this process alone, which passes it on
             process = subprocess.Popen(

@@ -174,7 +174,7 @@ def objectives_in(path):
 
 def write_csv(rows, path, columns=None):
     """Write dictionaries of one kind as a CSV; floats with seven digits."""
-    with open(path, "w", newline="") as file:
+    with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns or list(rows[0]), lineterminator="\n")
         writer.writeheader()
         for row in rows:

@@ -211,7 +211,7 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     how = shlex.join([*shown, f"--scale={cfg.scale}", *quoted_flags])
     text = study_report.write_table(study, STUDIES[study], cfg, runs, how)
-    (out / "table.md").write_text(text)
+    (out / "table.md").write_text(text, encoding="utf-8")
     study_report.draw_panels(STUDIES[study], runs, out)
     print(f"{text}\n{out}: table.md, panels.png, panels.pdf")
     if cfg.draw and not all(finished.values()):

@@ -62,7 +62,8 @@ def final_values(metrics):
 def paper_values():
     """{(figure, kind, curve): {metric: value}}: where the paper's curves end (results/quokka/README.md)."""
     values = {}
-    for row in csv.DictReader((QUOKKA / "ablation_final_values.csv").read_text().splitlines()):
+    text = (QUOKKA / "ablation_final_values.csv").read_text(encoding="utf-8")
+    for row in csv.DictReader(text.splitlines()):
         run = values.setdefault((int(row["figure"]), row["model_type"], row["series"]), {})
         run[row["metric"]] = float(row["mean_last_1B"] or row["last"])
         if row["metric"] == "val_loss_c4":

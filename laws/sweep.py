@@ -310,7 +310,7 @@ def write_config(run, cfg):
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [f"# {run.params:,} parameters, {run.flops:.4g} FLOPs; made by scaling.py sweep from {cfg.base}"]
     lines += [f"{name} = {value!r}" for name, value in configurator.changed(run.settings).items()]
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
 
@@ -506,7 +506,7 @@ def launch(runs, cfg):
         ")",
         'eval "exec ${commands[$SLURM_ARRAY_TASK_ID]}"',
     ]
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{len(commands)} runs: sbatch {path}")
 
 

@@ -59,7 +59,7 @@ def call_main(monkeypatch, *argv):
 def prepare_words(folder):
     """Prepare a small corpus of regular sentences, in bytes; returns its folder."""
     lines = [f"{i} squared is {i * i}, and its double is {2 * i}.\n" for i in range(1500)]
-    (folder / "words.txt").write_text("".join(lines))
+    (folder / "words.txt").write_text("".join(lines), encoding="utf-8")
     prepared(folder / "words", folder / "words.txt")
     return folder / "words"
 

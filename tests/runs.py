@@ -62,9 +62,9 @@ def workers(launcher):
     ranks = {}
     for path in Path("/proc").glob("[0-9]*/status"):
         try:
-            if f"\nPPid:\t{launcher}\n" not in path.read_text():
+            if f"\nPPid:\t{launcher}\n" not in path.read_text(encoding="utf-8"):
                 continue
-            variables = (path.parent / "environ").read_text().split("\0")
+            variables = (path.parent / "environ").read_text(encoding="utf-8").split("\0")
             values = dict(pair.split("=", 1) for pair in variables if "=" in pair)
             ranks[int(values["RANK"])] = int(path.parent.name)
         except (OSError, KeyError):  # it has gone, or is no rank
@@ -94,7 +94,7 @@ class Group:
         self.folder, self.number = folder, 0
         program = ROOT / "tests/processes/train_jobs.py"
         command = [sys.executable, str(program), str(folder), str(world)]
-        with open(folder / "log", "w") as log:
+        with open(folder / "log", "w", encoding="utf-8") as log:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT)
 
@@ -102,12 +102,12 @@ class Group:
         """Do a job → what rank 0 printed, warnings and all."""
         path = self.folder / f"{self.number}.json"
         self.number += 1
-        path.with_suffix(".new").write_text(json.dumps(job))
+        path.with_suffix(".new").write_text(json.dumps(job), encoding="utf-8")
         path.with_suffix(".new").rename(path)
         done = path.with_suffix(".done")
         until(lambda: done.exists() or self.process.poll() is not None, 300)
-        output = path.with_suffix(".out").read_text()
-        assert done.exists(), (job, output[-5000:], (self.folder / "log").read_text()[-5000:])
+        output = path.with_suffix(".out").read_text(encoding="utf-8")
+        assert done.exists(), (job, output[-5000:], (self.folder / "log").read_text(encoding="utf-8")[-5000:])
         return output
 
     def stop(self):

@@ -168,7 +168,7 @@ def test_weights_are_copied_and_the_mask_gets_a_row(run_main, trained_ar):
 def test_the_adapted_start_is_ahead(run_main):
     """At equal tokens: an AR model continued as masked diffusion against random weights, in three ways."""
     ar = run_main("--steps=250", "--lr=1e-2", "--objective=ar", run="ar")
-    assert json.loads((ar / "settings.json").read_text())["objective"] == "ar"
+    assert json.loads((ar / "settings.json").read_text(encoding="utf-8"))["objective"] == "ar"
     flags = ["--steps=60", "--lr=5e-3", "--eval_every=0"]
     random = last_validation(run_main(*flags, run="random"))
     for name, more in dict(shifted=[], annealed=["--anneal=30"], unshifted=["--shift=no"]).items():
@@ -199,7 +199,7 @@ def test_resumed_without_its_source(run_main, trained_ar, tmp_path):
     ("", ["--anneal=5"], "anneal=5 doesn't fit into 2 steps")))
 def test_refused(run_main, trained_ar, capsys, tmp_path, source, flags, message):
     (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign/config.json").write_text("{}")
+    (tmp_path / "foreign/config.json").write_text("{}", encoding="utf-8")
     folder = trained_ar if source == "ar" else tmp_path / source
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:

@@ -71,7 +71,7 @@ def test_a_part_that_fails_costs_only_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench.py", "--suite=gpu", f"--out={tmp_path}"])
     with pytest.raises(SystemExit) as stop:
         bench.main()
-    report = (tmp_path / "gpu.md").read_text()
+    report = (tmp_path / "gpu.md").read_text(encoding="utf-8")
     assert stop.value.code == 2 and len(entered) == 3
     assert report.count("fine") == 2 and "failed: RuntimeError: no such kernel / here" in report
 
@@ -88,7 +88,7 @@ def test_the_first_word_sampling_has_settings_of_its_own(tmp_path, monkeypatch, 
     settings = ["--parts=masked", "--vocab=50", "--n_layer=2", "--d_model=64", "--batch=2", f"--out={out}"]
     monkeypatch.setattr(sys, "argv", ["bench.py", "sampling", *settings])
     bench.main()
-    report = out.read_text()
+    report = out.read_text(encoding="utf-8")
     assert "`python bench.py sampling --parts=masked --vocab=50 --batch=2 --rounds=1`, cpu" in report
     assert "### masked: 256 tokens, 64 steps, batch 2, vocabulary 50" in report
     assert "100.00% of the tokens are equal" in report and report.count("] ×") == 4

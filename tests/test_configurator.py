@@ -63,7 +63,7 @@ def scratch(tmp_path_factory):
 
 
 def write(path, text):
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -114,7 +114,7 @@ def test_each_file_has_its_own_namespace(tmp_path):
     two = write(tmp_path / "two.py", "lr = steps * 2.0\n")
     (line,) = refused(one, two)
     assert f"{two}: NameError: name 'steps' is not defined" in line
-    two.write_text("lr = 1.0 if '_factor' in globals() else 2.0\n")
+    two.write_text("lr = 1.0 if '_factor' in globals() else 2.0\n", encoding="utf-8")
     assert load(one, two) == Settings(steps=5, lr=2.0)
 
 

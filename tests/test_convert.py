@@ -279,7 +279,7 @@ def test_one_large_tensor(tmp_path):
         model = {name: tp_shard(name, w, rank, 2, config) for name, w in whole.items()}
         torch.save(dict(args=args, iteration=42, model=model), place / "model_optim_rng.pt")
     for folder in ("mega", "torch"):
-        (tmp_path / folder / "latest_checkpointed_iteration.txt").write_text("42")
+        (tmp_path / folder / "latest_checkpointed_iteration.txt").write_text("42", encoding="utf-8")
     largest = embedding.nbytes
     del whole, model
     measure(tmp_path, "mega", "a", largest, "--tokenizer=none")
@@ -311,7 +311,7 @@ def test_a_network_of_1_7b_in_minutes_and_little_memory(tmp_path):
     dcp.save(whole, checkpoint_id=place, no_dist=True)
     args = megatron_args(config, "masked", padded_vocab_size=50304)
     torch.save(dict(args=args, iteration=42), place / "common.pt")
-    (tmp_path / "mega/latest_checkpointed_iteration.txt").write_text("42")
+    (tmp_path / "mega/latest_checkpointed_iteration.txt").write_text("42", encoding="utf-8")
     head = whole["output_layer.weight"][:50278].clone()
     down = whole["decoder.layers.mlp.linear_fc2.weight"][27].clone()
     largest = head.nbytes

@@ -21,8 +21,8 @@ import scaling
 import train
 from corpus import prepare
 
-README = (ROOT / "README.md").read_text()
-PAGES = {path.stem: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 SHORT = ["--steps=3", "--eval_rows=4", "--compile=no", "--device=cpu"]
 
 
@@ -105,7 +105,11 @@ def test_cluster_commands(ranks, place, monkeypatch):
     from torch.distributed.run import get_args_parser
 
     one, two = re.findall(r"```bash\n(.*?)```", PAGES["training"], re.S)
-    text = {"one machine": one, "two machines": two, "slurm": (ROOT / "docs/train.sbatch").read_text()}[place]
+    text = {
+        "one machine": one,
+        "two machines": two,
+        "slurm": (ROOT / "docs/train.sbatch").read_text(encoding="utf-8"),
+    }[place]
     launch = re.search(r"torchrun --.*", text.replace("\\\n", " "))[0]
     words = shlex.split(launch.split("#")[0])
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
@@ -192,7 +196,7 @@ OVERRIDES = [path for path in sorted((ROOT / "configurator").glob("[a-z]*.py"))
 @pytest.mark.parametrize("path", OVERRIDES, ids=lambda path: path.stem)
 def test_every_override_file_is_documented_and_valid(path):
     """Each says what it trains, on what hardware, for how long, and what to expect."""
-    head = path.read_text().split("\n\n")[0]
+    head = path.read_text(encoding="utf-8").split("\n\n")[0]
     assert all(word in head for word in ("Hardware", "Expect"))
     cfg = configurator.load(train.Config, [str(path)])
     assert cfg.run_dir == f"runs/{path.stem}"
@@ -200,7 +204,7 @@ def test_every_override_file_is_documented_and_valid(path):
 
 def test_what_can_be_installed():
     """The extras that are named are those of pyproject.toml; pip installs no module of ours."""
-    project = (ROOT / "pyproject.toml").read_text()
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     code = [text for path, text in sources() if path.relative_to(ROOT).parts[0] != "tests"]
     texts = "\n".join([README, *PAGES.values(), *code])
     assert "nanoquokka[" not in texts
@@ -208,7 +212,7 @@ def test_what_can_be_installed():
     assert named >= {"data", "hf", "logs"}
     assert all(re.search(rf"^{name} = \[", project, re.M) for name in named)
     assert "py-modules = []" in project and "packages" not in re.sub(r"site-packages", "", project)
-    assert "build/" in (ROOT / ".gitignore").read_text().splitlines()
+    assert "build/" in (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
     assert "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt" in README
 
 
@@ -233,7 +237,7 @@ def sources():
     """(path, text) of every Python file of the project."""
     for path in [*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/**/*.py")]:
         if path.relative_to(ROOT).parts[0] not in ("build", "runs", "corpora", "downloads"):
-            yield path, path.read_text()
+            yield path, path.read_text(encoding="utf-8")
 
 
 def test_the_mathematics_names_what_there_is():

@@ -99,7 +99,7 @@ def test_ranks_change_nothing(run_main, run_eval, tmp_path, objective):
     flags = [*shared, f"--run_dir={run}", "--micro_batch=5", f"--out={tmp_path / 'two'}"]
     done = subprocess.run([*TWO_RANKS, "eval.py", *flags], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert_equal_figures(json.loads((tmp_path / "two/eval.json").read_text()), report)
+    assert_equal_figures(json.loads((tmp_path / "two/eval.json").read_text(encoding="utf-8")), report)
 
 
 @pytest.mark.slow
@@ -167,7 +167,10 @@ def test_dropout_and_documents_are_as_they_were_trained(run_main, run_eval, monk
 def test_the_curve_is_written_and_drawn(run_main, run_eval):
     run = run_main("--steps=6")
     text, report = run_eval(run, "--rows=100", "--bins=5", "--passes=2")
-    bound, lines = report["bound"], list(csv.DictReader((newest_report(run) / "noise.csv").open()))
+    bound, lines = (
+        report["bound"],
+        list(csv.DictReader((newest_report(run) / "noise.csv").open(encoding="utf-8"))),
+    )
     assert len(lines) == 5 and list(lines[0]) == ["noise_ratio", "nats", "error", "rows"]
     assert sum(int(line["rows"]) for line in lines) == 200
     integral = np.mean([float(line["nats"]) for line in lines])
@@ -202,27 +205,29 @@ def test_each_checkpoint_has_a_report_of_its_own(run_main, run_eval, monkeypatch
     flags = ["--device=cpu", "--rows=8", "--bins=0"]
     monkeypatch.setattr(sys, "argv", ["eval.py", f"--run_dir={run / 'step_00000003'}", *flags])
     evaluation.main()
-    assert json.loads((early / "eval.json").read_text())["bound"]["rows"] == 8
-    assert json.loads((newest / "eval.json").read_text())["step"] == 6
+    assert json.loads((early / "eval.json").read_text(encoding="utf-8"))["bound"]["rows"] == 8
+    assert json.loads((newest / "eval.json").read_text(encoding="utf-8"))["step"] == 6
 
 
 def test_a_report_that_is_none_is_replaced(run_main, run_eval):
     run = run_main("--steps=3")
     run_eval(run, "--rows=8", "--bins=0")
-    (newest_report(run) / "eval.json").write_text("[1]")
+    (newest_report(run) / "eval.json").write_text("[1]", encoding="utf-8")
     (run.parent / "elsewhere").mkdir()
     _, report = run_eval(run.parent / "elsewhere" / ".." / run.name, "--rows=8", "--bins=0")
     assert list(report)[:2] == ["checkpoint", "step"]
-    text = (newest_report(run) / "eval.json").read_text()
+    text = (newest_report(run) / "eval.json").read_text(encoding="utf-8")
     assert "NaN" not in text and '"noise_error": null' in text  # with one pass
 
 
 def test_another_text_is_named_as_such(run_main, run_eval, tmp_path):
     """The same corpus elsewhere is the run's own. Another one is not, and is not compared with training's."""
     run = run_main("--steps=3")
-    own = json.loads((run / "settings.json").read_text())["corpus"]
+    own = json.loads((run / "settings.json").read_text(encoding="utf-8"))["corpus"]
     shutil.copytree(own, tmp_path / "moved")
-    (tmp_path / "cubes.txt").write_text("".join(f"{i} cubed is {i**3}.\n" for i in range(1500)))
+    (tmp_path / "cubes.txt").write_text(
+        "".join(f"{i} cubed is {i**3}.\n" for i in range(1500)), encoding="utf-8"
+    )
     prepared(tmp_path / "other", tmp_path / "cubes.txt")
     for name, is_own in (("moved", True), ("other", False)):
         flags = [f"--corpus={tmp_path / name}", "--samples=2", "--match=8"]
@@ -263,7 +268,7 @@ def test_texts_of_a_file(run_main, run_eval, tmp_path):
     copies = texts["copies"]["texts"]
     assert copies["lengths"]["16"]["rows"] >= 2 / 3 and copies["longest"] >= 30
     assert texts["tokens"] == sum(len(line["new"]) for line in lines)
-    (tmp_path / "plain.jsonl").write_text('{"text": "one and one"}\n{"text": "two"}\n')
+    (tmp_path / "plain.jsonl").write_text('{"text": "one and one"}\n{"text": "two"}\n', encoding="utf-8")
     flags = [f"--texts={tmp_path / 'plain.jsonl'}", "--match="]
     assert run_eval(run, "--bound=False", *flags, out=tmp_path / "plain")[1]["texts"]["tokens"] == 14
 
@@ -277,7 +282,7 @@ def test_texts_that_sample_py_wrote(run_main, run_eval, monkeypatch, tmp_path):
     sample.main()
     texts = run_eval(run, "--bound=False", f"--texts={file}", "--match=", out=tmp_path / "own")[1]["texts"]
     assert texts["texts"] == 3 and not {"nll", "copies"} & set(texts)
-    lines = [json.loads(line) for line in file.read_text().split("\n") if line]
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
     assert texts["tokens"] == sum(len(line["new_ids"]) for line in lines) == 36
     assert all(line["ids"][-12:] == line["new_ids"] for line in lines)
 
@@ -353,7 +358,7 @@ def test_texts_that_are_no_texts(run_main, run_eval, capsys, tmp_path):
         ('{"text": "a", "ids": [999]}\n', "ids of another tokenizer"),
         ('{"text": 3}\n', "line 1"),
     ):
-        file.write_text(text)
+        file.write_text(text, encoding="utf-8")
         assert_refused(run_eval, capsys, message, run, "--bound=False", f"--texts={file}")
 
 

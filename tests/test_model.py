@@ -233,7 +233,7 @@ def test_scores_depend_on_relative_positions_only():
 
 def read_table(name):
     """The rows of a table of the paper's, as dicts."""
-    with open(PAPER / name, newline="") as file:
+    with open(PAPER / name, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 

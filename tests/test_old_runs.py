@@ -42,13 +42,13 @@ def test_it_is_resumed(tmp_path):
 
 def test_it_is_sampled(tmp_path):
     run(tmp_path, "sample")
-    rows = [json.loads(line) for line in (tmp_path / "sample.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "sample.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["new_ids"] for row in rows] == EXPECTED["sample"]["tokens"]
 
 
 def test_it_is_evaluated(tmp_path):
     run(tmp_path, "eval")
-    result = json.loads(next((tmp_path / "eval").glob("eval.json")).read_text())
+    result = json.loads(next((tmp_path / "eval").glob("eval.json")).read_text(encoding="utf-8"))
     expected = number(EXPECTED["eval"]["bound"]["nats_per_token"])
     assert result["bound"]["nats_per_token"] == pytest.approx(expected, rel=1e-4)
 

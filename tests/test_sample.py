@@ -68,7 +68,7 @@ def refusal(write, capsys):
 
 def samples(path):
     """The lines of --out."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 # prompts ----------------------------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ def test_many_prompts(run, write, tmp_path):
     """Of unequal lengths, from lines or .jsonl; with suffixes and holes; written to a file, too."""
     lines, jsonl, out = tmp_path / "p.txt", tmp_path / "p.jsonl", tmp_path / "out.jsonl"
     prompts = "a", "12 squared is", "longer than that"
-    lines.write_text("\n".join(prompts))
+    lines.write_text("\n".join(prompts), encoding="utf-8")
     printed = write(run, f"--prompts={lines}", "--length=6", "--batch=2", "--stop=False", f"--out={out}").out
     found = samples(out)
     assert [(s["prompt"], s["sample"]) for s in found] == [(p, s) for p in range(3) for s in range(2)]
@@ -114,7 +114,7 @@ def test_many_prompts(run, write, tmp_path):
     assert printed.count("--- sample 2 of prompt 3") == 1 and len({s["text"] for s in found}) == 6
 
     rows = [dict(prompt="ab", suffix="yz", length=3), dict(text="x[MASK:5]y"), dict(prompt="cd")]
-    jsonl.write_text("\n".join(map(json.dumps, rows)))
+    jsonl.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     write(run, f"--prompts={jsonl}", "--length=4", "--stop=False", f"--out={out}", "--order=entropy")
     first, second, third = (s["text"] for s in samples(out))
     assert first.startswith("ab") and first.endswith("yz")

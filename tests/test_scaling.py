@@ -62,17 +62,20 @@ def test_output_into_a_pipe_that_is_closed():
 def test_a_sweep_from_its_runs_to_its_law(tmp_path):
     """`scaling.py sweep` trains a small grid, fits it and draws it; the second time nothing is trained."""
     words = "".join(f"{i} squared is {i * i}, and its double is {2 * i}.\n" for i in range(9000))
-    (tmp_path / "words.txt").write_text(words)
+    (tmp_path / "words.txt").write_text(words, encoding="utf-8")
     prepared(tmp_path / "words", tmp_path / "words.txt")
     base, out = tmp_path / "base.py", tmp_path / "out"
-    base.write_text(f"corpus = {str(tmp_path / 'words')!r}\n"
-                    "n_layer, n_head, d_model, seq_len, batch_size, warmup = 1, 2, 32, 32, 8, 2\n"
-                    "lr, compile, device, eval_rows, eval_every, save_every = 4e-3, 'no', 'cpu', 64, 0, 0\n")
+    base.write_text(
+        f"corpus = {str(tmp_path / 'words')!r}\n"
+        "n_layer, n_head, d_model, seq_len, batch_size, warmup = 1, 2, 32, 32, 8, 2\n"
+        "lr, compile, device, eval_rows, eval_every, save_every = 4e-3, 'no', 'cpu', 64, 0, 0\n",
+        encoding="utf-8",
+    )
     flags = (f"--base={base}", "--models=1x16,1x32,1x48", "--flops=1e9,3e9", f"--out={out}")
     for _ in range(2):
         code, text, err = command("sweep", *flags)
         assert code == 0, err  # so little training may leave no valley: then it says so
         assert (out / "fit/fits_masked.json").is_file() and (out / "fit/valleys_ar.png").is_file()
-        assert len((out / "points.csv").read_text().splitlines()) == 1 + 12
+        assert len((out / "points.csv").read_text(encoding="utf-8").splitlines()) == 1 + 12
         assert len(list((out / "runs").glob("*/metrics.jsonl"))) == 12
     assert "12 of 12 runs are finished" in text

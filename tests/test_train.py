@@ -182,9 +182,12 @@ def test_validation_is_the_same_on_any_number_of_ranks(run_main, corpus, tmp_pat
 def test_settings_are_saved_and_complete(run_main, capsys):
     """Folder and checkpoint hold all of them; the terminal shows those that differ from their defaults."""
     run = run_main("--steps=5", "--lr=3e-4")
-    saved = json.loads((run / "settings.json").read_text())
+    saved = json.loads((run / "settings.json").read_text(encoding="utf-8"))
     assert saved["lr"] == 3e-4 and saved.keys() == train.Config.__dataclass_fields__.keys()
-    assert json.loads((checkpoints(run)[0] / "checkpoint.json").read_text())["settings"] == saved
+    assert (
+        json.loads((checkpoints(run)[0] / "checkpoint.json").read_text(encoding="utf-8"))["settings"]
+        == saved
+    )
     line = capsys.readouterr().out.splitlines()[0]
     defaults = train.Config()
     changed = [f"{name}={value}" for name, value in saved.items() if value != getattr(defaults, name)]
@@ -221,9 +224,9 @@ def test_wandb_run_is_continued_under_its_id(run_main, monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
     run = run_main("--steps=5", "--wandb=test")
-    first = (run / "wandb_id.txt").read_text()
+    first = (run / "wandb_id.txt").read_text(encoding="utf-8")
     run_main("--steps=10", "--wandb=test", "--resume=auto")
-    assert (run / "wandb_id.txt").read_text() == first
+    assert (run / "wandb_id.txt").read_text(encoding="utf-8") == first
     folders = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
     assert folders and all(name.endswith(first) for name in folders)
 

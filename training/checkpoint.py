@@ -58,7 +58,7 @@ def read_checkpoint(folder, part=0, parts=1):
     damage = (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError, AttributeError,
               KeyError, TypeError)
     try:
-        record = json.loads((folder / "checkpoint.json").read_text())
+        record = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
         if record.pop("record_sha256") != record_digest(record):
             raise ValueError(f"{folder / 'checkpoint.json'} is damaged")
         check_files(folder, record["sha256"], part, parts)
@@ -392,10 +392,10 @@ class Saver:
         if len(names) > 1:
             index = dict(metadata={}, weight_map={key: name for name, keys in names.items() for key in keys})
             path = building / "model.safetensors.index.json"
-            path.write_text(json.dumps(index, indent=2) + "\n")
+            path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
             record["sha256"][path.name] = digest_on_disk(path)
         record = dict(record, record_sha256=record_digest(record))
-        (building / "checkpoint.json").write_text(json.dumps(record, indent=2) + "\n")
+        (building / "checkpoint.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         for path in (building / "checkpoint.json", building / "optimizer", building):
             sync_path(path)
         final = step_folder(self.run_dir, step)
@@ -457,7 +457,7 @@ def point_to(folder):
     """
     pointer = folder.with_name(".latest")
     with contextlib.suppress(OSError):
-        pointer.write_text(folder.name + "\n")
+        pointer.write_text(folder.name + "\n", encoding="utf-8")
         sync_path(pointer)
         pointer.replace(folder.with_name("latest"))
 

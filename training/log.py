@@ -145,7 +145,7 @@ def open_tracker(run):
     known = folder / "wandb_id.txt"
     try:
         tracker = wandb.init(project=cfg.wandb, name=folder.name, config=asdict(cfg), resume="allow",
-                             id=known.read_text() if known.is_file() else None)
+                             id=known.read_text(encoding="utf-8") if known.is_file() else None)
         # its own counter would drop what comes again after the run went back
         tracker.define_metric("*", step_metric="step")
         return tracker
@@ -188,7 +188,7 @@ def read_metrics(run_dir):
 
 def read_lines(path):
     """(record, line) for each whole line of a metrics.jsonl."""
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             record = json.loads(line)
             for name, value in record.items():
@@ -210,7 +210,7 @@ def trim_metrics(path, step, events=True):
         if record["step"] <= step or decided:
             kept.append(line + "\n")
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "w") as file:
+    with open(temporary, "w", encoding="utf-8") as file:
         file.writelines(kept)
         file.flush()
         os.fsync(file.fileno())

@@ -182,9 +182,9 @@ def empty(folder):
 
 def change_meta(change):
     def damage(folder):
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         change(meta)
-        (folder / "meta.json").write_text(json.dumps(meta))
+        (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
     return damage
 

@@ -97,7 +97,7 @@ def test_bad_bytes_are_skipped_or_replaced(run_data, tmp_path, layout, size):
         code, printed, err = run_data(*argv, "--val=0.3", "--bad_bytes=replace", "--name=replace")
     assert code == 0 and "left out" not in printed, err
     assert printed.endswith("replaced: bytes that are no UTF-8, in 2 places\n")
-    assert json.loads(Path("corpora/replace/meta.json").read_text())["replaced"] == 2
+    assert json.loads(Path("corpora/replace/meta.json").read_text(encoding="utf-8"))["replaced"] == 2
     assert texts_in("corpora/replace") == by_split([text.decode("utf-8", "replace") for text in raw], 0.3)
 
 
@@ -133,11 +133,14 @@ def test_skipping_records_does_not_skip_bad_bytes(run_data, data_refuses, tmp_pa
     """Nor the other way round."""
     _, argv = write_bad_texts(tmp_path, "jsonl")
     data_refuses(*argv, "--bad_records=skip", message="x.jsonl:4: not UTF-8")
-    write_jsonl(tmp_path / "y.jsonl", stories(9)).open("a").write("{\n")
+    write_jsonl(tmp_path / "y.jsonl", stories(9)).open("a", encoding="utf-8").write("{\n")
     data_refuses("y.jsonl", "--bad_bytes=skip", message="y.jsonl:10: not JSON")
     _, argv = write_bad_texts(tmp_path, "folder")
     assert run_data(*argv, "--bad_bytes=skip", "--name=ok")[0] == 0
-    assert json.loads(Path("corpora/ok/meta.json").read_text())["left_out"]["undecodable"] == 2
+    assert (
+        json.loads(Path("corpora/ok/meta.json").read_text(encoding="utf-8"))["left_out"]["undecodable"]
+        == 2
+    )
 
 
 # ---------------------------------------------------------------------------------------------- records
@@ -179,7 +182,7 @@ def test_bad_records_name_file_and_line_or_are_counted(run_data, data_refuses, t
 def test_bad_records_in_another_process(tmp_path):
     """What a process that tokenizes finds is told by the first one, in one line."""
     source = write_jsonl(tmp_path / "x.jsonl", stories(9))
-    source.open("a").write("{\n")
+    source.open("a", encoding="utf-8").write("{\n")
     argv = [sys.executable, ROOT / "data.py", source, "--workers=2"]
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
@@ -222,7 +225,7 @@ def test_full_disk(tmp_path, name, limit):
     """No file may grow beyond `limit`: whatever is written first fails, in one line, and nothing stays."""
     source = write_jsonl(tmp_path / "x.jsonl", stories(4000))
     argv = [sys.executable, ROOT / "data.py", name, "--workers=1", "--format=jsonl"]
-    with open(source) as stdin:
+    with open(source, encoding="utf-8") as stdin:
         done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, stdin=stdin,
                               env=os.environ | dict(PYTHONDONTWRITEBYTECODE="1"),
                               preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))

@@ -83,7 +83,7 @@ def test_command_line_prints_what_came_out(run_data, tmp_path):
     (tmp_path / "my.v2.jsonl.gz").write_bytes(packed)
     code, printed, err = run_data("my.v2.jsonl.gz", "--shard_tokens=20000")
     assert code == 0 and not err
-    meta = json.loads(Path("corpora/my.v2/meta.json").read_text())
+    meta = json.loads(Path("corpora/my.v2/meta.json").read_text(encoding="utf-8"))
     for split in ("train", "val"):
         counts, n_files = meta[split], len(meta[split]["files"])
         files = f"{split}_00000.bin and {n_files - 1} more" if n_files > 1 else f"{split}.bin"

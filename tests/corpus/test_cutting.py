@@ -150,7 +150,7 @@ def test_other_tokenizer_files_get_texts_whole(tmp_path, normalizer, pre_tokeniz
 
 def merge_across_lines(path):
     """Add a merge of a newline and a letter to a tokenizer.json. Returns its tokenizers.Tokenizer."""
-    layout = json.loads(path.read_text())
+    layout = json.loads(path.read_text(encoding="utf-8"))
     model = layout["model"]
     model["vocab"]["ĊI"] = len(model["vocab"])
     model["merges"] = [["Ċ", "I"], *model["merges"]]

@@ -214,7 +214,7 @@ def test_killed_between_the_last_steps(tmp_path, moment, limit):
             (folder / "token_bytes.bin").unlink()
             (folder / "meta.json").unlink()
         if moment == "meta.json is half written":
-            (folder / "meta.json").write_text("{")
+            (folder / "meta.json").write_text("{", encoding="utf-8")
         if moment == "train.bin has its name" and limit > 100:
             (folder / "val.bin").rename(folder / "val_00000.bin")
         raise KeyboardInterrupt

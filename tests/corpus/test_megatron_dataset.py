@@ -78,12 +78,12 @@ def test_megatron_written_from_megatron(scratch, contents):
 @pytest.mark.parametrize("end", [".bin", ".idx"])
 def test_write_megatron_overwrites_nothing(tmp_path, end):
     path = tmp_path / f"web{end}"
-    path.write_text("mine")
+    path.write_text("mine", encoding="utf-8")
     message = f"web{end} exists; remove it or choose another prefix"
     with pytest.raises(FileExistsError, match=message) as caught:
         write_megatron(tiny_stream(), EOS, tmp_path / "web")
     one_line(caught)
-    assert list(tmp_path.iterdir()) == [path] and path.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [path] and path.read_text(encoding="utf-8") == "mine"
 
 
 def test_documents_that_an_index_cannot_measure(tmp_path):
@@ -149,7 +149,7 @@ def test_export_from_the_command_line(sharded_corpus, tmp_path, run_data):
 @pytest.mark.parametrize("name", ["web_train.bin", "web_train.idx", "web_val.bin", "web_val.idx"])
 def test_export_writes_both_splits_or_none(small_corpus, tmp_path, run_data, name):
     path = tmp_path / name
-    path.write_text("mine")
+    path.write_text("mine", encoding="utf-8")
     code, out, err = run_data("export", small_corpus, tmp_path / "web")
     assert code == 2 and not out
     assert err == f"data.py: {path} exists; remove it or choose another prefix\n"

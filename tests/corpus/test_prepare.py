@@ -109,7 +109,7 @@ def test_text_like_special_tokens_stays_text(tmp_path, encoding):
 
 def check_files(folder, tokenizer):
     """Compare meta.json with the bytes on disk and an independent decoding of them. Returns the texts."""
-    meta, texts = json.loads((folder / "meta.json").read_text()), texts_in(folder)
+    meta, texts = json.loads((folder / "meta.json").read_text(encoding="utf-8")), texts_in(folder)
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["meta.json", "token_bytes.bin", "train.bin", "val.bin"]
     for key, value in (("tokenizer", tokenizer.name), ("n_vocab", tokenizer.n_vocab),

@@ -59,7 +59,7 @@ def process_table():
     table = {}
     for path in glob.glob("/proc/[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            fields = Path(path).read_text().rpartition(")")[2].split()
+            fields = Path(path).read_text(encoding="utf-8").rpartition(")")[2].split()
             if fields[0] != "Z":
                 table[int(path.split("/")[2])] = (int(fields[1]), fields[19])
     return table
@@ -164,7 +164,7 @@ def test_second_process_of_one_name_is_refused(tmp_path, many, name, flags):
     source = many if name == "-" else tmp_path / name
     argv = ["-" if name == "-" else source, f"--out={tmp_path / 'out'}", "--name=x", "--format=jsonl",
             "--workers=1"]
-    with open(source) as stdin:
+    with open(source, encoding="utf-8") as stdin:
         first = start(SLOW, *argv, stdin=stdin)
         wait_until_at_work(tmp_path / "out")
         first.send_signal(signal.SIGSTOP)
@@ -177,7 +177,7 @@ def test_second_process_of_one_name_is_refused(tmp_path, many, name, flags):
     assert second.returncode == 2, second.stderr
     assert re.fullmatch(r"data\.py: another process is preparing [^\n]*\n", second.stderr), second.stderr
     assert (first.returncode, err) == (130, INTERRUPTED)
-    with open(source) as stdin:
+    with open(source, encoding="utf-8") as stdin:
         third = run(*argv, stdin=stdin)
     assert third.returncode == 0, third.stderr
     assert texts_in(tmp_path / "out/x") == by_split(stories(600), 0.1)

@@ -123,7 +123,7 @@ def test_a_corpus_without_its_meta_json_is_no_nanogpt_folder(small_corpus, tmp_p
 
 
 def test_load_of_several_shards(sharded_corpus, tmp_path):
-    meta = json.loads((sharded_corpus / "meta.json").read_text())
+    meta = json.loads((sharded_corpus / "meta.json").read_text(encoding="utf-8"))
     names = [file["name"] for file in meta["train"]["files"]]
     corpus = load_corpus(sharded_corpus)
     assert len(names) > 3 and len(corpus.val.arrays) > 1

@@ -136,7 +136,7 @@ def test_files_that_are_no_tokenizer(tmp_path, raw):
 
 
 def test_tokenizer_file_refuses(bpe_file, tmp_path):
-    layout = json.loads(bpe_file.read_text())
+    layout = json.loads(bpe_file.read_text(encoding="utf-8"))
 
     def refused(message, path, eos="", **changes):
         if changes:

@@ -30,7 +30,9 @@ def run_eval(monkeypatch, capsys):
         flags = [*flags, f"--out={out}"] if out else flags
         monkeypatch.setattr(sys, "argv", ["eval.py", f"--run_dir={run}", "--device=cpu", *map(str, flags)])
         evaluation.main()
-        return capsys.readouterr().out, json.loads(((out or newest_report(run)) / "eval.json").read_text())
+        return capsys.readouterr().out, json.loads(
+            ((out or newest_report(run)) / "eval.json").read_text(encoding="utf-8")
+        )
 
     return call
 
@@ -57,7 +59,7 @@ def mmlu(n, subject=0):
 
 
 def write_lines(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +73,9 @@ def published(tmp_path_factory):
         name = dict(validation="val").get(split, split)
         (folder / "mmlu" / name).mkdir(parents=True)
         for k, subject in enumerate(SUBJECTS):
-            with open(folder / "mmlu" / name / f"{subject}_{name}.csv", "w", newline="") as file:
+            with open(
+                folder / "mmlu" / name / f"{subject}_{name}.csv", "w", encoding="utf-8", newline=""
+            ) as file:
                 csv.writer(file).writerows([q, *choices, "ABCD"[right]] for q, choices, right in mmlu(n, k))
     return folder
 
@@ -120,7 +124,7 @@ def own_task(tmp_path):
         text = TASK.replace("FILE", str(tmp_path / "squares.jsonl"))
         for old, new in replaced.items():
             text = text.replace("{{" + old + "}}", new)
-        (tmp_path / "tasks/squares.yaml").write_text(text + more)
+        (tmp_path / "tasks/squares.yaml").write_text(text + more, encoding="utf-8")
         return tmp_path / "tasks"
 
     return write

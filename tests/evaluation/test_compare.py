@@ -43,7 +43,7 @@ def test_runs_side_by_side(run_main, run_compare, tmp_path):
         flags = ["--steps=40", "--lr=1e-2", "--eval_every=20", "--eval_rows=64", *flags]
         runs.append(run_main(*flags, run=name))
     table = cells(run_compare(*runs, f"--out={tmp_path / 'out'}"))
-    assert (tmp_path / "out/compare.md").read_text().startswith("| run |")
+    assert (tmp_path / "out/compare.md").read_text(encoding="utf-8").startswith("| run |")
     assert (tmp_path / "out/compare.png").read_bytes()[:4] == b"\x89PNG"
     assert [row[0] for row in table] == ["a", "b", "c", "d"] and table[0][8:] == ["", ""]
     validations = [last_validation(run) for run in runs]
@@ -105,9 +105,9 @@ def test_only_the_last_step_and_one_text_are_compared(run_main, run_compare, run
 def test_a_diverged_run_has_its_line(run_main, run_compare, tmp_path):
     one = run_main("--steps=3", run="one")
     shutil.copytree(one, tmp_path / "bad")
-    *lines, last = (one / "metrics.jsonl").read_text().splitlines()
+    *lines, last = (one / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     last = json.dumps(json.loads(last) | dict(val_loss="nan", val_bpb="nan", val_error="nan"))
-    (tmp_path / "bad/metrics.jsonl").write_text("\n".join([*lines, last]) + "\n")
+    (tmp_path / "bad/metrics.jsonl").write_text("\n".join([*lines, last]) + "\n", encoding="utf-8")
     assert "| diverged |" in run_compare(one, tmp_path / "bad")
 
 

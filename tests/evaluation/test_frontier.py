@@ -95,7 +95,7 @@ def test_a_frontier_end_to_end(run_main, run_frontier, tmp_path, objective):
     if objective == "masked":
         flags += ["--orders=ancestral,threshold", "--caches=no,dual", "--block=8", "--steps=4,8"]
     text = run_frontier(f"--run_dir={writer}", f"--judge={judge}", *flags)
-    report = json.loads((tmp_path / "frontier.json").read_text())
+    report = json.loads((tmp_path / "frontier.json").read_text(encoding="utf-8"))
     ways, references = report["ways"], report["beside"]
     assert (tmp_path / "frontier.png").read_bytes()[:4] == b"\x89PNG" and len(ways) == N_WAYS[objective]
     for line in ways + references:

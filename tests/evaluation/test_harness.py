@@ -227,7 +227,7 @@ def test_a_prompt_is_not_given_up_for_the_new_text(run_main):
 
 def test_without_the_package_the_extra_is_named(run_main, tmp_path):
     run = run_main("--steps=3")
-    (tmp_path / "lm_eval.py").write_text("raise ImportError('No module named lm_eval')\n")
+    (tmp_path / "lm_eval.py").write_text("raise ImportError('No module named lm_eval')\n", encoding="utf-8")
     command = [sys.executable, ROOT / "eval.py", f"--run_dir={run}", "--tasks=hellaswag", "--device=cpu"]
     environment = os.environ | dict(PYTHONPATH=str(tmp_path))
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -89,7 +89,7 @@ def test_files_of_every_layout(tmp_path):
                  "val/anatomy_val.csv", "dev/high_school_anatomy_dev.csv", "dataset_infos.json", "README.md",
                  "notes.csv"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("")
+        (tmp_path / name).write_text("", encoding="utf-8")
     litter(tmp_path)
 
     def names(part):
@@ -104,8 +104,8 @@ def test_files_of_every_layout(tmp_path):
 
 
 def test_csv_with_and_without_a_header(tmp_path):
-    (tmp_path / "a.csv").write_text('q,"x, y"\n1,2\n')
-    (tmp_path / "b.csv").write_text('"Is, ""it""?",1,2,3,4,D\n')
+    (tmp_path / "a.csv").write_text('q,"x, y"\n1,2\n', encoding="utf-8")
+    (tmp_path / "b.csv").write_text('"Is, ""it""?",1,2,3,4,D\n', encoding="utf-8")
     assert tasks.read_records(tmp_path / "a.csv") == [{"q": "1", "x, y": "2"}]
     record = dict(question='Is, "it"?', choices=list("1234"), answer=3)
     assert tasks.read_records(tmp_path / "b.csv") == [record]
@@ -144,11 +144,11 @@ def test_files_that_are_no_records(tmp_path):
     with pytest.raises(ValueError, match="have no 'validation'"):
         tasks.open_tasks(["hellaswag"], task_data=tmp_path)
     validation = tmp_path / "hellaswag/validation.jsonl"
-    validation.write_text("{broken\n")
+    validation.write_text("{broken\n", encoding="utf-8")
     with pytest.raises(ValueError, match="validation.jsonl can't be read"):
         tasks.open_tasks(["hellaswag"], task_data=tmp_path)
     for content in ("", "[1]\n", "3\n", '{"a": 1}\n'):
-        validation.write_text(content)
+        validation.write_text(content, encoding="utf-8")
         with pytest.raises(ValueError) as problem:
             tasks.open_tasks(["hellaswag"], task_data=tmp_path)
         assert "--task_data" not in str(problem.value) and "\n" not in str(problem.value)

@@ -63,12 +63,12 @@ def test_all_checkpoints_of_a_finished_run(run_main, run_watch, capsys):
     tokens = {m["step"]: m["tokens"] for m in before}
     assert lines[-1]["tokens"] == tokens[6]
     for step, line in scores(run).items():
-        bound = json.loads((run / f"eval_{step:08d}/eval.json").read_text())["bound"]
+        bound = json.loads((run / f"eval_{step:08d}/eval.json").read_text(encoding="utf-8"))["bound"]
         names = ("nats_per_token", "error", "bits_per_byte")
         assert line == {f"eval/bound/{name}": bound[name] for name in names}
-    text = (run / "metrics.jsonl").read_text()
+    text = (run / "metrics.jsonl").read_text(encoding="utf-8")
     out, _ = run_watch(run, *QUICK)
-    assert (run / "metrics.jsonl").read_text() == text and "nats/token" not in out
+    assert (run / "metrics.jsonl").read_text(encoding="utf-8") == text and "nats/token" not in out
 
 
 def test_tasks_are_scored_as_eval_py_does(run_main, run_watch, published):
@@ -103,7 +103,7 @@ def test_a_task_that_fails_costs_its_scores(run_main, run_watch, own_task):
     pytest.importorskip("lm_eval")
     folder = own_task("process_results: !function own.score\n")
     code = "def score(doc, results):\n    raise RuntimeError('the scorer is broken')\n"
-    (folder / "own.py").write_text(code)
+    (folder / "own.py").write_text(code, encoding="utf-8")
     run = run_main("--steps=4", "--save_every=2")
     _, err = run_watch(run, "--bound=False", "--tasks=squares", f"--task_path={folder}")
     assert err.count("is passed over: RuntimeError: the scorer is broken") == 2 and not scores(run)
@@ -116,7 +116,7 @@ def test_damaged_checkpoints_are_passed_over(run_main, run_watch, damage):
     if damage == "weights":
         (folder / "model.safetensors").write_bytes(b"broken")
     elif damage == "record":
-        (folder / "checkpoint.json").write_text("{")
+        (folder / "checkpoint.json").write_text("{", encoding="utf-8")
     else:
         shutil.rmtree(folder)
         folder.mkdir()
@@ -189,12 +189,14 @@ def test_next_checkpoint_is_the_oldest_without_scores(tmp_path):
         (tmp_path / f"step_{step:08d}").mkdir()
     log = watch.ScoreLog(tmp_path)
     lines = [dict(step=3, tokens=9, val_loss=1.0), dict(step=6, tokens=18, **{"eval/x/acc": 0.5})]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
+    )
     first = log.next_checkpoint()
     assert first.folder.name == "step_00000003"
     log.pass_over(first, "it is damaged")
     assert log.next_checkpoint().folder.name == "step_00000009"
-    (tmp_path / "step_00000003/checkpoint.json").write_text("{}")
+    (tmp_path / "step_00000003/checkpoint.json").write_text("{}", encoding="utf-8")
     assert log.next_checkpoint().folder.name == "step_00000003"
 
 
@@ -205,7 +207,7 @@ def log_at_step_6(folder):
     """(ScoreLog, step 6 that it is scoring) of a run whose trainer has its metrics open."""
     (folder / "step_00000006").mkdir()
     line = json.dumps(dict(step=6, tokens=200, loss=1.0)) + "\n"
-    (folder / "metrics.jsonl").write_text(line)
+    (folder / "metrics.jsonl").write_text(line, encoding="utf-8")
     log = watch.ScoreLog(folder)
     return log, log.next_checkpoint()
 
@@ -220,7 +222,7 @@ def test_a_line_of_scores(tmp_path):
 
 def test_a_torn_line_does_not_swallow_the_scores(tmp_path):
     log, checkpoint = log_at_step_6(tmp_path)
-    with open(tmp_path / "metrics.jsonl", "a") as file:
+    with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"step": 7, "lo')
     log.append(checkpoint, RECORD, {"eval/x/acc": 0.5})
     assert read_metrics(tmp_path)[-1]["eval/x/acc"] == 0.5
@@ -230,7 +232,7 @@ def test_a_torn_line_does_not_swallow_the_scores(tmp_path):
 def test_scores_of_a_course_that_was_given_up(tmp_path, back_to, is_logged):
     """The run goes back past the step while it is scored: then another checkpoint of this step is to come."""
     log, checkpoint = log_at_step_6(tmp_path)
-    with open(tmp_path / "metrics.jsonl", "a") as file:
+    with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(dict(step=back_to, tokens=160, event="back", from_step=9)) + "\n")
     trim_metrics(tmp_path / "metrics.jsonl", back_to)
     log.append(checkpoint, RECORD, {"eval/x/acc": 0.5})
@@ -244,7 +246,7 @@ def test_a_line_that_comes_too_late_is_not_in_the_trimmed_file(tmp_path, monkeyp
 
     def times_back(run, step):
         looks.append(step)
-        with open(tmp_path / "metrics.jsonl", "a") as file:
+        with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(dict(step=4, tokens=160, event="back")) + "\n")
         trim_metrics(tmp_path / "metrics.jsonl", 4)
         return 0
@@ -262,7 +264,9 @@ def test_the_trainer_s_wandb_run_gets_the_scores(run_main, run_watch, monkeypatc
     run = run_main("--steps=4", "--wandb=test")
     run_watch(run, *QUICK)
     folders = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
-    assert len(folders) == 2 and all(name.endswith((run / "wandb_id.txt").read_text()) for name in folders)
+    assert len(folders) == 2 and all(
+        name.endswith((run / "wandb_id.txt").read_text(encoding="utf-8")) for name in folders
+    )
 
 
 def start(run, *flags):
@@ -291,7 +295,7 @@ def test_beside_a_trainer_that_removes_old_checkpoints(corpus, tmp_path):
     assert trainer.returncode == 0, trainer.stderr
     _, err = watcher.communicate(timeout=120)
     assert watcher.returncode == 0, err
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [m["step"] for m in lines if "loss" in m] == list(range(1, 301))
     assert list(scores(run))[-1] == 300 and len(scores(run)) > 1
 

@@ -73,7 +73,7 @@ def main():
     work = Path(tempfile.mkdtemp(prefix="golden_"))
     box = dict(checkout=checkout, work=work, fresh=False, case="fixture")
     (work / "logs").mkdir()
-    (work / "words.txt").write_text("\n===\n".join(word_texts(80)))
+    (work / "words.txt").write_text("\n===\n".join(word_texts(80)), encoding="utf-8")
     golden_cases.run(box, shlex.split(COMMANDS["corpus"]))
     while not stopped_at(box, 20):
         print("stopped too late: once more")

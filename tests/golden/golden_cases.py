@@ -60,7 +60,7 @@ def run(box, words, expected=(0,)):
         else:
             code = forked(argv, box["work"], stdout, stderr)
     if code not in expected:
-        last = (err.read_text(errors="replace").strip() or "nothing").splitlines()[-1]
+        last = (err.read_text(errors="replace", encoding="utf-8").strip() or "nothing").splitlines()[-1]
         raise RuntimeError(f"{shlex.join(words)}: exit code {code}, {last}")
     return out.read_bytes()[start:].decode("utf-8")
 
@@ -144,7 +144,9 @@ def without(thing, *names):
 def training_figures(folder):
     """What metrics.jsonl says but for times, a list for each name; and which checkpoints there are."""
     figures = dict(step=[], val_step=[], task_step=[], events=[])
-    for line in map(old_names, map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())):
+    for line in map(
+        old_names, map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    ):
         if "event" in line:
             if line["event"] not in ("ranks", "stopped"):
                 figures["events"].append({key: value for key, value in line.items() if key != "tokens"})
@@ -162,13 +164,13 @@ def training_figures(folder):
 
 def sample_figures(path):
     """The tokens and texts of `sample.py --out`."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return dict(tokens=[line["new_ids"] for line in lines], texts=[line["text"] for line in lines])
 
 
 def eval_figures(path):
     """What eval.json says, without paths, versions and settings."""
-    report = old_names(json.loads(path.read_text()))
+    report = old_names(json.loads(path.read_text(encoding="utf-8")))
     return without(report, "checkpoint", "device", "torch", "settings", "judge", "seconds")
 
 
@@ -198,7 +200,7 @@ def do_corpora(box):
     (work / "corpora/megatron").mkdir()
     run(box, ["data.py", "export", "corpora/words", "corpora/megatron/words"])
     for name in ("words", "sums"):
-        meta = old_names(json.loads((work / f"corpora/{name}/meta.json").read_text()))
+        meta = old_names(json.loads((work / f"corpora/{name}/meta.json").read_text(encoding="utf-8")))
         figures[name] = {
             key: meta[key]
             for key in ("tokenizer", "n_vocab", "eos_id", "mask_id", "left_out", "train", "val")
@@ -280,7 +282,9 @@ def do_sample(box, model, name):
         page = (box["work"] / "film.html").read_text(encoding="utf-8")
         frames = re.search(r"const frames = (.*), colours = ", page)[1]
         figures |= dict(shown=steady(shown), frames=json.loads(frames))
-    passes = re.findall(r"(\d+) forward passes", (box["work"] / f"logs/{box['case']}.err").read_text())
+    passes = re.findall(
+        r"(\d+) forward passes", (box["work"] / f"logs/{box['case']}.err").read_text(encoding="utf-8")
+    )
     return figures | dict(passes=int(passes[-1]))
 
 
@@ -304,7 +308,7 @@ def do_frontier(box):
             "--out=frontier",
         ],
     )
-    found = json.loads((box["work"] / "frontier/frontier.json").read_text())
+    found = json.loads((box["work"] / "frontier/frontier.json").read_text(encoding="utf-8"))
     return without(
         found,
         "tokens_per_s",
@@ -335,7 +339,9 @@ def do_eval(box, name, ranks=1):
     run(box, words) if ranks == 1 else run_ranks(box, words)
     figures = eval_figures(box["work"] / out / "eval.json")
     curve = box["work"] / out / "noise.csv"
-    return figures | (dict(noise_csv=curve.read_text().splitlines()[1:]) if curve.exists() else {})
+    return figures | (
+        dict(noise_csv=curve.read_text(encoding="utf-8").splitlines()[1:]) if curve.exists() else {}
+    )
 
 
 def do_compare(box):
@@ -355,7 +361,7 @@ def do_scaling(box, name):
         if word.startswith("--out="):
             folder = box["work"] / word[6:]
             figures |= {
-                path.name: old_names(json.loads(path.read_text()))
+                path.name: old_names(json.loads(path.read_text(encoding="utf-8")))
                 for path in sorted(folder.glob("fits*.json"))
             }
     return figures
@@ -377,14 +383,14 @@ def do_sweep(box):
         ],
         expected=(0, 2),
     )
-    return dict(points=(box["work"] / "runs/sweep/points.csv").read_text().splitlines())
+    return dict(points=(box["work"] / "runs/sweep/points.csv").read_text(encoding="utf-8").splitlines())
 
 
 def do_old_run(box):
     """The run that 48006ab left after 20 of 40 steps (fixture.py): sampled, evaluated and resumed."""
     commands = {
         name: shlex.split(line)
-        for name, line in json.loads((HERE / "expected.json").read_text())["commands"].items()
+        for name, line in json.loads((HERE / "expected.json").read_text(encoding="utf-8"))["commands"].items()
     }
     folder = box["work"] / "old"
     for name in ("corpus_48006ab", "run_48006ab"):

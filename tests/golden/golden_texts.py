@@ -131,29 +131,35 @@ def loss_tables():
 def write_texts(folder):
     """Put everything that the commands read into the folder."""
     folder = Path(folder)
-    (folder / "words.txt").write_text("\n===\n".join(word_texts(300)))
-    (folder / "sums.jsonl").write_text("".join(json.dumps(dict(text=text)) + "\n" for text in sum_texts(80)))
-    (folder / "tokenizer.json").write_text(json.dumps(small_tokenizer(), ensure_ascii=False))
+    (folder / "words.txt").write_text("\n===\n".join(word_texts(300)), encoding="utf-8")
+    (folder / "sums.jsonl").write_text(
+        "".join(json.dumps(dict(text=text)) + "\n" for text in sum_texts(80)), encoding="utf-8"
+    )
+    (folder / "tokenizer.json").write_text(
+        json.dumps(small_tokenizer(), ensure_ascii=False), encoding="utf-8"
+    )
     holes = [
         dict(prompt="the cat ", length=20),
         dict(text="a [MASK:4] sees [MASK:7]. the dog [MASK:6]now."),
         dict(prompt="a fish likes ", suffix=" the bird.", length=12),
     ]
-    (folder / "holes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in holes))
+    (folder / "holes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in holes), encoding="utf-8")
     prompts = [
         dict(prompt="the cat ", length=30),
         dict(prompt="a bird sees the ", length=20),
         dict(prompt="the", length=50),
     ]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in prompts))
-    (folder / "prompt.txt").write_text("a dog likes ")
+    (folder / "prompts.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in prompts), encoding="utf-8"
+    )
+    (folder / "prompt.txt").write_text("a dog likes ", encoding="utf-8")
     once, again = loss_tables()
-    (folder / "runs.csv").write_text(once)
-    (folder / "repeats.csv").write_text(again)
+    (folder / "runs.csv").write_text(once, encoding="utf-8")
+    (folder / "repeats.csv").write_text(again, encoding="utf-8")
     (folder / "tiny.py").write_text(
         'corpus = "corpora/words"\nbatch_size = 4\nwarmup = 2\neval_rows = 16\nlog_every = 5\n'
         'dtype = "float32"\ndevice = "cpu"\n'
-    )
+    , encoding="utf-8")
     (folder / "tasks/hellaswag").mkdir(parents=True)
     write_tasks(folder / "tasks")
 
@@ -176,7 +182,7 @@ def write_tasks(folder):
                 zip(("the", "a") * 3, ("dog", "cat", "fish", "bird", "dog", "cat"))
             )
         )
-    )
+    , encoding="utf-8")
     common = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\n"
     metrics = "".join(
         f"  - {{metric: {name}, aggregation: {mean}, higher_is_better: false}}\n"
@@ -185,23 +191,23 @@ def write_tasks(folder):
     (folder / "cats.yaml").write_text(
         f"task: cats\n{common}output_type: multiple_choice\ndoc_to_text: '{{{{begin}}}}'\n"
         f"doc_to_choice: ends\ndoc_to_target: right\nmetric_list:\n{metrics}"
-    )
+    , encoding="utf-8")
     (folder / "cat_texts.yaml").write_text(
         f"task: cat_texts\n{common}output_type: loglikelihood_rolling\n"
         "doc_to_text: ''\ndoc_to_target: '{{text}}'\n"
         "metric_list:\n"
         "  - {metric: byte_perplexity, aggregation: weighted_perplexity, higher_is_better: false}\n"
-    )
+    , encoding="utf-8")
     (folder / "cat_words.yaml").write_text(
         f"task: cat_words\n{common}output_type: generate_until\n"
         "doc_to_text: '{{begin}} the c'\ndoc_to_target: at\n"
         "generation_kwargs: {until: ['.'], max_gen_toks: 2, do_sample: false}\n"
         "metric_list:\n  - {metric: exact_match, aggregation: mean, higher_is_better: true}\n"
-    )
+    , encoding="utf-8")
     for split in ("train", "val"):
         lines = "".join(json.dumps(question) + "\n" for question in questions(6))
-        (folder / f"hellaswag/hellaswag_{split}.jsonl").write_text(lines)
+        (folder / f"hellaswag/hellaswag_{split}.jsonl").write_text(lines, encoding="utf-8")
     for split in ("dev", "val", "test"):
         (folder / "mmlu" / split).mkdir(parents=True)
         lines = "".join(f"What is {i} and 1?,{i},{i + 1},{i + 2},{i + 3},B\n" for i in range(5))
-        (folder / f"mmlu/{split}/anatomy_{split}.csv").write_text(lines)
+        (folder / f"mmlu/{split}/anatomy_{split}.csv").write_text(lines, encoding="utf-8")

@@ -82,7 +82,7 @@ def work_at(box, name, work):
     except Exception as problem:
         figures = dict(failed=f"{type(problem).__name__}: {problem}")
     path = box["work"] / f"figures/{name}.json"
-    path.write_text(json.dumps(dict(figures=figures, seconds=time.time() - start)))
+    path.write_text(json.dumps(dict(figures=figures, seconds=time.time() - start)), encoding="utf-8")
     os._exit(0)
 
 
@@ -97,7 +97,7 @@ def do_all(box, cases, names, jobs, say):
             work = (lambda _, failed=failed: dict(not_run=f"needs {failed[0]}")) if failed else cases[name][1]
             running[work_at(box, name, work)] = name
         name = running.pop(os.wait()[0])
-        result = json.loads((box["work"] / f"figures/{name}.json").read_text())
+        result = json.loads((box["work"] / f"figures/{name}.json").read_text(encoding="utf-8"))
         done[name] = result["figures"]
         say(name, result["figures"], result["seconds"])
     return {name: done[name] for name in names}
@@ -123,7 +123,11 @@ def machine():
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         known = dict(
-            re.findall(r"^([\w ]+?)\s*: (.*)$", Path("/proc/cpuinfo").read_text().split("\n\n")[0], re.M)
+            re.findall(
+                r"^([\w ]+?)\s*: (.*)$",
+                Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0],
+                re.M,
+            )
         )
         cpu = f"{known.get('model name', cpu)}, family {known.get('cpu family')}, model {known.get('model')}"
     return dict(

@@ -47,7 +47,7 @@ def write_tokenizer(path, kind):
               for i, text in others.items()]
     layout["added_tokens"] = sorted(added, key=lambda token: token["id"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(layout))
+    path.write_text(json.dumps(layout), encoding="utf-8")
     return mask
 
 
@@ -60,7 +60,7 @@ def write_hf(folder, ours, kind, **config):
         (folder / name).unlink(missing_ok=True)
     write_tokenizer(folder / "tokenizer.json", kind)
     (folder / "special_tokens_map.json").write_text(json.dumps(dict(
-        eos_token="<|endoftext|>", mask_token=dict(content=MASK, lstrip=False))))
+        eos_token="<|endoftext|>", mask_token=dict(content=MASK, lstrip=False))), encoding="utf-8")
 
 
 @pytest.mark.parametrize("objective", ("masked", "ar"))
@@ -118,8 +118,8 @@ def test_a_mask_amid_text_stays_a_token_of_text(tmp_path):
     layout["model"]["vocab"] = vocab
     layout["added_tokens"] = [dict(id=i) | tokenizer_files.special_token(text)
                               for i, text in enumerate(("[SEP]", "[MASK]"))]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(layout))
-    (tmp_path / "tokenizer_config.json").write_text('{"mask_token": "[MASK]"}')
+    (tmp_path / "tokenizer.json").write_text(json.dumps(layout), encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text('{"mask_token": "[MASK]"}', encoding="utf-8")
     tokenizer = tokenizers.load_tokenizer(str(tmp_path))
     assert tokenizer.mask_id == tokenizer.n_vocab == 258 and "mask=" not in tokenizer.name
 
@@ -130,7 +130,7 @@ def test_commands_run_on_them(tmp_path):
     make_run(tmp_path / "ours", "masked", tmp_path / "t/tokenizer.json")
     write_hf(tmp_path / "hf", tmp_path / "ours", "neox", mask_token_id=265)
     convert_ok(tmp_path / "hf", tmp_path / "run")
-    (tmp_path / "words.txt").write_text("some  words of text, and more of them\n\n" * 60)
+    (tmp_path / "words.txt").write_text("some  words of text, and more of them\n\n" * 60, encoding="utf-8")
 
     def call(*command):
         command = [sys.executable, *map(str, command)]
@@ -139,10 +139,10 @@ def test_commands_run_on_them(tmp_path):
         return done.stdout
 
     call(ROOT / "data.py", "words.txt", "--name=words", "--tokenizer=hf", "--val=0.3")
-    meta = json.loads((tmp_path / "corpora/words/meta.json").read_text())
+    meta = json.loads((tmp_path / "corpora/words/meta.json").read_text(encoding="utf-8"))
     assert (meta["n_vocab"], meta["mask_id"]) == (265, 265) and "mask=265 " in meta["tokenizer"]
     text = call(ROOT / "eval.py", "--run_dir=run", "--corpus=corpora/words", "--device=cpu", "--rows=4")
     assert "NELBO" in text
     call(ROOT / "sample.py", "--run_dir=run", "--device=cpu", "--length=8", "--out=samples.jsonl")
-    sample = json.loads((tmp_path / "samples.jsonl").read_text())
+    sample = json.loads((tmp_path / "samples.jsonl").read_text(encoding="utf-8"))
     assert len(sample["text"]) > 0 and MASK not in sample["text"]

@@ -279,18 +279,18 @@ def test_another_checksum_is_refused(hub, tmp_path):
 
 
 def test_a_name_that_leads_outside_is_refused(hub, tmp_path):
-    (tmp_path / "victim.txt").write_text("mine")
+    (tmp_path / "victim.txt").write_text("mine", encoding="utf-8")
     hub.files["../victim.txt"] = b"theirs"
     assert "../victim.txt" in failure(tmp_path)
-    assert (tmp_path / "victim.txt").read_text() == "mine" and not (tmp_path / "got").exists()
+    assert (tmp_path / "victim.txt").read_text(encoding="utf-8") == "mine" and not (tmp_path / "got").exists()
 
 
 def test_files_of_ones_own_are_not_overwritten(hub, tmp_path):
     (tmp_path / "got").mkdir()
-    (tmp_path / "got/README.md").write_text("mine")
+    (tmp_path / "got/README.md").write_text("mine", encoding="utf-8")
     assert "nothing is overwritten" in failure(tmp_path)
     assert [path.name for path in (tmp_path / "got").iterdir()] == ["README.md"]
-    assert (tmp_path / "got/README.md").read_text() == "mine"
+    assert (tmp_path / "got/README.md").read_text(encoding="utf-8") == "mine"
 
 
 @pytest.mark.parametrize("flags, repo, message", (

@@ -48,7 +48,7 @@ def test_generates_what_sample_does(monkeypatch, tmp_path, shape, guidance):
                  order="low_confidence", block=8, steps=8, stop=False, out=tmp_path / "out.jsonl")
     monkeypatch.setattr(sys, "argv", ["sample.py", *(f"--{name}={value}" for name, value in flags.items())])
     sample.main()
-    assert ids[0].tolist() == json.loads((tmp_path / "out.jsonl").read_text())["ids"]
+    assert ids[0].tolist() == json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8"))["ids"]
     assert tokenizer.mask_token_id == 257 and tokenizer.decode(inputs["input_ids"][0]) == "Ab, "
 
 
@@ -56,7 +56,9 @@ def test_the_example_of_the_docs(tmp_path):
     """The program in docs/checkpoints.md, for a model with the quickstart's context; it asks nothing."""
     make_run(tmp_path / "ours", seq_len=64)
     convert_ok(tmp_path / "ours", tmp_path / "exported")
-    program = re.search(r"```python\n(.*?)```", (ROOT / "docs/checkpoints.md").read_text(), re.S)[1]
+    program = re.search(
+        r"```python\n(.*?)```", (ROOT / "docs/checkpoints.md").read_text(encoding="utf-8"), re.S
+    )[1]
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=dict(os.environ, HF_HOME=str(tmp_path / "home")),
         stdin=subprocess.DEVNULL, capture_output=True, text=True)
@@ -131,12 +133,12 @@ def test_a_mask_among_the_tokens(tmp_path):
     make_run(tmp_path / "ours", tokenizer=path)
     convert_ok(tmp_path / "ours", tmp_path / "hf")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    recorded = json.loads((tmp_path / "hf/config.json").read_text())["mask_token_id"]
+    recorded = json.loads((tmp_path / "hf/config.json").read_text(encoding="utf-8"))["mask_token_id"]
     assert theirs.mask_token_id == recorded == 258
 
     path = write_tokenizer_file(tmp_path / "u.json", "<|mask|>", ["<tool>"])
-    layout = json.loads(path.read_text())
+    layout = json.loads(path.read_text(encoding="utf-8"))
     layout["added_tokens"][-1]["special"] = False  # it is text, after the mask
-    path.write_text(json.dumps(layout))
+    path.write_text(json.dumps(layout), encoding="utf-8")
     tokens = tokenizers.load_tokenizer(str(path))
     assert tokens.n_vocab == tokens.mask_id == 259 and max(tokens.encode("a<tool>b")) < tokens.n_vocab

@@ -105,7 +105,8 @@ def test_sharded_pickles_of_old(tmp_path, exported):
     weight_map = {name: f"pytorch_model-{i % 3 + 1}-of-3.bin" for i, name in enumerate(sorted(weights))}
     for file in set(weight_map.values()):
         torch.save({name: weights[name] for name in weight_map if weight_map[name] == file}, folder / file)
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(dict(metadata={}, weight_map=weight_map)))
+    index = json.dumps(dict(metadata={}, weight_map=weight_map))
+    (folder / "pytorch_model.bin.index.json").write_text(index, encoding="utf-8")
     convert_ok(folder, tmp_path / "back")
     make_run(tmp_path / "ours")
     assert_same_weights(tmp_path / "back", tmp_path / "ours")
@@ -118,7 +119,7 @@ def test_weights_in_several_files(tmp_path, monkeypatch):
     convert_ok(tmp_path / "ours", tmp_path / "hf")
     convert_ok(tmp_path / "hf", tmp_path / "back", verify=True)
     for folder in (tmp_path / "hf", tmp_path / "back/step_00000000"):
-        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
         files = {path.name for path in folder.glob("model-*.safetensors")}
         assert len(files) > 2 and files == set(index["weight_map"].values())
     assert_same_weights(tmp_path / "back", tmp_path / "ours")
@@ -164,7 +165,7 @@ def test_llada(tmp_path):
         rms_norm_eps=1e-5, weight_tying=False, mask_token_id=257, block_type="llama", layer_norm_type="rms",
         activation_type="silu", include_bias=False, include_qkv_bias=False, attention_layer_norm=False,
         alibi=False, rope=True)
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     in_block = dict(
         attn_norm=(32,), ff_norm=(32,), q_proj=(32, 32), k_proj=(32, 32), v_proj=(32, 32), attn_out=(32, 32),
         ff_proj=(48, 32), up_proj=(48, 32), ff_out=(32, 48))
@@ -186,7 +187,7 @@ def test_llada(tmp_path):
     assert (tokens.n_vocab, tokens.mask_id, len(tokens.token_bytes())) == (257, 257, 257)
     assert tokens.decode(tokens.encode("Ab ü")) == "Ab ü"
     for change in (dict(alibi=True), dict(rope=False), dict(block_type="sequential")):
-        (folder / "config.json").write_text(json.dumps(config | change))
+        (folder / "config.json").write_text(json.dumps(config | change), encoding="utf-8")
         (name, value), = change.items()
         assert f"{name}={value}" in refusal(tmp_path, source=folder, out=tmp_path / "x")
 
@@ -205,13 +206,13 @@ def test_dream_is_shifted(tmp_path):
     theirs.save_pretrained(folder)
     edit_json(folder / "config.json", architectures=["DreamModel"], model_type="Dream", mask_token_id=257)
     layout, _ = tokenizer_files.tokenizer_json(tokenizers.load_tokenizer("bytes"))
-    (folder / "vocab.json").write_text(json.dumps(layout["model"]["vocab"]))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "vocab.json").write_text(json.dumps(layout["model"]["vocab"]), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
     specials = {"256": tokenizer_files.special_token("<|endoftext|>"),
                 "257": tokenizer_files.special_token("<|mask|>")}
     (folder / "tokenizer_config.json").write_text(json.dumps(dict(
         added_tokens_decoder=specials, eos_token="<|endoftext|>", mask_token="<|mask|>",
-        tokenizer_class="DreamTokenizer")))
+        tokenizer_class="DreamTokenizer")), encoding="utf-8")
     assert "of its vocab.json: docs/checkpoints.md" in refusal(tmp_path, source=folder, out=ours_folder)
     transformers.Qwen2TokenizerFast.from_pretrained(folder).save_pretrained(folder)  # as the docs say
     convert_ok(folder, ours_folder, verify=True)
@@ -255,7 +256,8 @@ def set_weights(**tensors):
 def write_index(weight_map):
     def change(folder):
         (folder / "model.safetensors").unlink()
-        (folder / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=weight_map)))
+        index = json.dumps(dict(weight_map=weight_map))
+        (folder / "model.safetensors.index.json").write_text(index, encoding="utf-8")
 
     return change
 
@@ -310,7 +312,7 @@ LIES = {  # {name: (a change of the folder, what is said)}
     "partly rotary": (edit_config(partial_rotary_factor=0.5), "partly rotary positions"),
     "a setting is null": (edit_config(num_attention_heads=None), "can't be understood"),
     "half a setting": (edit_config(rope_scaling=dict(rope_type="llama3", factor=8.0)), "can't be understood"),
-    "no json": (lambda d: (d / "config.json").write_text("{"), "config.json can't be read"),
+    "no json": (lambda d: (d / "config.json").write_bytes(b"{"), "config.json can't be read"),
     "a tensor is missing": (drop_tensor, "has no model.layers.1.mlp.up_proj.weight"),
     "a tensor is too much": (
         set_weights(model__layers__0__self_attn__q_proj__bias=torch.ones(32)),
@@ -332,7 +334,7 @@ LIES = {  # {name: (a change of the folder, what is said)}
     "a vocabulary of text": (edit_config(vocab_size="384"), "vocab_size=384"),
     "a base of text": (edit_config(rope_theta="abc"), "config.json"),
     "no name of a tokenizer": (drop_tokenizer(tokenizer_name=5), "config.json can't be understood"),
-    "far too deep": (lambda d: (d / "config.json").write_text("[" * 100000), "config.json can't be read"),
+    "far too deep": (lambda d: (d / "config.json").write_bytes(b"[" * 100000), "config.json can't be read"),
     "far more rows than tokens": (set_rows(5000), "not the tokenizer it was trained with"),
     "numbers for names": (replace_weights(), "can't be in 0 tensors"),
     "a sparse tensor": (
@@ -344,7 +346,7 @@ LIES = {  # {name: (a change of the folder, what is said)}
     "no base": (edit_config(rope_theta=-5.0), "rope_base=-5 can't be"),
     "true as text": (
         edit_config(tie_word_embeddings="false"), "tie_word_embeddings='false' is neither true nor false"),
-    "a list": (lambda d: (d / "config.json").write_text("[1]"), "does not say which architecture"),
+    "a list": (lambda d: (d / "config.json").write_bytes(b"[1]"), "does not say which architecture"),
     "an architecture as text": (edit_config(architectures="DiffLM"), "does not say which architecture"),
     "no weights": (
         lambda d: (d / "model.safetensors").unlink(), "has no model.safetensors and no pytorch_model.bin"),

@@ -257,7 +257,8 @@ LIES = {  # {name: (arguments, a change of the folder, what is said)}
         {}, lambda d: edit_all_ranks(d, decoder__layers__0__mlp__linear_fc2__weight=torch.ones(8)),
         "it can't be part of a whole"),
     "an iteration beyond numbers": (
-        {}, lambda d: (d / "latest_checkpointed_iteration.txt").write_text("9" * 5000), "holds no iteration"),
+        {}, lambda d: (d / "latest_checkpointed_iteration.txt").write_bytes(b"9" * 5000),
+        "holds no iteration"),
     "no arguments": ({}, edit_rank_0(lambda values: values.pop("args")), "holds no arguments"),
     "a tensor is missing": (
         {}, edit_rank_0(lambda values: values["model"].pop("decoder.layers.1.mlp.linear_fc2.weight")),
@@ -276,7 +277,7 @@ LIES = {  # {name: (arguments, a change of the folder, what is said)}
     "a shard is missing": (
         {}, lambda d: (d / RANK_0).unlink(), "the shard of tensor rank 0, pipeline rank 0 is not there"),
     "the iteration is missing": (
-        {}, lambda d: (d / "latest_checkpointed_iteration.txt").write_text("43"), "iter_0000043"),
+        {}, lambda d: (d / "latest_checkpointed_iteration.txt").write_bytes(b"43"), "iter_0000043"),
 }
 
 

@@ -87,12 +87,12 @@ def write_record(place, record):
     digests = {file.name: sha256_of(file) for file in place.glob("*.safetensors")}
     record = json.loads(json.dumps(record | dict(sha256=digests)))
     record["record_sha256"] = checkpoint.record_digest(record)
-    (place / "checkpoint.json").write_text(json.dumps(record))
+    (place / "checkpoint.json").write_text(json.dumps(record), encoding="utf-8")
 
 
 def edit_record(place, change):
     """Change a checkpoint's record (and renew its digests)."""
-    record = json.loads((place / "checkpoint.json").read_text())
+    record = json.loads((place / "checkpoint.json").read_text(encoding="utf-8"))
     del record["record_sha256"]
     change(record)
     write_record(place, record)
@@ -123,7 +123,7 @@ def write_specials(path, specials):
     layout, _ = tokenizer_files.tokenizer_json(tokenizers.load_tokenizer("bytes"))
     layout["added_tokens"] = [dict(id=256 + i) | tokenizer_files.special_token(text)
                               for i, text in enumerate(specials)]
-    path.write_text(json.dumps(layout))
+    path.write_text(json.dumps(layout), encoding="utf-8")
     return path
 
 
@@ -227,7 +227,7 @@ def write_megatron(folder, network, objective, tp=1, pp=1, extra=None, **args):
             contents = dict(args=megatron_args(c, objective, tp, pp, **args), checkpoint_version=3.0,
                             iteration=42, model=model, optimizer=optimizer)
             torch.save(contents | (extra or {}), place / "model_optim_rng.pt")
-    (Path(folder) / "latest_checkpointed_iteration.txt").write_text("42")
+    (Path(folder) / "latest_checkpointed_iteration.txt").write_text("42", encoding="utf-8")
 
 
 def write_distributed(folder, network, objective, ranks=2, stacked=True, core="0.8", **args):
@@ -257,8 +257,8 @@ def write_distributed(folder, network, objective, ranks=2, stacked=True, core="0
     if not objects:
         torch.save(contents, place / "common.pt")
     backend = dict(sharded_backend="torch_dist", sharded_backend_version=1)
-    (place / "metadata.json").write_text(json.dumps(backend))
-    (Path(folder) / "latest_checkpointed_iteration.txt").write_text("42")
+    (place / "metadata.json").write_text(json.dumps(backend), encoding="utf-8")
+    (Path(folder) / "latest_checkpointed_iteration.txt").write_text("42", encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------- changes
@@ -279,8 +279,10 @@ def replace_chunk(iteration, name, content):
 
 def edit_json(path, **changes):
     """Change values of a JSON file; `...` removes one."""
-    values = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({name: value for name, value in values.items() if value is not ...}))
+    values = json.loads(path.read_text(encoding="utf-8")) | changes
+    path.write_text(
+        json.dumps({name: value for name, value in values.items() if value is not ...}), encoding="utf-8"
+    )
 
 
 def edit_pickle(path, change):

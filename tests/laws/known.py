@@ -52,13 +52,13 @@ def read(name):
 
 def read_rows(path):
     """The rows of a CSV."""
-    with open(path, newline="") as file:
+    with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
 def write(path, rows):
     """Write dictionaries as a CSV."""
-    with open(path, "w", newline="") as file:
+    with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

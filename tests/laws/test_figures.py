@@ -37,7 +37,7 @@ AR_REPEATED = dict(E=1.0, A=60.0, a=0.35, B=100.0, b=0.35, R_D=15.0, R_N=5.0)
 
 def write_csv(path, columns, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
+    with open(path, "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([columns.split(), *rows])
     return path
 
@@ -45,7 +45,7 @@ def write_csv(path, columns, rows):
 def write_fits(path, name, coefficients):
     path.parent.mkdir(parents=True, exist_ok=True)
     entry = dict(coefficients=coefficients, objective=0.1, range={}, draws=[])
-    path.write_text(json.dumps({name: entry}))
+    path.write_text(json.dumps({name: entry}), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -168,9 +168,9 @@ def test_a_sweep_on_few_tokens_as_pdf(repeated, tmp_path):
     (["--which=valleys", "--out={tmp}/text.csv"], "text.csv"),
 ])  # fmt: skip
 def test_bad_input(argv, message, tmp_path, capsys):
-    (tmp_path / "text.csv").write_text("a,b\n1,2\n")
-    (tmp_path / "word.csv").write_text("params,tokens,loss\n1e6,1e9,3\n1e6,many,3\n")
-    (tmp_path / "one.csv").write_text("params,tokens,loss\n1e6,1e9,3\n")
+    (tmp_path / "text.csv").write_text("a,b\n1,2\n", encoding="utf-8")
+    (tmp_path / "word.csv").write_text("params,tokens,loss\n1e6,1e9,3\n1e6,many,3\n", encoding="utf-8")
+    (tmp_path / "one.csv").write_text("params,tokens,loss\n1e6,1e9,3\n", encoding="utf-8")
     flags = [f"--out={tmp_path / 'new'}", *(arg.format(tmp=tmp_path) for arg in argv)]
     code, _, err = run(capsys, "plot", *flags)
     assert code == 2 and err.count("\n") == 1 and message in err and not (tmp_path / "new").exists()

@@ -42,9 +42,9 @@ def isoflop(budgets, ratios):
 def test_both_objectives_of_a_grid(capsys, grid, tmp_path):
     path, out = write(tmp_path / "points.csv", grid), tmp_path / "fit"
     code, text, err = run(capsys, "fit", f"--data={path}", f"--out={out}", "--laws=approach1", *QUICK)
-    assert (code, err) == (0, "") and (out / "fits.md").read_text().strip() in text
+    assert (code, err) == (0, "") and (out / "fits.md").read_text(encoding="utf-8").strip() in text
     for objective, k in (("ar", 0.05), ("masked", 0.05 / 3)):
-        entry = json.loads((out / f"fits_{objective}.json").read_text())["approach1"]
+        entry = json.loads((out / f"fits_{objective}.json").read_text(encoding="utf-8"))["approach1"]
         assert entry["coefficients"]["a"] == pytest.approx(0.5, abs=1e-6)
         assert entry["coefficients"]["k_N"] == pytest.approx(k, rel=1e-4)
         assert len(entry["draws"]) == 20 and entry["range"]["flops"] == pytest.approx([1e18, 1e20])
@@ -119,14 +119,18 @@ def test_half_a_result_overwrites_nothing(capsys, tmp_path):
     data = write(tmp_path / "a.csv", [*rows, dict(objective="masked", params=1, tokens=1, loss=1)])
     out = tmp_path / "o"
     out.mkdir()
-    (out / "fits_ar.json").write_text("mine")
+    (out / "fits_ar.json").write_text("mine", encoding="utf-8")
     code, _, err = run(capsys, "fit", f"--data={data}", f"--out={out}", "--laws=approach1", *COEFFICIENTS)
-    assert code == 2 and "fewer than three sizes" in err and (out / "fits_ar.json").read_text() == "mine"
+    assert (
+        code == 2
+        and "fewer than three sizes" in err
+        and (out / "fits_ar.json").read_text(encoding="utf-8") == "mine"
+    )
     assert "is not a folder" in run(capsys, "fit", f"--out={data}")[2]
 
 
 def test_bad_input_is_one_line_and_writes_nothing(capsys, tmp_path):
-    (tmp_path / "bad.csv").write_text("params,tokens,loss\n1e6,1e7,3\n1e6,x,3\n")
+    (tmp_path / "bad.csv").write_text("params,tokens,loss\n1e6,1e7,3\n1e6,x,3\n", encoding="utf-8")
     one = write(tmp_path / "one.csv", [dict(objective="ar", params=1, tokens=1, loss=1)])
     few = write(tmp_path / "few.csv", [dict(params=N, tokens=1e9, loss=3) for N in (1e6, 2e6, 4e6)])
     for flags, message in [

@@ -113,14 +113,14 @@ def test_the_recorded_left_out_errors_can_be_repeated():
 
 def test_the_recorded_fits_hold_what_is_claimed():
     """results/quokka: our law misses curves left out by 25 % less than the best of the paper's."""
-    entries = json.loads((QUOKKA / "epochs/fits.json").read_text())
+    entries = json.loads((QUOKKA / "epochs/fits.json").read_text(encoding="utf-8"))
     del entries["about"]
     for average in ("points", "curves"):
         errors = {name: entry["left_out"][average] for name, entry in entries.items()}
         assert errors["ours"] < 0.75 * min(errors[name] for name in ("eq15", "eq21", "eq23"))
     runs = read_csv(QUOKKA / "epoch_curves.csv")
     assert len(runs.N) == 11_280 and len(np.unique(runs.curve)) == 36
-    report = (QUOKKA / "epochs/fits.md").read_text()
+    report = (QUOKKA / "epochs/fits.md").read_text(encoding="utf-8")
     for name, fit in read_fits(QUOKKA / "epochs/fits.json").fits.items():
         points, curves = mean_errors(fit, runs)
         assert f"{points:.4f} / {curves:.4f} | {entries[name]['left_out']['points']:.4f}" in report
@@ -135,12 +135,12 @@ def test_the_recorded_fits_hold_what_is_claimed():
 def test_fits_of_another_version_are_refused(tmp_path):
     path = tmp_path / "fits.json"
     entry = dict(coefficients=dict(E=1.0, A=2.0), objective=0.0, draws=[], range={})
-    path.write_text(json.dumps(dict(ours=entry)))
+    path.write_text(json.dumps(dict(ours=entry)), encoding="utf-8")
     with pytest.raises(ValueError, match="ours has other coefficients than in laws/forms.py; make it with"):
         read_fits(path)
     without_powers = '{"approach1": {"coefficients": {}, "draws": []}}'
     for text in ("{", "[]", '{"ours": {}}', without_powers, '{"theirs": {}}'):
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match="fits.json: .*; make it with python scaling.py fit"):
             read_fits(path)
     with pytest.raises(ValueError, match="nowhere.json: No such file"):
@@ -149,7 +149,7 @@ def test_fits_of_another_version_are_refused(tmp_path):
 
 def test_fits_are_found_in_folders(tmp_path):
     for name in ("fits_masked.json", "fits_ar.json", "other.json"):
-        (tmp_path / name).write_text("{}")
+        (tmp_path / name).write_text("{}", encoding="utf-8")
     folder = [str(tmp_path / name) for name in ("fits_ar.json", "fits_masked.json")]
     assert find_fits(f"{tmp_path}, {tmp_path / 'other.json'}") == [*folder, str(tmp_path / "other.json")]
     assert find_fits("") == []

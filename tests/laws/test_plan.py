@@ -24,11 +24,11 @@ def few_draws(tmp_path_factory):
     """The refitted laws with ten of their draws, each of which costs a search: a list for --fits."""
     folder = tmp_path_factory.mktemp("fits")
     for name in ("isoflop", "epochs"):
-        entries = json.loads((QUOKKA / name / "fits.json").read_text())
+        entries = json.loads((QUOKKA / name / "fits.json").read_text(encoding="utf-8"))
         for entry in entries.values():
             if "draws" in entry:
                 entry["draws"] = entry["draws"][:10]
-        (folder / f"fits_{name}.json").write_text(json.dumps(entries))
+        (folder / f"fits_{name}.json").write_text(json.dumps(entries), encoding="utf-8")
     return folder
 
 
@@ -154,7 +154,7 @@ def test_the_gaps_in_the_docs(laws):
     """docs/scaling-laws.md: by how much each law's best loss lies below that of as many new tokens."""
     fresh_fit = next(law.fit for law in laws[0] if law.name == REFITTED)
     numbers = r"(-?[\d.]+ \| -?[\d.]+ \| -?[\d.]+ \| -?[\d.]+)"
-    text = (ROOT / "docs/scaling-laws.md").read_text()
+    text = (ROOT / "docs/scaling-laws.md").read_text(encoding="utf-8")
     shown = dict(re.findall(rf"\| (ours|eq\. \d+)(?: \(within its data\))? \| {numbers} \|", text))
     assert shown.keys() == {"ours", "eq. 15", "eq. 21", "eq. 23"}
     without_draws = [law._replace(fit=law.fit._replace(draws=[])) for law in laws[1] if law.name in shown]
@@ -213,7 +213,9 @@ def test_the_crossover_of_own_fits(capsys, tmp_path):
     for name, objective, c in own:
         entry = dict(coefficients=c, objective=0.0, draws=[], units=0, range=data_range)
         about = dict(objective=objective, data="mine")
-        (tmp_path / f"fits_{objective}.json").write_text(json.dumps({"about": about, name: entry}))
+        (tmp_path / f"fits_{objective}.json").write_text(
+            json.dumps({"about": about, name: entry}), encoding="utf-8"
+        )
     code, out, _ = run(capsys, "plan", "--unique_tokens=100M", f"--fits={tmp_path}")
     assert code == 0 and "against half-life law of mine," in out and "  by eq. 21 of mine: from " in out
     assert "by eq. 15:" not in out
@@ -287,7 +289,7 @@ def test_a_batch_fits_any_number_of_gpus(capsys, tmp_path):
 
 def test_models_too_large_for_their_gpu(capsys, tmp_path):
     code, out, _ = run(capsys, "plan", "--params=10B", f"--write={tmp_path / 'large.py'}")
-    text = (tmp_path / "large.py").read_text()
+    text = (tmp_path / "large.py").read_text(encoding="utf-8")
     assert code == 0 and "an H100 has 80" in out and "# Warning: 10.7B parameters: 171 GB" in text
     assert "extrapolates: tokens 3.16 × its largest" in text and "--tokenizer=gpt2" in text
     assert "has 80" not in run(capsys, "plan", "--params=1B")[1]

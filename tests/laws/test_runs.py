@@ -7,7 +7,7 @@ from laws.runs import Runs, objectives_in, read_csv, smooth_losses, thin_curves,
 
 
 def test_numbers_may_have_units(tmp_path):
-    (tmp_path / "x.csv").write_text("params,unique_tokens,epochs,loss\n1.5M,1B,,3\n")
+    (tmp_path / "x.csv").write_text("params,unique_tokens,epochs,loss\n1.5M,1B,,3\n", encoding="utf-8")
     runs = read_csv(tmp_path / "x.csv")
     assert (runs.N[0], runs.U[0], runs.e[0]) == (1.5e6, 1e9, 1)
 
@@ -55,7 +55,7 @@ def test_a_file_that_cannot_be_read(tmp_path):
      ":2: tokens=1e8: not unique_tokens · epochs = 3e+07"),
 ])  # fmt: skip
 def test_bad_csv(tmp_path, text, message):
-    (tmp_path / "x.csv").write_text(text)
+    (tmp_path / "x.csv").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError) as problem:
         read_csv(tmp_path / "x.csv")
     assert message in str(problem.value) and "\n" not in str(problem.value)

@@ -136,7 +136,7 @@ def test_the_scales_keep_the_papers_shares(scale, steps_lr):
 
 
 def test_gpu_header_arithmetic():
-    text, s = (ROOT / "configurator" / "quokka" / "gpu.py").read_text(), settings("", "gpu")
+    text, s = (ROOT / "configurator" / "quokka" / "gpu.py").read_text(encoding="utf-8"), settings("", "gpu")
     shape = train.Config(**s).shape()
     inner = shape["n_head"] * shape["head_dim"]
     layer = 4 * shape["d_model"] * inner + 3 * shape["d_model"] * shape["d_ff"]
@@ -150,7 +150,11 @@ def test_gpu_header_arithmetic():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_every_file_is_documented_and_used(path):
-    head = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    head = "".join(
+        line
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
+        if line.startswith("#")
+    )
     for word in ("Hardware", "Expect"):
         assert word in head, "say what it trains, on what hardware, for how long, what to expect"
 
@@ -180,7 +184,9 @@ def write_metrics(folder, n=60, loss=2.0, val=2.5, **last):
     for i in range(1, n + 1):
         lines.append(dict(step=i, tokens=1000 * i, loss=loss + 1 / i, grad_norm=1.0, param_norm=50.0 + i))
     lines.append(dict(step=n, tokens=1000 * n, val_loss=val, objective="x", **last))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
+    )
 
 
 def cells(text):
@@ -323,7 +329,7 @@ def studied(name, corpus, runs, *flags):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     out = runs / "tiny" / f"study_{name}"
     assert {p.name for p in out.iterdir()} == {"table.md", "panels.png", "panels.pdf"}
-    table = (out / "table.md").read_text()
+    table = (out / "table.md").read_text(encoding="utf-8")
     assert table in done.stdout
     for _, _, (_, _, loss, val, *_, norm, _, _) in cells(table):
         assert all(float(cell.split()[0]) > 0 for cell in (loss, val, norm))
@@ -351,10 +357,10 @@ def test_a_study_end_to_end(corpus, tmp_path, here):
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
     # drawn
-    table = (tmp_path / "tiny" / "study_kernel" / "table.md").read_text()
+    table = (tmp_path / "tiny" / "study_kernel" / "table.md").read_text(encoding="utf-8")
     code, out, err = here("kernel", f"--runs={tmp_path}", "--draw", f"--out={tmp_path / 'drawn'}", *tail)
     assert (code, err) == (0, "") and "train.py" not in out
-    assert (tmp_path / "drawn" / "table.md").read_text() == table
+    assert (tmp_path / "drawn" / "table.md").read_text(encoding="utf-8") == table
 
     # with other settings
     code, out, err = here("kernel", f"--runs={tmp_path}", *tail, "--lr=1e-3")
@@ -389,7 +395,7 @@ def test_interrupted(corpus, tmp_path):
     assert "stopped by a signal after step" in output and "the same command goes on" in output
     assert "[2/2]" not in output
     (stopped,) = checkpoints(tmp_path / "tiny" / "masked")
-    record = json.loads((stopped / "checkpoint.json").read_text())
+    record = json.loads((stopped / "checkpoint.json").read_text(encoding="utf-8"))
     assert record["step"] < record["steps"]
 
 

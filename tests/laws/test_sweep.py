@@ -79,7 +79,7 @@ MODEL = SHAPE | dict(n_vocab=257, mask_id=257, seq_len=16, causal=False)
 def config(corpus, tmp_path):
     """Make a sweep.Config on the tiny base, by default of three budgets of one size."""
     base = tmp_path / "base.py"
-    base.write_text(BASE.format(corpus=str(corpus)))
+    base.write_text(BASE.format(corpus=str(corpus)), encoding="utf-8")
     defaults = dict(base=str(base), out=str(tmp_path / "sweep"), models="1x32", objectives="masked")
 
     def make(**settings):
@@ -97,16 +97,20 @@ def stand_in(monkeypatch, tmp_path):
     """
     folder = tmp_path / "stand_in"
     folder.mkdir()
-    (folder / "train.py").write_text(STAND_IN)
-    (folder / "defaults.json").write_text(json.dumps(asdict(train.Config())))
-    (folder / "model.json").write_text(json.dumps(MODEL))
+    (folder / "train.py").write_text(STAND_IN, encoding="utf-8")
+    (folder / "defaults.json").write_text(json.dumps(asdict(train.Config())), encoding="utf-8")
+    (folder / "model.json").write_text(json.dumps(MODEL), encoding="utf-8")
     monkeypatch.setattr(runner, "TRAIN", folder / "train.py")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
     def calls(**rules):
-        (folder / "rules.json").write_text(json.dumps(rules))
+        (folder / "rules.json").write_text(json.dumps(rules), encoding="utf-8")
         path = folder / "calls.txt"
-        return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+        return (
+            [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
+            if path.exists()
+            else []
+        )
 
     return calls
 
@@ -230,7 +234,7 @@ def test_bad_settings_are_one_line_each(config, capsys, settings, expected):
 ])  # fmt: skip
 def test_bad_bases_are_one_line_each(config, capsys, line, expected):
     cfg = config(flops="4e8")
-    with open(cfg.base, "a") as file:
+    with open(cfg.base, "a", encoding="utf-8") as file:
         file.write(line + "\n")
     with pytest.raises(SystemExit) as exit:
         sweep.layout(cfg)
@@ -240,7 +244,7 @@ def test_bad_bases_are_one_line_each(config, capsys, line, expected):
 
 def test_moving_gaussian_without_sharing(config):
     cfg = config(share=False)
-    with open(cfg.base, "a") as file:
+    with open(cfg.base, "a", encoding="utf-8") as file:
         file.write('time = "moving_gaussian"\n')
     assert all(run.settings.save_at == "" for run in sweep.layout(cfg))
 
@@ -330,7 +334,7 @@ def test_the_others_go_on_when_one_fails(config, stand_in, capsys):
 
     err, log = capsys.readouterr().err, Path(cfg.out) / "logs" / f"{long.name}.log"
     assert f"{middle.name}: needs {long.name}" in err and f"{long.name}: exit code 1, see {log}" in err
-    assert "out of luck" in log.read_text()
+    assert "out of luck" in log.read_text(encoding="utf-8")
     assert len(read_rows(f"{cfg.out}/points.csv")) == 4
     stand_in()
     sweep.run_sweep(cfg)  # mended
@@ -365,7 +369,7 @@ def test_other_settings_are_refused(config, stand_in, capsys):
 def test_settings_that_change_no_result_are_not_refused(config, stand_in):
     cfg = config(flops="4e8")
     sweep.run_sweep(cfg)
-    with open(cfg.base, "a") as file:
+    with open(cfg.base, "a", encoding="utf-8") as file:
         file.write("log_every, micro_batch, device, keep = 2, 2, 'auto', 7\n")
     [run] = sweep.layout(cfg)
     assert run.is_finished and run.settings.micro_batch == 2
@@ -374,14 +378,20 @@ def test_settings_that_change_no_result_are_not_refused(config, stand_in):
 def test_the_folder_of_an_older_sweep_is_finished(config, stand_in):
     """Configs, settings and records with block_len, samples and settings that are gone."""
     cfg = config()
-    points = sweep.run_sweep(cfg).read_text()
+    points = sweep.run_sweep(cfg).read_text(encoding="utf-8")
     first = started(stand_in())
     for path in [*Path(cfg.out).rglob("*.json"), *Path(cfg.out).glob("configs/*.py")]:
-        text = path.read_text().replace("seq_len", "block_len").replace("next_sample", "samples")
+        text = (
+            path.read_text(encoding="utf-8")
+            .replace("seq_len", "block_len")
+            .replace("next_sample", "samples")
+        )
         path.unlink()  # branches share the trunk's files
-        path.write_text(text.replace('"settings": {', '"settings": {"eval_tasks": "mmlu", '))
+        path.write_text(
+            text.replace('"settings": {', '"settings": {"eval_tasks": "mmlu", '), encoding="utf-8"
+        )
     assert configurator.load(train.Config, [str(path)]).seq_len == 16
-    assert sweep.run_sweep(cfg).read_text() == points and started(stand_in()) == first
+    assert sweep.run_sweep(cfg).read_text(encoding="utf-8") == points and started(stand_in()) == first
 
 
 def test_a_run_that_another_process_trains_is_left_alone(config, stand_in, capsys):
@@ -443,8 +453,8 @@ def test_slurm_array(config, tmp_path):
     sweep.launch(sweep.layout(cfg), cfg)
     script = tmp_path / "it's a sweep" / "sweep.sbatch"
     assert subprocess.run(["bash", "-n", script]).returncode == 0
-    assert "#SBATCH --array=0-2%3" in script.read_text()
-    (tmp_path / "torchrun").write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    assert "#SBATCH --array=0-2%3" in script.read_text(encoding="utf-8")
+    (tmp_path / "torchrun").write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n', encoding="utf-8")
     (tmp_path / "torchrun").chmod(0o755)
     for i, run in enumerate(sweep.layout(cfg)):
         env = dict(os.environ, SLURM_ARRAY_TASK_ID=str(i), PATH=f"{tmp_path}:{os.environ['PATH']}")
@@ -532,9 +542,11 @@ def test_save_at_keeps_its_checkpoints(config, monkeypatch, tmp_path, capsys):
 
 def test_the_grids_of_the_paper(corpus, tmp_path):
     """docs/checkpoints.md's commands lay out the paper's sizes at its budgets (the first of each loop)."""
-    loops = re.findall(r"^for \w+ in .*?^done$", (ROOT / "docs/checkpoints.md").read_text(), re.S | re.M)
+    loops = re.findall(
+        r"^for \w+ in .*?^done$", (ROOT / "docs/checkpoints.md").read_text(encoding="utf-8"), re.S | re.M
+    )
     own = tmp_path / "own.py"
-    own.write_text(f"corpus = {str(corpus)!r}\n")
+    own.write_text(f"corpus = {str(corpus)!r}\n", encoding="utf-8")
     names = ("isoflop_points.csv", "epoch_curves.csv")
     for loop, name, column in zip(loops, names, ("flops", "unique_tokens"), strict=True):
         rows = read_rows(ROOT / "results/quokka" / name)

@@ -66,7 +66,7 @@ def test_table_5(tables):
 
 def test_rounded_coefficients_would_not_do():
     """The tables need eq. 15's unrounded coefficients: the test above can fail."""
-    rounded = json.loads((QUOKKA / "coefficients.json").read_text())["eq15"]["printed"]
+    rounded = json.loads((QUOKKA / "coefficients.json").read_text(encoding="utf-8"))["eq15"]["printed"]
     names = dict(A="A", a="alpha", B="B", b="beta", c="c_p", m="m_p", k="k_p", p="p_e", g="gamma")
     c = {name: rounded[theirs] for name, theirs in names.items()} | dict(E=0.0)
     assert round(eq15_best_epochs(c, 4e8, 1e7)) != 70

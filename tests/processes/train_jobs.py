@@ -111,7 +111,7 @@ def jobs(folder, watch):
                 return
             watch.alive()
             time.sleep(0.02)
-        yield path, json.loads(path.read_text())
+        yield path, json.loads(path.read_text(encoding="utf-8"))
 
 
 def work(folder):
@@ -120,7 +120,9 @@ def work(folder):
     watch = watchdog.Watchdog(ranks, 60, threading.Event())
     with watchdog.guarded(ranks, watch):
         for path, job in jobs(folder, watch):
-            with open(path.with_suffix(".out") if ranks.rank == 0 else "/dev/null", "w") as out:
+            with open(
+                path.with_suffix(".out") if ranks.rank == 0 else "/dev/null", "w", encoding="utf-8"
+            ) as out:
                 with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
                     if "measure_memory" in job:
                         measure_memory(job, ranks)

@@ -41,10 +41,10 @@ def test_holes_anywhere():
 def test_files_of_prompts(tmp_path):
     """Lines, or .jsonl whose lines may override suffix and length; empty lines and a BOM are skipped."""
     lines, jsonl = tmp_path / "p.txt", tmp_path / "p.jsonl"
-    lines.write_text("\ufeffa\nbcd\n\nef\r\n")
+    lines.write_text("\ufeffa\nbcd\n\nef\r\n", encoding="utf-8")
     assert rows(prompts=str(lines), length=2) == ["a**", "bcd**", "ef**"]
     prompts = [dict(prompt="ab", suffix="yz", length=3), dict(text="x[MASK:5]y"), dict(prompt="cd")]
-    jsonl.write_text("\n".join(map(json.dumps, prompts)))
+    jsonl.write_text("\n".join(map(json.dumps, prompts)), encoding="utf-8")
     assert rows(prompts=str(jsonl), suffix="!", length=4) == ["ab***yz", "x*****y", "cd****!"]
 
 
@@ -59,7 +59,7 @@ def test_files_of_prompts(tmp_path):
     ("", "holds no prompt"),
 ))
 def test_bad_lines(tmp_path, line, message):
-    (tmp_path / "p.jsonl").write_text(line)
+    (tmp_path / "p.jsonl").write_text(line, encoding="utf-8")
     with pytest.raises(ValueError) as raised:
         rows(prompts=str(tmp_path / "p.jsonl"))
     assert message in str(raised.value)

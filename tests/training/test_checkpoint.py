@@ -55,7 +55,9 @@ def tiny():
 def sign(folder, record):
     """Write a record with the digest that it needs."""
     record = {name: value for name, value in record.items() if name != "record_sha256"}
-    (folder / "checkpoint.json").write_text(json.dumps(record | dict(record_sha256=record_digest(record))))
+    (folder / "checkpoint.json").write_text(
+        json.dumps(record | dict(record_sha256=record_digest(record))), encoding="utf-8"
+    )
 
 
 # ------------------------------------------------------------------------------------------ weights come back
@@ -105,9 +107,9 @@ def fill_with_zeros(path, size):
 
 
 def change_a_number(path, _):
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     assert '"step": 2' in text
-    path.write_text(text.replace('"step": 2', '"step": 3'))
+    path.write_text(text.replace('"step": 2', '"step": 3'), encoding="utf-8")
 
 
 def remove(path, _):
@@ -162,7 +164,7 @@ def test_a_file_too_many_is_damage(tmp_path):
 @pytest.mark.parametrize(
     "text", ("[]", "null", '{"sha256": null}', '{"sha256": {}}', '{"record_sha256": "0"}'))
 def test_a_record_of_another_form_is_damage_too(tmp_path, text):
-    (tmp_path / "checkpoint.json").write_text(text)
+    (tmp_path / "checkpoint.json").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError):
         read_checkpoint(tmp_path)
 
@@ -191,7 +193,7 @@ def test_only_a_record_that_fits_is_taken(tmp_path):
 def test_an_old_record_is_checked_as_it_was_written(tmp_path):
     save(tmp_path, build(), steps=(1,))
     folder = tmp_path / "step_00000001"
-    record = json.loads((folder / "checkpoint.json").read_text())
+    record = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
     record["model"]["block_len"] = record["model"].pop("seq_len")
     sign(folder, record | dict(samples=8))
     again = read_checkpoint(folder)
@@ -236,7 +238,7 @@ def test_a_pickle_in_disguise_runs_no_code(tmp_path, name, kind):
         with pytest.raises(ValueError):
             read_checkpoint(folder)
     else:
-        record = json.loads((folder / "checkpoint.json").read_text())
+        record = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
         record["sha256"][name] = sha256_of(folder / name)  # its maker knows how to hash
         sign(folder, record)
         restore_hostile(folder, name)
@@ -336,12 +338,13 @@ def test_a_slow_write_is_no_standstill(tmp_path):
 def test_a_lock_neither_follows_a_link_nor_empties_a_file(tmp_path):
     """Somebody else may have put it there: a folder with only a lock in it passes for a new one."""
     precious = tmp_path / "precious"
-    precious.write_text("of value")
+    precious.write_text("of value", encoding="utf-8")
     for name in ("linked", "file"):
         (tmp_path / name).mkdir()
     (tmp_path / "linked/.lock").symlink_to(precious)
     with pytest.raises(OSError, match="linked/.lock can't be opened as a lock: .*; remove it"):
         checkpoint.lock_run_folder(tmp_path / "linked", 0)
-    (tmp_path / "file/.lock").write_text("of value")
+    (tmp_path / "file/.lock").write_text("of value", encoding="utf-8")
     checkpoint.lock_run_folder(tmp_path / "file", 0)
-    assert precious.read_text() == (tmp_path / "file/.lock").read_text() == "of value"
+    assert precious.read_text(encoding="utf-8") == "of value"
+    assert (tmp_path / "file/.lock").read_text(encoding="utf-8") == "of value"

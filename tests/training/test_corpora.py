@@ -37,7 +37,7 @@ def test_training_on_a_nanogpt_folder(run_main, gpt2, tmp_path):
         write_nanogpt(folder / f"{name}.bin", tokens)
     run = run_main(f"--corpus={folder}", "--tokenizer=gpt2", "--steps=3", "--seq_len=16", "--eval_rows=8")
     assert 5 < last_validation(run) < 14
-    record = json.loads((run / "step_00000003/checkpoint.json").read_text())
+    record = json.loads((run / "step_00000003/checkpoint.json").read_text(encoding="utf-8"))
     assert record["corpus"]["tokenizer"] == "gpt2" and record["model"]["n_vocab"] == 50257
 
 
@@ -62,8 +62,11 @@ def test_training_on_a_mixture_with_budgets(run_main, small_corpus, sharded_corp
     run = run_main(mixed, "--epochs=1", "--document_attention", "--reset_positions")
     # 25 sequences in batches of 8
     assert "4 steps of 256 tokens: 1,024 tokens, 1.28 epochs of 800" in capsys.readouterr().out
-    record = json.loads((run / "step_00000004/checkpoint.json").read_text())
-    metas = [json.loads((folder / "meta.json").read_text()) for folder in (sharded_corpus, small_corpus)]
+    record = json.loads((run / "step_00000004/checkpoint.json").read_text(encoding="utf-8"))
+    metas = [
+        json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        for folder in (sharded_corpus, small_corpus)
+    ]
     assert record["corpus"]["train_sha256"] == " ".join(meta["train"]["sha256"] for meta in metas)
     run_main(f"--corpus={sharded_corpus}:1:640,{small_corpus}:1:160", "--steps=5", "--resume=yes")
     assert "resumed with another mixture: the data order changes here" in capsys.readouterr().err

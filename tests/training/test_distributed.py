@@ -127,7 +127,9 @@ def test_weights_in_several_files(train_on, corpus, tmp_path, monkeypatch):
         files = sorted(path.name for path in folder.glob("*.safetensors"))
         assert len(files) > 3 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
         assert not (folder / "shards").exists()
-        index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))[
+            "weight_map"
+        ]
         assert set(index.values()) == set(files)
         assert all(name in load_file(folder / file) for name, file in index.items())
         networks.append(dict(load_model(folder, record).named_parameters()))

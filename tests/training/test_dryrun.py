@@ -105,7 +105,7 @@ def test_what_larger_models_gather(n_layer, d_model, claim):
         billions = Transformer(config).n_params() / 1e9
     gathered = memory.weigh([(1, 1)], config, torch.bfloat16, True, True, "full", 256, True).gathered / 2**30
     assert f"{gathered:.0f} GiB at {billions:.0f}B" == claim
-    assert claim in (ROOT / "docs/scaling-out.md").read_text()
+    assert claim in (ROOT / "docs/scaling-out.md").read_text(encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------------- dry runs

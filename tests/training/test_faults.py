@@ -102,7 +102,7 @@ def kill_ranks(corpus, folder, times, rng):
     flags = [f"--steps={100 + 60 * times}", "--save_every=10", "--lr_schedule=constant", f"--corpus={corpus}"]
     run_to_end(*flags, f"--run_dir={folder / 'two'}", ranks=2)
     run = folder / "rank_killed"
-    with open(folder / "ranks.log", "w") as log:
+    with open(folder / "ranks.log", "w", encoding="utf-8") as log:
         process = start(*flags, f"--run_dir={run}", "--resume=auto", ranks=2, restarts=times, log=log)
         for _ in range(times):
             reached = last_step(run)
@@ -111,8 +111,8 @@ def kill_ranks(corpus, folder, times, rng):
             os.kill(until(lambda: workers(process.pid))[rng.randrange(2)], signal.SIGKILL)
             until(lambda: not workers(process.pid) or last_step(run) < reached  # noqa: B023
                   or process.poll() is not None)
-        assert process.wait(timeout=600) == 0, (folder / "ranks.log").read_text()[-5000:]
-    dead = re.findall(r"exitcode: -9\) local_rank: [01]", (folder / "ranks.log").read_text())
+        assert process.wait(timeout=600) == 0, (folder / "ranks.log").read_text(encoding="utf-8")[-5000:]
+    dead = re.findall(r"exitcode: -9\) local_rank: [01]", (folder / "ranks.log").read_text(encoding="utf-8"))
     assert len(dead) == times  # torchrun names them
     assert equal_runs(run, folder / "two")
 
@@ -183,7 +183,7 @@ def test_a_stop_signal_to_the_launcher_or_one_rank(corpus, tmp_path):
 def is_running(pid):
     """Whether a process lives and is no zombie."""
     try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     except OSError:
         return False
 
@@ -297,18 +297,18 @@ def test_the_batch_file_goes_on_as_long_as_it_gets_further(tmp_path, code, saved
     """With stand-ins for SLURM's two commands, after a start from step 1."""
     (tmp_path / "runs/paper").mkdir(parents=True)
     if saved:
-        (tmp_path / "runs/paper/latest").write_text("step_00000001\n")
+        (tmp_path / "runs/paper/latest").write_text("step_00000001\n", encoding="utf-8")
     stand_ins = dict(
         srun=f"[ -z '{saved}' ] || echo step_0000000{saved} > runs/paper/latest; exit {code}",
         scontrol='[ $1 = show ] && echo node0 || echo "$@" >> asked')
     for name, script in stand_ins.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
         (tmp_path / name).chmod(0o755)
     variables = environment(PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="7")
     done = subprocess.run(["bash", ROOT / "docs/train.sbatch"], cwd=tmp_path, env=variables)
     assert done.returncode == code
     asked = tmp_path / "asked"
-    assert asked.exists() == requeued and (not requeued or asked.read_text() == "requeue 7\n")
+    assert asked.exists() == requeued and (not requeued or asked.read_text(encoding="utf-8") == "requeue 7\n")
 
 
 def test_two_runs_never_write_into_one_folder(run_main, refused, corpus, tmp_path, monkeypatch, capsys):
@@ -353,16 +353,16 @@ def stopped_process(pid):
 def test_a_rank_that_hangs_is_named(corpus, tmp_path, ranks, hanging, message):
     """Rank 0 keeps the store through which the others would look: they must not wait for its answer."""
     run, log = tmp_path / "run", tmp_path / "log"
-    with open(log, "w") as file:
+    with open(log, "w", encoding="utf-8") as file:
         flags = (ENDLESS, f"--corpus={corpus}", f"--run_dir={run}", "--batch_size=6", "--timeout=8")
         process = start(*flags, ranks=ranks, log=file)
         until(lambda: last_step(run) > 20)
         # torchrun waits half a minute for the one that is stopped
         with stopped_process(workers(process.pid)[hanging]):
-            until(lambda: re.search(message, log.read_text()))
+            until(lambda: re.search(message, log.read_text(encoding="utf-8")))
         assert process.wait(timeout=90) != 0
     answering = [rank for rank in range(ranks) if rank != hanging]
-    assert not any(f"rank {rank} on" in log.read_text() for rank in answering)
+    assert not any(f"rank {rank} on" in log.read_text(encoding="utf-8") for rank in answering)
 
 
 @pytest.mark.slow
@@ -379,7 +379,7 @@ def test_two_launchers_train_together_and_one_may_come_back(corpus, tmp_path):
     patience = "join_timeout=120,keep_alive_interval=1,keep_alive_max_attempt=3"
     nodes = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=test",
              f"--rdzv_conf={patience}", "--local_addr=localhost"]
-    logs = [open(tmp_path / f"node{i}.log", "w") for i in range(3)]
+    logs = [open(tmp_path / f"node{i}.log", "w", encoding="utf-8") for i in range(3)]
     launchers = [start(*flags, nodes=nodes, restarts=3, log=logs[0])]
     time.sleep(1)
     launchers.append(start(*flags, nodes=nodes, restarts=3, log=logs[1]))
@@ -392,7 +392,9 @@ def test_two_launchers_train_together_and_one_may_come_back(corpus, tmp_path):
         time.sleep(8)
         launchers.append(start(*flags, nodes=nodes, restarts=3, log=logs[2]))
         until(lambda: newest_step(run) > reached + 100)
-        assert "resumed from" in "".join((tmp_path / f"node{i}.log").read_text() for i in (0, 2))
+        assert "resumed from" in "".join(
+            (tmp_path / f"node{i}.log").read_text(encoding="utf-8") for i in (0, 2)
+        )
     finally:
         for process in launchers:
             with contextlib.suppress(ProcessLookupError):
@@ -461,12 +463,12 @@ def test_a_full_disk_ends_no_run(corpus, small_disk, tmp_path, ranks):
     size = sum(path.stat().st_size for path in checkpoints(tmp_path / "whole")[0].rglob("*"))
     # room for what is asked at the start, by a little
     (small_disk / "ballast").write_bytes(bytes(4 * 2**20 - int(3.3 * size)))
-    with open(log, "w") as file:
+    with open(log, "w", encoding="utf-8") as file:
         process = start(*flags, f"--run_dir={run}", ranks=ranks, log=file)
         until(lambda: newest_step(run) >= 50)
         filling = fill(small_disk)
         assert process.wait(timeout=100) != 0  # the last checkpoint is not there
-    text = log.read_text()
+    text = log.read_text(encoding="utf-8")
     assert "No space left on device" in text and "the last checkpoint could not be written" in text
     assert ranks > 1 or "Traceback" not in text  # torchrun prints its own
     assert 50 <= newest_step(run) < 300

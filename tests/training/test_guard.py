@@ -220,9 +220,9 @@ def test_after_several_in_a_row_the_run_goes_back_and_past_the_data(run_main, po
     shutil.copytree(run / "step_00000020", again / "step_00000020")
     shutil.copyfile(run / "metrics.jsonl", again / "metrics.jsonl")
     path = again / "step_00000020/checkpoint.json"
-    told = json.loads(path.read_text()) | dict(next_sample=8 * 28, passed_samples=64)
+    told = json.loads(path.read_text(encoding="utf-8")) | dict(next_sample=8 * 28, passed_samples=64)
     del told["record_sha256"]
-    path.write_text(json.dumps(told | dict(record_sha256=record_digest(told))))
+    path.write_text(json.dumps(told | dict(record_sha256=record_digest(told))), encoding="utf-8")
     run_main(*flags, "--resume=yes", run="again")
     assert equal_runs(again, run)
 
@@ -244,7 +244,7 @@ def test_skipped_steps_cost_no_good_checkpoint(run_main, poisoned, capsys):
     run = run_main("--steps=40", "--save_every=1", "--keep=1", "--log_every=1", "--max_skips=5")
     assert decisions(run) == [*skipped(range(23, 28)), ("back", 22)]
     assert "warning: step 23: no checkpoint amid skipped updates" in capsys.readouterr().err
-    assert (run / "latest").read_text() == "step_00000040\n" and steps_saved(run) == [40]
+    assert (run / "latest").read_text(encoding="utf-8") == "step_00000040\n" and steps_saved(run) == [40]
 
 
 def test_a_step_to_be_kept_waits_for_a_run_that_goes_back(run_main, poisoned):

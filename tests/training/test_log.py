@@ -208,14 +208,16 @@ def test_a_failed_save_is_said_once(step_log, capsys):
 
 
 def write_lines(folder, *records):
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in records), encoding="utf-8"
+    )
 
 
 def test_metrics_are_cut_back_to_a_step(tmp_path):
     loss, skip = dict(step=10, loss=1.0), dict(step=15, event="skipped")
     ranks, later = dict(step=15, event="ranks"), dict(step=20, loss=1.0)
     write_lines(tmp_path, loss, skip, ranks, later)
-    with open(tmp_path / "metrics.jsonl", "a") as file:
+    with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"step": 2')  # and the crash cut a line
     assert read_metrics(tmp_path) == [loss, skip, ranks, later]
     trim_metrics(tmp_path / "metrics.jsonl", 10)
@@ -227,10 +229,10 @@ def test_metrics_are_cut_back_to_a_step(tmp_path):
 def test_what_is_kept_stays_as_it_was_written(tmp_path):
     journal = Journal(tmp_path, None)
     journal.write(step=1, loss=float("inf"), tokens=3)
-    written = (tmp_path / "metrics.jsonl").read_text()
+    written = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
     journal.write(step=2, loss=1.0)
     journal.back_to(1)
-    assert (tmp_path / "metrics.jsonl").read_text() == written
+    assert (tmp_path / "metrics.jsonl").read_text(encoding="utf-8") == written
 
 
 def test_a_full_disk_costs_lines_and_one_warning(tmp_path, capsys):
@@ -246,7 +248,7 @@ def test_a_full_disk_costs_lines_and_one_warning(tmp_path, capsys):
     journal.write(step=3, loss=1.0)
     journal.file = working
     journal.write(step=4, loss=float("nan"))
-    *_, last = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    *_, last = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert last == '{"step": 4, "loss": "nan"}'  # any JSON reader's
     first, second = read_metrics(tmp_path)
     assert first == dict(step=1, loss=1.0) and second["step"] == 4 and math.isnan(second["loss"])

@@ -60,10 +60,10 @@ def contents(folder):
 def edit_record(folder, edit):
     """Change a checkpoint's record, with the digest that it then needs; edit(record) → the new one."""
     path = folder / "checkpoint.json"
-    record = json.loads(path.read_text())
+    record = json.loads(path.read_text(encoding="utf-8"))
     del record["record_sha256"]
     record = edit(record)
-    path.write_text(json.dumps(record | {"record_sha256": record_digest(record)}))
+    path.write_text(json.dumps(record | {"record_sha256": record_digest(record)}), encoding="utf-8")
 
 
 # -------------------------------------------------------------------------------------------- killed, stopped
@@ -78,7 +78,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(run_main):
         shutil.rmtree(killed / f"step_{step:08d}")
     shutil.copytree(whole / "step_00000090", killed / ".step_00000090")
     lines = [json.dumps(m) for m in read_metrics(whole) if m["step"] <= 77]
-    (killed / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 8')
+    (killed / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 8', encoding="utf-8")
     run_main(*flags, "--resume=auto", run="killed")
     assert equal_runs(killed, whole) and not list(killed.glob(".step*"))
 
@@ -121,9 +121,9 @@ def cut(path):
 
 
 def change_a_number(path):
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     assert '"next_sample": 320' in text
-    path.write_text(text.replace('"next_sample": 320', '"next_sample": 330'))
+    path.write_text(text.replace('"next_sample": 320', '"next_sample": 330'), encoding="utf-8")
 
 
 GONE = "FileNotFoundError: [Errno 2] No such file or directory: '{folder}/checkpoint.json'"
@@ -147,7 +147,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
                             f"warning: {folder} is kept as damaged_step_00000040\n")
     assert contents(run / "damaged_step_00000040") == harmed
     assert f"resumed from {run}/step_00000020" in captured.out
-    assert (run / "latest").read_text() == "step_00000040\n"
+    assert (run / "latest").read_text(encoding="utf-8") == "step_00000040\n"
     assert equal_runs(run, trained) and read_checkpoint(run / "step_00000040")["step"] == 40
 
 
@@ -197,7 +197,7 @@ def test_an_unfinished_checkpoint_is_no_checkpoint(run, run_main):
     assert steps_saved(run) == [40, 20]
     run_main("--steps=50", "--resume=auto", "--keep=1")
     assert [path.name for path in run.glob("*step_*")] == ["step_00000050"]
-    assert (run / "latest").read_text() == "step_00000050\n"
+    assert (run / "latest").read_text(encoding="utf-8") == "step_00000050\n"
 
 
 def test_what_cannot_be_read_is_not_taken_for_damaged(run, refused, monkeypatch):
@@ -308,7 +308,11 @@ def test_a_run_folder_in_use(run, refused):
 
 def test_nothing_to_do_changes_nothing(run, run_main, capsys):
     def texts():
-        return {path.name: path.read_text() for path in run.iterdir() if path.suffix in (".json", ".jsonl")}
+        return {
+            path.name: path.read_text(encoding="utf-8")
+            for path in run.iterdir()
+            if path.suffix in (".json", ".jsonl")
+        }
 
     before = texts()
     run_main("--steps=40", "--resume=auto")
@@ -316,7 +320,7 @@ def test_nothing_to_do_changes_nothing(run, run_main, capsys):
 
 
 def test_resuming_on_another_corpus(run, refused, tmp_path):
-    (tmp_path / "other.txt").write_text("something else entirely " * 100)
+    (tmp_path / "other.txt").write_text("something else entirely " * 100, encoding="utf-8")
     prepared(tmp_path / "other", tmp_path / "other.txt")
     flags = ("--steps=50", "--resume=auto", f"--corpus={tmp_path / 'other'}")
     assert "another corpus: train_sha256" in refused(*flags)
@@ -358,7 +362,7 @@ def test_a_record_with_older_names_is_read_and_goes_on(run_main):
         return record | dict(pending=rows)
 
     edit_record(old / "step_00000012", edit)
-    record = json.loads((old / "step_00000012/checkpoint.json").read_text())
+    record = json.loads((old / "step_00000012/checkpoint.json").read_text(encoding="utf-8"))
     assert {"samples", "passed", "streak"} < record.keys() and "block_len" in record["settings"]
     run_main(*flags, "--resume=yes", run="old")
     assert_close_figures(old, whole, 1e-6)  # halves added up are not the loss's own bits
