@@ -19,7 +19,7 @@ from corpus.files import list_folder
 from corpus.tokenfiles import parse_corpora
 from data import validation_ids
 from model import ModelConfig, Transformer
-from training import checkpoint
+from training import checkpoint, compiler
 from training.checkpoint import checkpoints, load_newest, open_checkpoint
 from training.corpora import VOCABULARY, open_corpora, text_digest, training_sequences, validation_sequences
 from training.distributed import all_gather, on_all_ranks
@@ -226,7 +226,7 @@ def build_run(cfg, ranks, device, initial=None):
     val_sequences = validation_sequences(corpora, cfg.seq_len)
     steps = cfg.steps or math.ceil(
         (cfg.tokens or cfg.epochs * sequences.n * cfg.seq_len) / (cfg.batch_size * cfg.seq_len))
-    check_length(cfg, steps)
+    check_length(cfg, ranks, steps)
 
     process = diffusion.Process(
         cfg.objective, meta["n_vocab"], meta["mask_id"], cfg.seq_len, cfg.seed, cfg.loss, cfg.estimator,
@@ -251,16 +251,21 @@ def build_run(cfg, ranks, device, initial=None):
         steps=steps, kept_steps=cfg.kept_steps(), eval_rows=eval_rows,
         bytes_per_token=float(corpora[0].token_bytes[scored].mean()))
     check_folders(run)
+    if cfg.compile != "no" and not cfg.dry_run:
+        compiler.check(device)
     return run
 
 
-def check_length(cfg, steps):
-    """Raises ValueError if parts of the schedule do not fit into the run."""
+def check_length(cfg, ranks, steps):
+    """Raises ValueError if parts of the schedule do not fit into the run; of the warm-up it warns."""
     if cfg.lr_schedule == "wsd" and cfg.decay >= 1 and cfg.warmup + cfg.decay > steps:
         raise ValueError(f"warmup={cfg.warmup} and decay={cfg.decay:g} don't fit into {steps} steps")
     if cfg.anneal > steps:
         raise ValueError(f"anneal={cfg.anneal} doesn't fit into {steps} steps: "
                          "attention would never be bidirectional")
+    if cfg.warmup >= steps:
+        warn(ranks, f"warmup={cfg.warmup} is not over within {steps} steps: the learning rate never reaches "
+                    f"lr={cfg.lr:g}; lower --warmup")
 
 
 def shape_and_shift(cfg, initial, meta):
