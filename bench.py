@@ -8,6 +8,8 @@ Rivals take turns in rounds on the same data, so that a machine that slows down 
 the median of the rounds' own ratios. Writes results/<suite>.md with what is needed to repeat it.
 """
 
+import terminal  # isort: skip  # first: Ctrl-C during the imports
+
 import datetime
 import re
 import sys
@@ -54,6 +56,8 @@ def main():
     if sys.argv[1:2] == ["sampling"]:
         return sampling.main(sys.argv[2:])
     cfg = configurator.load(Config, about=__doc__)
+    if cfg.out:
+        terminal.keep_going()
     device = torch.device("cuda" if cfg.suite == "gpu" and torch.cuda.is_available() else "cpu")
     if cfg.suite == "gpu":
         torch.set_float32_matmul_precision("high")
@@ -78,9 +82,9 @@ def main():
             results = failure(problem) + "\n"
             failures.append(f"{name} {results}")
         report.append(f"## {name}\n\n{part.text}\n\n{results}")
-        print(report[-1], flush=True)
         if cfg.out and not cfg.smoke:  # after each part: a run that is cut short leaves what it has
             write(report, cfg)
+        print(report[-1], flush=True)
     if failures:
         configurator.fail(*failures)
 
@@ -95,4 +99,4 @@ def write(report, cfg):
 
 
 if __name__ == "__main__":
-    main()
+    terminal.run(main)

@@ -15,10 +15,13 @@ One process does it, without any of the programs that wrote the source. The sour
 nothing in them is run. At most one tensor is in memory (writing Megatron's format: and one rank's file).
 """
 
+import terminal  # isort: skip  # first: Ctrl-C during the imports
+
 import contextlib
 import dataclasses
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -89,6 +92,7 @@ def main():
     if sys.argv[1:2] == ["download"]:
         return download.main(sys.argv[2:])
     cfg = configurator.load(Config, about=__doc__)
+    terminal.keep_going()
     start = time.perf_counter()
     try:
         with new_folder(Path(cfg.out)) as folder:
@@ -103,7 +107,9 @@ def main():
     except KeyboardInterrupt:
         print("convert.py: interrupted; nothing is written", file=sys.stderr)
         raise SystemExit(130) from None
-    hint = f"    try: python sample.py --run_dir={cfg.out}" if to == "ours" and source.tokenizer else ""
+    hint = ""
+    if to == "ours" and source.tokenizer:
+        hint = f"    try: python sample.py --run_dir={shlex.quote(cfg.out)}"
     print(f"{cfg.out}: {n_bytes / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s{hint}")
 
 
@@ -112,14 +118,16 @@ def new_folder(out):
     """Make a hidden folder that becomes `out` at the end; an error or a signal leaves nothing of it."""
     building = out.with_name(f".{out.name}.{os.getpid()}")
     new_parents = [parent for parent in out.parents if not parent.exists()]
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: KeyboardInterrupt
+    handlers = {signum: signal.signal(signum, signal.default_int_handler)  # as Ctrl-C: KeyboardInterrupt
+                for signum in terminal.stop_signals()}
     try:
         building.mkdir(parents=True)
         yield building
         building.rename(out)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-        signal.signal(signal.SIGTERM, previous)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
         for parent in new_parents if not out.exists() else ():
             with contextlib.suppress(OSError):
                 parent.rmdir()
@@ -200,4 +208,4 @@ def check_logits(cfg, source, folder):
 
 
 if __name__ == "__main__":
-    main()
+    terminal.run(main)

@@ -8,6 +8,8 @@ become rows of seq_len tokens, each a pure function of the seed and its number, 
 count.
 """
 
+import terminal  # isort: skip  # first: Ctrl-C during the imports
+
 import functools
 
 import numpy as np
@@ -280,4 +282,4 @@ def read_batch(cfg, eos_id, process, sequences, ids, levels, rows, eligible=None
 if __name__ == "__main__":
     from corpus import prepare
 
-    prepare.main()
+    terminal.run(prepare.main)

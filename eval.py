@@ -16,6 +16,8 @@ noise.csv and noise.png (the loss against the noise ratio) into eval_<step> in t
 several ranks: the same figures, sooner.
 """
 
+import terminal  # isort: skip  # first: Ctrl-C during the imports
+
 import contextlib
 import os
 import signal
@@ -36,7 +38,7 @@ from evaluation import compare, frontier, measure, report, texts
 from evaluation.likelihood import ORDERS
 from evaluation.watch import ScoreLog
 from sampling.generator import Generator
-from training import distributed
+from training import compiler, distributed
 from training.objective import Objective
 
 
@@ -140,6 +142,7 @@ def main():
     if sys.argv[1:2] == ["frontier"]:
         return frontier.main(sys.argv[2:])
     cfg = configurator.load(Config, about=__doc__)
+    terminal.keep_going()
     device = torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -189,8 +192,9 @@ def evaluate(cfg, ranks):
     generator.load_weights()
     measured, losses = measure_checkpoint(cfg, generator, inputs, ranks)
     if ranks.rank == 0:
+        written = report.write_report(inputs.out, measured, losses, generator, vars(cfg))
         report.print_report(measured, generator.folder.parent, generator.record["step"])
-        report.write_report(inputs.out, measured, losses, generator, vars(cfg))
+        print(written)
 
 
 class Inputs(NamedTuple):
@@ -229,6 +233,9 @@ def open_inputs(cfg, generator, ranks, tasks=None):
         raise ValueError(f"length={cfg.length} is more than the judge's context of {judge.seq_len}")
 
     tasks = tasks or open_tasks(cfg, ranks)  # may download: last of what can be wrong
+
+    if cfg.compile:
+        compiler.check(generator.device)
 
     folder = f"eval_{generator.record['step']:08d}"
     if validation and not validation.is_own:
@@ -289,7 +296,8 @@ def evaluate_new_checkpoints(cfg, ranks):
     rank also one that can't be measured.
     Raises ValueError or OSError if the settings don't suit the run.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    for signum in terminal.stop_signals():
+        signal.signal(signum, signal.default_int_handler)  # as Ctrl-C
     tasks = open_tasks(cfg, ranks)
     log = ScoreLog(cfg.watch)
     is_waiting = False
@@ -328,9 +336,10 @@ def evaluate_into(log, cfg, checkpoint, tasks, ranks):
         log.pass_over(checkpoint, problem)
         return
     measured, losses = result
-    report.print_report(measured, checkpoint.folder.parent, generator.record["step"])
-    report.write_report(inputs.out, measured, losses, generator, vars(cfg))
+    written = report.write_report(inputs.out, measured, losses, generator, vars(cfg))
     log.append(checkpoint, generator.record, report.figures(measured))
+    report.print_report(measured, checkpoint.folder.parent, generator.record["step"])
+    print(written)
 
 
 def attempt(function, *arguments):
@@ -350,4 +359,4 @@ def open_generator(cfg, folder):
 
 
 if __name__ == "__main__":
-    main()
+    terminal.run(main)

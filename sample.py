@@ -4,6 +4,8 @@
     python sample.py --run_dir=runs/quickstart --text="def [MASK:20](self):[MASK:30]" --order=threshold
 """
 
+import terminal  # isort: skip  # first: Ctrl-C during the imports
+
 import json
 import sys
 import time
@@ -19,6 +21,7 @@ from sampling import film
 from sampling.decode import DecodeConfig
 from sampling.generator import Generator
 from sampling.prompts import read_rows
+from training import compiler
 
 # names of the same settings in MegaDLMs' and LLaDA's `generate`
 ALIASES = dict(
@@ -182,6 +185,8 @@ def open_run(cfg):
         generator = Generator.from_checkpoint(cfg.run_dir, cfg.device, cfg.dtype)
         check_objective(cfg, generator.objective, generator.is_shifted)
         rows = read_rows(cfg, generator.tokenizer, generator.seq_len, generator.is_causal)
+        if cfg.compile:
+            compiler.check(generator.device)
         return generator.load_weights(), rows
     except UnicodeDecodeError as problem:
         configurator.fail(f"{cfg.prompt_file or cfg.prompts} is not UTF-8: {problem}")
@@ -225,6 +230,8 @@ def main():
     if "--frontier" in sys.argv:
         configurator.fail("speed against quality is now: python eval.py frontier --run_dir=… --judge=…")
     cfg = configurator.load(Config, about=__doc__, aliases=ALIASES)
+    if cfg.out or cfg.gif or cfg.html:
+        terminal.keep_going()
     generator, prompt_rows = open_run(cfg)
     tokenizer, decoding = generator.tokenizer, decode_config(cfg, generator.objective)
     rows = [row for row in prompt_rows for _ in range(cfg.batch)]
@@ -245,7 +252,7 @@ def main():
         row_passes += result.n_passes * len(batch)
         gaps.append(result.cache_gap())
 
-    print_samples(cfg, samples, tokenizer)
+    problem = None
     try:
         if cfg.out:
             save_samples(cfg.out, samples, rows, cfg.batch, tokenizer)
@@ -253,14 +260,17 @@ def main():
             recording.save_gif(cfg.gif)
         if cfg.html:
             recording.save_html(cfg.html)
-    except OSError as problem:
-        configurator.fail(str(problem))
+    except OSError as error:  # then the samples are at least printed
+        problem = str(error)
+    print_samples(cfg, samples, tokenizer)
     print(f"[{n_new / seconds:.0f} new tokens/s, {n_passes} forward passes, "
           f"{n_new / row_passes:.2f} tokens per pass]", file=sys.stderr)
     gaps = [gap for gap in gaps if gap]
     if gaps:
         print_cache_gap(decoding.cache, gaps)
+    if problem:
+        configurator.fail(problem)
 
 
 if __name__ == "__main__":
-    main()
+    terminal.run(main)

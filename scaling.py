@@ -12,6 +12,8 @@
 Each command has its own --help. Masked diffusion's losses are bounds in nats per GPT-2 token.
 """
 
+import terminal  # isort: skip  # first: Ctrl-C during the imports
+
 import os
 
 # Before numpy is imported: L-BFGS works on tiny vectors, where OpenBLAS's threads only wait for each other
@@ -44,11 +46,8 @@ def main():
         configurator.fail(f"'{command}' is no command; choose from {', '.join(COMMANDS)}")
     if command != "study" and importlib.util.find_spec("scipy") is None:  # a sweep ends with a fit
         configurator.fail("scaling laws need scipy: pip install -e '.[scaling]'")
-    try:
-        run(command, argv)
-    except BrokenPipeError:  # of plan or tables into head
-        os._exit(1)
+    run(command, argv)
 
 
 if __name__ == "__main__":
-    main()
+    terminal.run(main)

@@ -4,14 +4,16 @@
     torchrun --nproc_per_node=2 train.py configurator/quickstart.py
 """
 
+import terminal  # isort: skip  # first: Ctrl-C during the imports
+
 import contextlib
 import gc
 import math
 import os
+import shlex
 import shutil
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -327,6 +329,8 @@ def validate(run, objective, alive):
 
 def main():
     cfg = configurator.load(Config, about=__doc__)
+    if not cfg.dry_run:  # whose report is there to be read
+        terminal.keep_going()
     device = torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
     with contextlib.ExitStack() as contexts:
         if device.type == "cuda":
@@ -539,11 +543,12 @@ def print_results(run):
     """Draw the loss curves, and print how good this run is, and the one that it is compared with."""
     run_dirs = [run.cfg.run_dir] + ([run.cfg.compare] if run.cfg.compare else [])
     picture = run.folder / "loss.png"
-    draw_losses(run_dirs, picture)
+    with terminal.optional(f"{picture} can't be drawn"):
+        draw_losses(run_dirs, picture)
     for line in filter(None, map(summary_line, run_dirs)):
         print(line)
-    print(f"loss curve: {picture}    try: python sample.py --run_dir={Path(run.cfg.run_dir)}")
+    print(f"loss curve: {picture}    try: python sample.py --run_dir={shlex.quote(str(run.folder))}")
 
 
 if __name__ == "__main__":
-    main()
+    terminal.run(main)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 import configurator
 import diffusion
+import terminal
 from benchmarks.common import processor, speedup, take_turns
 from benchmarks.training import model_shape
 from configurator import setting
@@ -309,6 +310,8 @@ PARTS = dict(masked=masked, cache=cache, ar=ar, answers=answers)
 
 def main(argv):
     cfg = configurator.load(Config, argv, about=__doc__)
+    if cfg.out:
+        terminal.keep_going()
     device = torch.device(cfg.device)
     chosen = [name for name in PARTS if name in configurator.split(cfg.parts)]
     command = (

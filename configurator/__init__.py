@@ -197,10 +197,7 @@ def unmet_needs(settings, needs):
 def show_help(settings, about, aliases):
     """Print the help on rank 0, and exit."""
     if os.environ.get("RANK", "0") == "0":
-        try:
-            print(usage(settings, about, aliases), flush=True)
-        except BrokenPipeError:  # as of `| head`: nothing is left for Python to say at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(usage(settings, about, aliases))
     raise SystemExit(0)
 
 

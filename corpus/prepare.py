@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Literal
 
 import configurator
+import terminal
 from configurator import neutral, setting
 from corpus import cutting, fetch, tokenizers
 from corpus.files import sha256_of, sync_path
@@ -99,7 +100,8 @@ def main():
     names = [a for a in sys.argv[1:] if a == "-" or not a.startswith("-")]
     flags = [a for a in sys.argv[1:] if a != "-" and a.startswith("-")]
     cfg = configurator.load(Config, flags, about=__doc__)
-    signal.signal(signal.SIGTERM, interrupt)
+    for signum in terminal.stop_signals():
+        signal.signal(signum, interrupt)
     try:
         run(names, cfg)
     except KeyboardInterrupt:
@@ -117,7 +119,7 @@ def main():
 
 
 def interrupt(*_):
-    """SIGTERM's handler, also where SIGINT is ignored."""
+    """The stop signals' handler, also where SIGINT is ignored."""
     raise KeyboardInterrupt
 
 
@@ -126,8 +128,9 @@ def run(names, cfg):
     if names[:1] == ["inspect"]:
         if len(names) != 2:
             raise ValueError("inspect what? python data.py inspect FOLDER")
-        inspect(names[1], cfg)
-    elif names[:1] == ["export"]:
+        return inspect_corpus(names[1], cfg.tokenizer, cfg.val_share)
+    terminal.keep_going()
+    if names[:1] == ["export"]:
         if len(names) != 3:
             raise ValueError("export what to where? python data.py export FOLDER PREFIX")
         export(names[1], names[2], cfg)
@@ -136,16 +139,6 @@ def run(names, cfg):
         folder = Path(cfg.out) / (cfg.name or default_name(names))
         meta = prepare_by_name(names, folder, cfg)
         report(folder, meta)
-
-
-def inspect(folder, cfg):
-    """Print what a corpus holds."""
-    try:
-        inspect_corpus(folder, cfg.tokenizer, cfg.val_share)
-        sys.stdout.flush()
-    except BrokenPipeError:  # as of `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again at its end
-        sys.exit(128 + signal.SIGPIPE)
 
 
 def export(folder, prefix, cfg):

@@ -17,8 +17,9 @@ import torch
 
 import configurator
 import diffusion
+import terminal
 from configurator import setting
-from configurator.format import human_seconds, with_error
+from configurator.format import human_seconds, plot_text, with_error
 from configurator.renamed import SETTINGS, renamed, renamed_record
 from evaluation import likelihood
 from model import ModelConfig, Transformer
@@ -222,7 +223,7 @@ def draw_run(axes, run, axis, color):
             validation.append((x, m["val_loss"], error if math.isfinite(error) else 0.0))
     if validation:
         x, y, error = zip(*validation)
-        axes.errorbar(x, y, error, color=color, marker="o", ms=3, capsize=2, label=run.name)
+        axes.errorbar(x, y, error, color=color, marker="o", ms=3, capsize=2, label=plot_text(run.name))
 
 
 def main(argv):
@@ -238,7 +239,8 @@ def main(argv):
         out = Path(cfg.out or folders[0])
         out.mkdir(parents=True, exist_ok=True)
         (out / "compare.md").write_text("\n\n".join([text, *notes]) + "\n", encoding="utf-8")
-        draw(runs, out / "compare.png")
+        with terminal.optional(f"{out / 'compare.png'} can't be drawn"):
+            draw(runs, out / "compare.png")
     except (ValueError, OSError, KeyError) as problem:
         configurator.fail(str(problem))
     print(text)

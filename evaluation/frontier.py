@@ -21,12 +21,15 @@ import numpy as np
 import torch
 
 import configurator
+import terminal
 from configurator import setting, split
+from configurator.format import plot_text
 from evaluation.measure import mean_and_error, open_validation
 from evaluation.texts import entropy, judge_nll, open_judge
 from sampling.decode import CONFIDENCE_ORDERS, PLANNED_ORDERS, DecodeConfig
 from sampling.generator import Generator
 from sampling.predictor import CacheGap
+from training import compiler
 from training.corpora import validation_sequences
 
 REMASKING = ("capped", "rescaled", "confidence")
@@ -299,6 +302,8 @@ def open_inputs(cfg):
                              "before what is written")
         configs = decode_configs(cfg, generator.objective, n)
         held_out = held_out_rows(cfg, generator, cfg.prompt + n)
+        if cfg.compile:
+            compiler.check(generator.device)
         out = Path(cfg.out or (cfg.run_dir if Path(cfg.run_dir).is_dir() else "."))
         out.mkdir(parents=True, exist_ok=True)
         generator.load_weights()
@@ -342,12 +347,14 @@ def write_report(cfg, inputs, references, lines):
     out = inputs.out
     (out / "frontier.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
     title = f"{cfg.run_dir}: {cfg.samples} samples of {inputs.n} tokens, judged by {cfg.judge}"
-    draw(lines, references, out / "frontier.png", title)
+    with terminal.optional(f"{out / 'frontier.png'} can't be drawn"):
+        draw(lines, references, out / "frontier.png", plot_text(title))
     print(f"written to {out / 'frontier.json'} and {out / 'frontier.png'}")
 
 
 def main(argv):
     cfg = configurator.load(Config, argv, about=__doc__)
+    terminal.keep_going()
     inputs = open_inputs(cfg)
     references = measure_references(cfg, inputs)
     width = max(map(len, [*inputs.configs, *(line["name"] for line in references)]))

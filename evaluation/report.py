@@ -10,7 +10,8 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from configurator.format import with_error
+import terminal
+from configurator.format import plot_text, with_error
 from evaluation.likelihood import ORDERS
 from training.log import read_metrics, write_rows
 
@@ -137,18 +138,18 @@ def finite(value):
 
 
 def write_report(folder, report, losses, generator, settings):
-    """Write eval.json, evaluation.npz and the noise curve into `folder`, and print their names.
+    """Write eval.json, evaluation.npz and the noise curve into `folder`; returns what is to be said of that.
 
     Other measurements of the same checkpoint stay in eval.json, each with its settings, and a bound from
     more rows is not replaced by one from fewer. losses: likelihood.RowLosses of the bound, or None. Raises
     OSError.
     """
-    path = folder / "eval.json"
+    path, kept = folder / "eval.json", ""
     before = read_report(path, generator)
     old, bound = before.get("bound"), report.get("bound")
     if old and bound and is_better(old, bound):
-        print(f"kept in {path}: the bound from {old['rows']:,} rows in {old['passes']} passes; "
-              "with --out, this one has a place of its own")
+        kept = (f"kept in {path}: the bound from {old['rows']:,} rows in {old['passes']} passes; "
+                "with --out, this one has a place of its own\n")
         report = {name: part for name, part in report.items() if name != "bound"}
         bound = losses = None
 
@@ -169,10 +170,12 @@ def write_report(folder, report, losses, generator, settings):
         names.append("evaluation.npz")
     if bound and bound.get("curve"):
         write_curve(folder / "noise.csv", bound["curve"])
-        title = f"{generator.folder.parent.name}, step {step}"
-        draw_curve(folder / "noise.png", bound["curve"], title)
-        names += ["noise.csv", "noise.png"]
-    print(f"written to {folder}: {', '.join(names)}")
+        title = f"{plot_text(generator.folder.parent.name)}, step {step}"
+        names.append("noise.csv")
+        with terminal.optional(f"{folder / 'noise.png'} can't be drawn"):
+            draw_curve(folder / "noise.png", bound["curve"], title)
+            names.append("noise.png")
+    return f"{kept}written to {folder}: {', '.join(names)}"
 
 
 def read_report(path, generator):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from training.checkpoint import checkpoints, step_of
-from training.log import read_metrics
+from training.log import Tracker, read_metrics
 
 
 class Unscored(NamedTuple):
@@ -109,7 +109,7 @@ def is_torn(path):
 
 
 def open_tracker(run_dir, settings):
-    """The Weights & Biases run that a run folder's trainer logs to, or None if it uses none.
+    """The Tracker of the Weights & Biases run that a run folder's trainer logs to, or None if it uses none.
 
     One that can't be opened costs its curves, not the scores: a warning says so.
     """
@@ -126,10 +126,10 @@ def open_tracker(run_dir, settings):
             about = wandb.Settings(x_primary=False, x_update_finish_state=False)
             shared = dict(mode="shared", settings=about)
         run_id = id_file.read_text(encoding="utf-8").strip()
-        tracker = wandb.init(project=settings["wandb"], id=run_id, resume="allow", **shared)
-        tracker.define_metric("*", step_metric="step")  # as the trainer's
-        return tracker
-    except (wandb.Error, OSError, TypeError, ValueError) as problem:  # of older versions, which lack the mode
+        wandb_run = wandb.init(project=settings["wandb"], id=run_id, resume="allow", **shared)
+        wandb_run.define_metric("*", step_metric="step")  # as the trainer's
+        return Tracker(wandb_run)
+    except Exception as problem:  # also of older versions, which lack the mode
         reason = str(problem).partition("\n")[0]
         return warn(f"wandb: {reason}; scores go to metrics.jsonl alone")
 

@@ -25,6 +25,7 @@ from typing import Literal
 import numpy as np
 
 import configurator
+import terminal
 from configurator import setting, split
 from corpus.files import list_folder
 from laws.collect import find_csv
@@ -296,6 +297,7 @@ def draw_fits(runs, fits, out, objective=""):
 
 def main(argv=None):
     cfg = configurator.load(Config, argv, __doc__)
+    terminal.keep_going()
     try:
         groups = read_groups(cfg)
         for name in split(cfg.which) or FIGURES:

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 import configurator
+import terminal
 from configurator import setting, split
 from laws.collect import find_csv
 from laws.fitting import (
@@ -300,7 +301,8 @@ def fit_and_write(cfg, out):
         if cfg.figures:
             from laws import figures
 
-            figures.draw_fits(runs, fits[objective], out, objective)
+            with terminal.optional(f"the figures in {out} can't be drawn"):
+                figures.draw_fits(runs, fits[objective], out, objective)
     masked, ar = (entries.get(objective, {}).get("approach1") for objective in ("masked", "ar"))
     if masked and ar:
         report += compare_objectives(masked, ar)

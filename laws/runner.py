@@ -5,8 +5,8 @@
         for child in runner.wait():
             …child.key, child.returncode
 
-SIGINT and SIGTERM are passed on: train.py saves its state at the first one and ends, so that the same command
-resumes it; at a second one it ends at once.
+Signals to stop (SIGINT, SIGTERM, SIGHUP) are passed on: train.py saves its state at the first one and ends,
+so that the same command resumes it; at a second one it ends at once.
 """
 
 import contextlib
@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import configurator
+import terminal
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def train_command(arguments, processes=1):
@@ -66,7 +66,8 @@ class Runner:
         self.jobs, self.children, self.signum = jobs, [], None
 
     def __enter__(self):
-        self.handlers = {signum: signal.signal(signum, self.pass_on) for signum in SIGNALS}
+        signums = (signal.SIGINT, *terminal.stop_signals())
+        self.handlers = {signum: signal.signal(signum, self.pass_on) for signum in signums}
         return self
 
     def __exit__(self, *_):

@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple
 import torch
 
 import configurator
+import terminal
 import train
 from configurator import setting
 from corpus import tokenfiles
@@ -200,6 +201,7 @@ def main(argv=None):
         draw = shlex.join([*shown, "--draw", f"--scale={cfg.scale}", *quoted_flags])
         print(f"# then, with the runs in {cfg.runs}: {draw}")
         return
+    terminal.keep_going()
     if not cfg.draw:
         check_machine([run for words, run in runs.items() if not finished[words]], cfg)
         train_all(runs, finished, cfg)
@@ -212,7 +214,8 @@ def main(argv=None):
     how = shlex.join([*shown, f"--scale={cfg.scale}", *quoted_flags])
     text = study_report.write_table(study, STUDIES[study], cfg, runs, how)
     (out / "table.md").write_text(text, encoding="utf-8")
-    study_report.draw_panels(STUDIES[study], runs, out)
+    with terminal.optional(f"{out / 'panels.png'} can't be drawn"):
+        study_report.draw_panels(STUDIES[study], runs, out)
     print(f"{text}\n{out}: table.md, panels.png, panels.pdf")
     if cfg.draw and not all(finished.values()):
         missing = ", ".join(str(run.folder) for words, run in runs.items() if not finished[words])

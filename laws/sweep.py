@@ -31,6 +31,7 @@ from typing import Literal, NamedTuple
 import torch
 
 import configurator
+import terminal
 import train
 from configurator import setting, split
 from configurator.ladder import ladder
@@ -538,6 +539,7 @@ def main(argv=None):
     elif cfg.launch != "run":
         launch(layout(cfg), cfg)
     else:
+        terminal.keep_going()
         return run_sweep(cfg)
 
 

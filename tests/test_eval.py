@@ -16,7 +16,7 @@ from evaluation_fixtures import last_validation, newest_report, write_lines
 
 import data
 import eval as evaluation
-from evaluation import compare, likelihood
+from evaluation import compare, likelihood, report
 from training.log import read_rows
 
 
@@ -368,6 +368,26 @@ def test_help_names_the_other_commands(capsys, monkeypatch):
         evaluation.main()
     text = capsys.readouterr().out
     assert "eval.py compare" in text and "eval.py frontier" in text and "--watch" in text
+
+
+def test_figures_are_kept_before_they_are_printed(run_main, run_eval, monkeypatch, tmp_path, capsys):
+    """And a picture that can't be drawn costs no more than itself."""
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    def nobody_reads(*_):
+        raise SystemExit(141)
+
+    run, out = run_main("--steps=3"), tmp_path / "out"
+    monkeypatch.setattr(report, "draw_curve", fail)
+    text, _ = run_eval(run, "--rows=8", "--bins=2", out=out)
+    assert text.endswith(f"written to {out}: eval.json, evaluation.npz, noise.csv\n")
+    monkeypatch.setattr(report, "print_report", nobody_reads)
+    with pytest.raises(SystemExit):
+        run_eval(run, "--rows=8", "--bins=2", out=tmp_path / "again")
+    warning = "again/noise.png can't be drawn (OSError: [Errno 28] No space left on device)"
+    assert warning in capsys.readouterr().err
+    assert json.loads((tmp_path / "again/eval.json").read_text(encoding="utf-8"))["bound"]["rows"] == 8
 
 
 def test_an_exception_on_a_rank_is_said(run_main):

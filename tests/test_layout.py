@@ -5,7 +5,7 @@ import ast
 from conftest import ROOT
 
 FLOORS = [
-    {"model", "diffusion", "kernels"},
+    {"model", "diffusion", "kernels", "terminal"},
     {"data", "corpus", "configurator"},
     {"training"},
     {"evaluation", "interop", "sampling"},

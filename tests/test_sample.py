@@ -267,6 +267,28 @@ def test_settings_without_meaning_are_refused(run_of, refusal, objective, flag, 
     assert message in refusal(run_of(f"--objective={objective}"), flag)
 
 
+def test_samples_are_kept_before_they_are_printed(run, write, monkeypatch, tmp_path):
+    def nobody_reads(*_):
+        raise SystemExit(141)
+
+    monkeypatch.setattr(sample, "print_samples", nobody_reads)
+    with pytest.raises(SystemExit):
+        write(run, "--length=4", f"--out={tmp_path / 'samples.jsonl'}", f"--html={tmp_path / 'film.html'}")
+    (line,) = (tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["ids"] and (tmp_path / "film.html").is_file()
+
+
+def test_samples_that_can_t_be_kept_are_printed(run, write, monkeypatch, tmp_path, capsys):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sample, "save_samples", fail)
+    with pytest.raises(SystemExit) as stop:
+        write(run, "--prompt=1 squared", "--length=4", f"--out={tmp_path / 'samples.jsonl'}")
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and printed.out.startswith("1 squared") and "No space left" in printed.err
+
+
 def test_no_run_no_traceback():
     command = [sys.executable, "sample.py", "--run_dir=nowhere"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

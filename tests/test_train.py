@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -204,8 +206,33 @@ def test_two_runs_beside_each_other(run_main, capsys):
     assert sizes[1] > 1.2 * sizes[0]  # two runs' curves, not one
 
 
+def test_a_run_that_is_complete_ends_well(run_main, monkeypatch, capsys):
+    """Though its last validation is not finite, and its picture can't be drawn."""
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    diverged = run_main("--steps=2", "--lr=1e18", draw=True)
+    assert not np.isfinite(validations(diverged)[-1]) and (diverged / "loss.png").is_file()
+    assert "bits/byte, " in capsys.readouterr().out
+    monkeypatch.setattr(train, "draw_losses", fail)
+    run = run_main("--steps=2", run="full", draw=True)
+    assert checkpoints(run)[0].name == "step_00000002"
+    warning = f"warning: {run / 'loss.png'} can't be drawn (OSError: [Errno 28] No space left on device)\n"
+    assert warning in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("schedule", ("cosine", "constant", "wsd"))
+def test_a_warm_up_longer_than_the_run_is_said(corpus, capsys, schedule):
+    flags = ("--steps=40", f"--corpus={corpus}", f"--lr_schedule={schedule}", "--decay=0.2")
+    build_run(*TINY, *flags, "--warmup=40")
+    assert capsys.readouterr().err == ("warning: warmup=40 is not over within 40 steps: the learning rate "
+                                       "never reaches lr=0.001; lower --warmup\n")
+    build_run(*TINY, *flags, "--warmup=39")
+    assert not capsys.readouterr().err
+
+
 def test_fp8_on_a_cpu_is_said_to_be_emulated(run_main, capsys):
-    run_main("--steps=2", "--fp8", "--dtype=auto")
+    run_main("--steps=2", "--fp8", "--dtype=auto", "--warmup=0")
     assert capsys.readouterr().err == ("warning: fp8 is emulated on a CPU, slower than bfloat16; a GPU of "
                                        "compute capability 8.9 has it\n")
 
@@ -239,6 +266,20 @@ def test_wandb_that_cannot_log_in_is_one_line(refused, monkeypatch):
 
     monkeypatch.setattr(wandb, "init", refuse)
     assert "wandb: No API key configured.; log in with" in refused("--steps=1", "--wandb=test")
+
+
+def test_a_run_goes_on_without_a_wandb_that_is_not_there(run_main, refused, monkeypatch, capsys):
+    """One that begins is refused, as its user is there; a job that is started again is not."""
+    def refuse(**_):
+        raise OSError("the service does not start")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=refuse))
+    assert "wandb: the service does not start; log in with" in refused("--steps=1", "--wandb=test")
+    run = run_main("--steps=1")
+    (run / "wandb_id.txt").write_text("x1", encoding="utf-8")
+    run_main("--steps=2", "--wandb=test", "--resume=auto")
+    assert checkpoints(run)[0].name == "step_00000002"
+    assert "warning: wandb: the service does not start; the run goes on without it" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------ compilation

@@ -24,6 +24,8 @@ import configurator
 import data
 import diffusion
 import kernels
+import terminal
+from configurator.format import plot_text
 from configurator.renamed import SETTINGS, renamed
 from training import distributed
 from training.flops import expected_share, noisy_share, peak_flops
@@ -85,6 +87,27 @@ def attention_backend(run):
 # ------------------------------------------------------------------------------------------- metrics.jsonl
 
 
+class Tracker:
+    """A Weights & Biases run, which may fail: then there is a warning, and no more goes to it."""
+
+    def __init__(self, wandb_run):
+        self.wandb_run, self.id = wandb_run, wandb_run.id
+
+    def log(self, values):
+        self.attempt("log", values)
+
+    def finish(self):
+        self.attempt("finish")
+
+    def attempt(self, method, *arguments):
+        """Call a method of the wandb run, unless one has failed before."""
+        wandb_run, self.wandb_run = self.wandb_run, None
+        if wandb_run:
+            with terminal.optional("wandb has failed, and gets no more of this run"):
+                getattr(wandb_run, method)(*arguments)
+                self.wandb_run = wandb_run
+
+
 class Journal:
     """metrics.jsonl and Weights & Biases. A full disk costs lines that can't be written, not the run."""
 
@@ -131,9 +154,10 @@ class Journal:
 
 
 def open_tracker(run):
-    """A Weights & Biases run, on rank 0, continued under the id that the run folder keeps.
+    """A Tracker, on rank 0, of a Weights & Biases run, continued under the id that the run folder keeps.
 
-    None without the setting `wandb`. Raises ValueError.
+    None without the setting `wandb`. Raises ValueError if a run can't begin with it; one that goes on does so
+    without, after a warning.
     """
     cfg, folder = run.cfg, run.folder
     if not cfg.wandb or run.ranks.rank:
@@ -144,14 +168,18 @@ def open_tracker(run):
         raise ValueError("--wandb needs the wandb package: pip install wandb") from None
     known = folder / "wandb_id.txt"
     try:
-        tracker = wandb.init(project=cfg.wandb, name=folder.name, config=asdict(cfg), resume="allow",
-                             id=known.read_text(encoding="utf-8") if known.is_file() else None)
+        wandb_run = wandb.init(project=cfg.wandb, name=folder.name, config=asdict(cfg), resume="allow",
+                               id=known.read_text(encoding="utf-8") if known.is_file() else None)
         # its own counter would drop what comes again after the run went back
-        tracker.define_metric("*", step_metric="step")
-        return tracker
-    except wandb.Error as problem:
+        wandb_run.define_metric("*", step_metric="step")
+        return Tracker(wandb_run)
+    except Exception as problem:  # wandb's own, and what its service, the network or the disk raise
         reason = str(problem).partition("\n")[0] or type(problem).__name__
-        raise ValueError(f"wandb: {reason}; log in with 'wandb login' or set WANDB_MODE=offline") from None
+        if not known.is_file():
+            raise ValueError(
+                f"wandb: {reason}; log in with 'wandb login' or set WANDB_MODE=offline") from None
+        warn(run.ranks, f"wandb: {reason}; the run goes on without it")
+        return None
 
 
 def write_rows(path, measured, **about):
@@ -399,7 +427,7 @@ def draw_losses(run_dirs, path):
     figure = Figure(figsize=(7, 4.5), layout="tight")
     axes = figure.subplots()
     for color, run_dir in zip(("tab:blue", "tab:orange"), run_dirs):
-        metrics, name = read_metrics(run_dir), Path(run_dir).name
+        metrics, name = read_metrics(run_dir), plot_text(Path(run_dir).name)
         train = [(m["tokens"], m["loss"]) for m in metrics if "loss" in m]
         val = [(m["tokens"], m["val_loss"]) for m in metrics if "val_loss" in m]
         if train:

@@ -13,7 +13,9 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from training.distributed import SINGLE, init_distributed, shut_down
+import terminal
+from training.compiler import is_interrupted
+from training.distributed import SINGLE, STOPPED, init_distributed, leave, shut_down
 
 
 @contextlib.contextmanager
@@ -35,6 +37,8 @@ def guarded(ranks, watchdog):
     try:
         yield
     except BaseException as problem:
+        if watchdog.stop.is_set() and (is_silence(problem) or is_interrupted(problem)):
+            watchdog.leave_amid_step()
         if ranks.world == 1:
             raise
         if isinstance(problem, SystemExit):
@@ -52,7 +56,7 @@ def is_silence(problem):
 
 
 class StopSignal(threading.Event):
-    """Set by the first SIGTERM or SIGINT. One that comes more than two seconds later ends the process.
+    """Set by the first SIGINT, SIGTERM or SIGHUP; one that comes over two seconds later ends the process.
 
     Those in between are the same again: from the terminal and from torchrun, which passes it on; or from the
     kernel, which says of each of a dead launcher's threads that the parent has died.
@@ -61,7 +65,7 @@ class StopSignal(threading.Event):
     def __init__(self):
         super().__init__()
         self.first = None  # when the first signal came
-        for signum in (signal.SIGTERM, signal.SIGINT):
+        for signum in (signal.SIGINT, *terminal.stop_signals()):
             signal.signal(signum, self.receive)
 
     def receive(self, signum, _):
@@ -165,6 +169,17 @@ class Watchdog:
             return (f"all ranks answer and stand at step {furthest}: "
                     "a collective hangs, or a step takes longer than timeout")
         return "; ".join(lines[:8])
+
+    def leave_amid_step(self):
+        """End the process after a signal that has ended the compiler, too, or another rank.
+
+        The step can't be finished, and what came after the last checkpoint is lost.
+        """
+        print(f"train.py: stopped by a signal amid step {self.step + 1}, which compiles or waits for another "
+              "rank; continue with --resume=auto", file=sys.stderr, flush=True)
+        if self.ranks.world > 1:
+            leave(STOPPED)
+        raise SystemExit(STOPPED) from None
 
     def end(self, message):
         speaker = f"train.py: rank {self.ranks.rank}"

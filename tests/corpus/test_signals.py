@@ -4,6 +4,7 @@ import contextlib
 import glob
 import gzip
 import os
+import pty
 import random
 import re
 import shutil
@@ -95,7 +96,7 @@ def many(tmp_path):
     return write_jsonl(tmp_path / "many.jsonl", stories(600))
 
 
-@pytest.mark.parametrize("send, workers", [(signal.SIGTERM, 1), (signal.SIGINT, 2)])
+@pytest.mark.parametrize("send, workers", [(signal.SIGHUP, 1), (signal.SIGINT, 2)])
 def test_signals_end_it_in_one_line(tmp_path, many, send, workers):
     out = tmp_path / "out"
     process = start(SLOW, many, f"--out={out}", f"--workers={workers}")
@@ -133,6 +134,22 @@ def test_sigterm_where_sigint_is_ignored(tmp_path, many):
     finally:
         process.kill()
         process.communicate()
+
+
+def test_a_terminal_that_goes_away_costs_nothing(tmp_path):
+    """Where SIGHUP is ignored (nohup, disown): the progress bar has nowhere to go."""
+    source = write_jsonl(tmp_path / "some.jsonl", stories(150))
+    ours, theirs = pty.openpty()
+    process = start(SLOW, source, f"--out={tmp_path / 'out'}", "--workers=1", stdout=theirs,
+                    preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    os.close(theirs)
+    wait_until_at_work(tmp_path / "out")
+    os.close(ours)
+    _, err = process.communicate(timeout=60)
+    warning = "warning: standard output can't be written (Input/output error); the work goes on\n"
+    assert (process.returncode, err) == (0, warning)
+    prepared(tmp_path / "whole", source)
+    assert contents(tmp_path / "out/some") == contents(tmp_path / "whole")
 
 
 def test_no_process_outlives_a_killed_parent(tmp_path, many):

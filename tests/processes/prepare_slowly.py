@@ -9,6 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+import terminal  # noqa: E402
 from corpus import cutting, prepare, writer  # noqa: E402
 
 
@@ -23,4 +24,4 @@ if __name__ == "__main__":  # not in the processes that tokenize
     if pause:
         writer.ShardWriter.write = slow_write
     sys.argv[:3] = ["data.py"]
-    prepare.main()
+    terminal.run(prepare.main)

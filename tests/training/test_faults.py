@@ -159,6 +159,22 @@ def test_stop_signals_lose_nothing(corpus, tmp_path):
     assert stop_signals(corpus, tmp_path, 1, random.Random(3)) == 1
 
 
+@pytest.mark.parametrize("ranks", (1, pytest.param(2, marks=pytest.mark.slow)))
+def test_a_terminal_that_is_gone_costs_nothing(corpus, tmp_path, ranks):
+    """Nobody reads what the run says any more (as when Ctrl-C has ended tee), and then SIGHUP comes."""
+    run = tmp_path / "run"
+    flags = [ENDLESS, "--log_every=1", f"--corpus={corpus}", f"--run_dir={run}"]
+    process = start(*flags, ranks=ranks, log=subprocess.PIPE)
+    until(lambda: last_step(run) > 5)
+    process.stdout.close()
+    reached = last_step(run)
+    until(lambda: last_step(run) > reached + 5)  # it goes on
+    process.send_signal(signal.SIGHUP)
+    code = process.wait(timeout=60)
+    assert newest_step(run) == last_step(run) > reached
+    assert code == STOPPED or ranks > 1  # torchrun has codes of its own
+
+
 @pytest.mark.slow
 def test_a_stop_signal_to_the_launcher_or_one_rank(corpus, tmp_path):
     """All ranks save and leave; a launcher that may restart goes on by itself where only a rank was told."""
@@ -231,7 +247,7 @@ def signals():
     def give_up(*_):
         raise TimeoutError("it hangs")
 
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM)
     handlers = {signum: signal.getsignal(signum) for signum in numbers}
     signal.signal(signal.SIGALRM, give_up)
     signal.alarm(20)

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from runs import TINY
 from steps import build_run
 
@@ -255,6 +256,27 @@ def test_a_full_disk_costs_lines_and_one_warning(tmp_path, capsys):
     assert capsys.readouterr().err.count("can't be written (No space left on device); training goes on") == 1
 
 
+def test_a_tracker_that_fails_is_given_up_with_one_warning(tmp_path, capsys):
+    class Dying:
+        id, logged = "x1", []
+
+        def log(self, values):
+            self.logged.append(values)
+            if len(self.logged) > 1:
+                raise BrokenPipeError(32, "Broken pipe")  # as where wandb's service has died
+
+        def finish(self):
+            raise AssertionError("it is given up")
+
+    journal = Journal(tmp_path, log.Tracker(Dying()))
+    for step in range(4):
+        journal.write(step=step)
+    journal.tracker.finish()
+    assert len(Dying.logged) == 2 and [m["step"] for m in read_metrics(tmp_path)] == [0, 1, 2, 3]
+    assert capsys.readouterr().err == ("warning: wandb has failed, and gets no more of this run "
+                                       "(BrokenPipeError: [Errno 32] Broken pipe)\n")
+
+
 def test_a_validation_is_kept_row_by_row(run_main):
     run = run_main("--steps=1", "--eval_rows=13")
     about, sequences, values = read_rows(run)
@@ -263,3 +285,25 @@ def test_a_validation_is_kept_row_by_row(run_main):
     assert len(set(sequences.tolist())) == 13 and np.mean(values) == pytest.approx(validation["val_loss"])
     (run / "validation.npz").write_bytes(b"damaged")
     assert read_rows(run) is None
+
+
+# ------------------------------------------------------------------------------------------------ the picture
+
+
+def test_names_of_runs_are_drawn_letter_by_letter(tmp_path, monkeypatch):
+    names, labels = ("a$x_{b$", "_draft", "λ-测试"), []
+    draw = Figure.savefig
+
+    def keep_labels(figure, *arguments, **settings):
+        draw(figure, *arguments, **settings)
+        for text in figure.axes[0].get_legend().get_texts():
+            labels.append(text.get_text())
+
+    monkeypatch.setattr(Figure, "savefig", keep_labels)
+    for name in names:
+        (tmp_path / name).mkdir()
+        write_lines(tmp_path / name, dict(step=1, tokens=1, loss=math.inf), dict(step=2, tokens=2, loss=1.0))
+    log.draw_losses([tmp_path / name for name in names[:2]], tmp_path / "a.png")
+    log.draw_losses([tmp_path / names[2]], tmp_path / "b.png")
+    assert [label.lstrip("\u200b") for label in labels] == [
+        r"a\$x_{b\$, training", "_draft, training", "λ-测试, training"]
