@@ -154,6 +154,7 @@ def table(runs, sigmas):
             notes += [note] if note else []
         lines.append([*describe(run, source), difference, verdict])
     rows = [head, ["---"] * len(head), *lines]
+    rows = [[cell.replace("|", r"\|") for cell in row] for row in rows]  # as in names
     return "\n".join("| " + " | ".join(row) + " |" for row in rows), notes
 
 

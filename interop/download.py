@@ -25,6 +25,7 @@ from rich import progress
 from rich.console import Console
 
 import configurator
+import terminal
 from configurator import setting
 from corpus.files import sha256_of
 from interop.pickles import one_line
@@ -62,6 +63,7 @@ def main(argv):
         problem = f", not {repo}" if repo else ""
         configurator.fail("which repository? python convert.py download OWNER/NAME, or datasets/OWNER/NAME"
                           + problem)
+    terminal.keep_going()
     cfg.out = cfg.out or f"downloads/{repo.removeprefix('datasets/')}"
     columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.DownloadColumn(),
                progress.TransferSpeedColumn(), progress.TimeRemainingColumn())

@@ -22,6 +22,7 @@ from typing import Literal
 import numpy as np
 
 import configurator
+import terminal
 from configurator import setting
 from configurator.format import human_count, human_seconds
 from configurator.ladder import LADDER, ladder_params
@@ -291,6 +292,8 @@ def override_file(cfg, plan):
 
 def main(argv=None):
     cfg = configurator.load(Config, argv, __doc__)
+    if cfg.write:
+        terminal.keep_going()
     flops = cfg.budget()
 
     # the plans

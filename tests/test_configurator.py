@@ -490,10 +490,3 @@ def test_settings_that_are_gone_say_what_does_their_work(name, tmp_path, capsys)
 
 def test_settings_that_change_no_result():
     assert configurator.neutral_settings(Settings) == {"show"}
-
-
-def test_help_into_a_pipe_that_is_closed():
-    command = [sys.executable, "train.py", "--help"]
-    program = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    program.stdout.close()
-    assert program.wait(60) == 0 and program.stderr.read() == b""

@@ -51,13 +51,6 @@ def test_without_scipy(monkeypatch, capsys):
     assert main(monkeypatch, capsys, "study")[2].startswith("scaling.py: which study?")
 
 
-def test_output_into_a_pipe_that_is_closed():
-    program = subprocess.Popen([sys.executable, "scaling.py", "tables"], cwd=ROOT, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
-    program.stdout.close()
-    assert program.wait(60) == 1 and program.stderr.read() == b""
-
-
 @pytest.mark.slow
 def test_a_sweep_from_its_runs_to_its_law(tmp_path):
     """`scaling.py sweep` trains a small grid, fits it and draws it; the second time nothing is trained."""

@@ -71,10 +71,18 @@ def remove_unfinished_builds():
 
     for root in {cache_folder(), Path(default_cache_dir())}:  # headers are always in the latter
         names = {path.with_name(path.name.removesuffix(BUILDING)) for path in root.glob(f"*/*{BUILDING}")}
-        names |= {path.with_suffix("") for path in root.glob("*/*.so") if not path.stat().st_size}
+        names |= {path.with_suffix("") for path in root.glob("*/*.so") if is_empty(path)}
         for name in names:
             with contextlib.suppress(OSError):
                 remove_unfinished_build(root, name)
+
+
+def is_empty(path):
+    """Whether a file is there without a single byte."""
+    try:
+        return path.stat().st_size == 0
+    except OSError:
+        return False
 
 
 def remove_unfinished_build(root, name):
@@ -91,6 +99,6 @@ def remove_unfinished_build(root, name):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         unfinished = folder.exists()  # still, now that nobody else can be making it
         for target in targets:
-            if target.exists() and (unfinished or not target.stat().st_size):
-                target.unlink()
+            if unfinished or is_empty(target):
+                target.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
