@@ -254,11 +254,12 @@ def tiny_objective(objective, n_vocab=500, seq_len=32, rows=16, loss="elbo"):
 
 STEPS = [("ar", "elbo"), ("masked", "elbo"), ("uniform", "elbo"), ("uniform", "paper")]
 # aot_eager traces, guards and differentiates as the compiler does, without its code
-BACKENDS = ["", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+COMPILED = [(*step, backend) for step in STEPS for backend in ("aot_eager", "inductor")]
+FAST = ("masked", "elbo", "aot_eager"), ("uniform", "paper", "aot_eager")
+COMPILED = [pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow) for case in COMPILED]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("objective, loss", STEPS)
+@pytest.mark.parametrize("objective, loss, backend", [*((*step, "") for step in STEPS), *COMPILED])
 def test_training_step_with_kernels_equals_the_reference(objective, loss, backend, monkeypatch):
     """All figures and every parameter's gradient; compiled with fullgraph=True, so no graph break either."""
     model, batch = tiny_objective(objective, rows=6, loss=loss)
