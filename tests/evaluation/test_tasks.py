@@ -20,9 +20,10 @@ def open_and_run(model, names, **where):
 
 # scores -----------------------------------------------------------------------------------------------------
 
+PAIRS = ("published", "masked"), ("hub", "ar")  # where a data set lies has nothing to do with who is asked
 
-@pytest.mark.parametrize("objective", ["masked", "ar"])
-@pytest.mark.parametrize("layout", ["published", "hub"])
+
+@pytest.mark.parametrize("layout, objective", PAIRS)
 def test_hellaswag_by_the_price_of_bytes(request, layout, objective):
     folder, rows = request.getfixturevalue(layout), hellaswag(8)
     # every byte costs the same: the shortest ending has the best sum, acc; per byte all are equal
@@ -40,8 +41,7 @@ def test_hellaswag_by_the_price_of_bytes(request, layout, objective):
     assert scores["acc_norm"] == np.mean([number == row["label"] for number, row in zip(best, rows)])
 
 
-@pytest.mark.parametrize("objective", ["masked", "ar"])
-@pytest.mark.parametrize("layout", ["published", "hub"])
+@pytest.mark.parametrize("layout, objective", PAIRS)
 def test_mmlu_and_the_paper_s_variant_of_it(request, layout, objective):
     """C always wins; of the groups' subjects only two are there."""
     folder = request.getfixturevalue(layout)
