@@ -8,6 +8,7 @@ that is wrong is reported at once, before anything starts.
 """
 
 import dataclasses
+import decimal
 import difflib
 import json
 import math
@@ -247,25 +248,38 @@ def convert(value, kind):
         return float(number)
     if not math.isfinite(number) or number != int(number):
         raise ValueError("expected a whole number")
-    try:
-        return int(value)  # exact for digits; floats hold whole numbers only up to 2**53
-    except ValueError:
-        return int(number)  # written as 1e6 or 250K
+    return int(number)
+
+
+UNITS = dict(K=10**3, M=10**6, B=10**9, T=10**12)
+EXACT = decimal.Context(prec=400)  # digits: more than any float has
 
 
 def parse_number(text):
-    """A float from text, also as people write parameters and tokens: 250K, 1.5B, 15T. Raises ValueError."""
-    unit = dict(K=1e3, M=1e6, B=1e9, T=1e12).get(text[-1:], 1)
-    digits = text[:-1] if unit > 1 else text
+    """A Decimal from text, also as people write parameters and tokens: 250K, 8.2M, 15T. Raises ValueError."""
+    unit = UNITS.get(text[-1:], 1)
+    digits = (text[:-1] if unit > 1 else text).replace("_", "")
     try:
-        return float(digits.replace("_", "")) * unit
+        number = float(digits)
     except ValueError:
         raise ValueError("expected a number") from None
+    return EXACT.multiply(decimal.Decimal(digits if math.isfinite(number) else number), unit)
 
 
 def split(text):
     """The parts of a setting that is a list: text with commas between."""
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def split_paths(text, is_there=os.path.exists):
+    """The parts of a setting that is a list of paths. A path that is there may hold commas itself."""
+    parts, paths = text.split(","), []
+    while parts:
+        joined = [",".join(parts[:n]).strip() for n in range(len(parts), 0, -1)]
+        n = next((len(parts) - i for i, path in enumerate(joined) if "," in path and is_there(path)), 1)
+        paths.append(joined[-n])
+        parts = parts[n:]
+    return [path for path in paths if path]
 
 
 def within(field, value):

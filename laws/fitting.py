@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from configurator import split
+from configurator import split_paths
 from corpus.files import list_folder
 from laws.forms import LAWS, Law, coefficient_names, evaluate, to_tensors
 from laws.runs import geometric_mean
@@ -320,7 +320,7 @@ def fit_entry(fit):
 def find_fits(paths):
     """The fits.json files (fits_ar.json, …) of a comma list of files and folders; raises ValueError."""
     files = []
-    for path in split(paths):
+    for path in split_paths(paths):
         inside = list(map(str, list_folder(path, "fits*.json"))) if Path(path).is_dir() else [path]
         if not inside:
             raise ValueError(f"{path} holds no fits.json; make it with python scaling.py fit")

@@ -162,6 +162,10 @@ def test_values_round_trip(scratch, count, number, name, flag):
     ("--steps=7.0", "steps", 7),
     ("--count=-3", "count", -3),
     ("--count=9007199254740993", "count", 2**53 + 1),  # more digits than a float holds
+    ("--steps=8.2M", "steps", 8_200_000),  # 8.2·1e6 as floats is less
+    ("--steps=1.001K", "steps", 1001),
+    ("--count=0.07T", "count", 70_000_000_000),
+    ("--lr=1.1K", "lr", 1100.0),
     ("--lr=3e-4", "lr", 3e-4),
     ("--lr=2", "lr", 2.0),
     ("--any-number=5", "any_number", 5.0),
@@ -179,6 +183,31 @@ def test_flags(flag, name, value):
     found = getattr(load(flag), name)
     assert found == value and type(found) is type(value)
     assert load(flag) == dataclasses.replace(Settings(), **{name: value})
+
+
+@pytest.mark.parametrize("unit", "KMBT")
+def test_units_are_exact(unit):
+    """48006ab refused 359 of these as no whole numbers."""
+    for n in range(1, 2000):
+        text = f"{n // 100}.{n % 100:02}{unit}"
+        assert configurator.convert(text, int) == n * configurator.UNITS[unit] // 100
+        assert configurator.convert(text, float) == n * configurator.UNITS[unit] / 100
+
+
+@pytest.mark.parametrize("text", ["1e999999999", "1e308K", "nan", "inf", "1e-5K", "9" * 5000, "1.0005K"])
+def test_numbers_that_are_no_whole_ones(text):
+    with pytest.raises(ValueError, match="expected a whole number"):
+        configurator.convert(text, int)
+
+
+def test_paths_with_commas_in_them(tmp_path, monkeypatch):
+    """An existing path wins over its parts."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "a,b", "c, d"):
+        Path(name).touch()
+    for text, paths in (("a,b", ["a,b"]), ("a,b,a", ["a,b", "a"]), (" a , b", ["a", "b"]),
+                        ("b,a", ["b", "a"]), ("x,c, d,y,", ["x", "c, d", "y"]), ("", [])):
+        assert configurator.split_paths(text) == paths
 
 
 @pytest.mark.parametrize("line, name, value", [
