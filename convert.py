@@ -36,6 +36,7 @@ from rich.progress import Progress
 
 import configurator
 from configurator import setting
+from corpus.files import no_empty_parents
 from interop import download, huggingface, megatron, native, verify
 from interop.source import cast_weights
 
@@ -117,20 +118,17 @@ def main():
 def new_folder(out):
     """Make a hidden folder that becomes `out` at the end; an error or a signal leaves nothing of it."""
     building = out.with_name(f".{out.name}.{os.getpid()}")
-    new_parents = [parent for parent in out.parents if not parent.exists()]
     handlers = {signum: signal.signal(signum, signal.default_int_handler)  # as Ctrl-C: KeyboardInterrupt
                 for signum in terminal.stop_signals()}
-    try:
-        building.mkdir(parents=True)
-        yield building
-        building.rename(out)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
-        for parent in new_parents if not out.exists() else ():
-            with contextlib.suppress(OSError):
-                parent.rmdir()
+    with no_empty_parents(out):
+        try:
+            building.mkdir(parents=True)
+            yield building
+            building.rename(out)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
 
 
 def open_source(cfg, path):

@@ -99,6 +99,10 @@ class Sequences:
             return number
         return permute(number, self.available, self.seed, np.full_like(number, -1))
 
+    def by_source(self, ids):
+        """As `Mixture.by_source`: there is one."""
+        yield np.ones(len(ids), bool), self, ids
+
     def rows(self, sample):
         """Tokens of the samples (B,), with the token before each sequence: (B, length + 1) int32."""
         return self.read(self.ids(sample))
@@ -121,7 +125,8 @@ class Sequences:
         """Numbers (B, length) int32, equal within a document and growing along a row, of rows = read(ids).
 
         They are of the tokens that the network reads. Causal: the tokens before those predicted, and an eos
-        opens the document that follows; else the sequence's own, and an eos closes its document.
+        opens the document that follows; else the sequence's own, and an eos closes its document, unless it
+        opens one in this stream.
         """
         tokens = rows[:, :-1] if causal else rows[:, 1:]
         ends = tokens == eos_id
@@ -129,7 +134,7 @@ class Sequences:
             position = ids[:, None] * self.length + np.arange(self.length) + (0 if causal else 1)
             number = self.stream.document_numbers(position + (ends if causal else 0))
             return (number - number[:, :1]).astype(np.int32)
-        return np.cumsum(ends, axis=1, dtype=np.int32) - (0 if causal else ends)
+        return np.cumsum(ends, axis=1, dtype=np.int32) - (0 if causal or self.stream.opens else ends)
 
 
 class Mixture:

@@ -212,8 +212,9 @@ def save_samples(path, samples, rows, batch, tokenizer):
     with open(path, "w", encoding="utf-8") as file:
         for number, (ids, row) in enumerate(zip(samples, rows)):
             new_ids = [new for new, old in zip(ids, row) if old == tokenizer.mask_id]
+            new = tokenizer.decode(new_ids, continues=row[0] != tokenizer.mask_id)
             line = dict(prompt=number // batch, sample=number % batch, text=tokenizer.decode(ids),
-                        new=tokenizer.decode(new_ids), ids=ids, new_ids=new_ids)
+                        new=new, ids=ids, new_ids=new_ids)
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 

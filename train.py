@@ -57,6 +57,10 @@ class Config:
         "several: path:weight:unique_tokens, with commas between")
     tokenizer: str = setting(
         "", "of token files that do not say: a tiktoken encoding such as gpt2, or a tokenizer.json")
+    eos: str = setting(
+        "", "of such token files: the token that ends a document, where it is not the tokenizer.json's own")
+    eos_opens: bool = setting(
+        False, "of such token files: each document begins with that token instead (llm.c's of Llama 3)")
     val_share: float = setting(
         0.0, "share of such token files kept for validation, where none of them is", low=0, high=0.5)
     resume: Literal["no", "auto", "yes"] = neutral(
@@ -186,6 +190,8 @@ class Config:
         "time_correction": "time=moving_gaussian, loss=elbo",
         "shift=yes": "objective=masked",
         "anneal": "objective=masked|uniform",
+        "eos": "tokenizer",
+        "eos_opens": "tokenizer",
         "reset_positions": "document_attention",
         "fp8": "dtype=auto|bfloat16",
         "cuda_graphs": "compile=whole",

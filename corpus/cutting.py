@@ -10,7 +10,7 @@ import re
 from corpus.sources import open_source
 
 TASK_BYTES = 1 << 20  # of text that make a task for one process, and a piece
-MAX_BYTES = 1 << 30  # of one line, between two separators, or of text with no place to cut
+MARK = "\ufeff"  # the byte order mark: at a file's very start no part of its text
 
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, or a byte that is no UTF-8 (surrogateescape)
 BETWEEN_WORDS = re.compile("[A-Za-z] [A-Za-z]")
@@ -53,12 +53,14 @@ def cut_text(text):
         start = stop
 
 
-def read_pieces(source, start, stop, bad_bytes, allow_cuts=True):
+def read_pieces(source, start, stop, cfg, allow_cuts=True):
     """Yield (piece of text, the source's byte behind it, places with replaced bytes) for bytes [start, stop).
 
     stop=None: to the source's end. What is no UTF-8 becomes U+FFFD with bad_bytes="replace"; else it raises
-    ValueError, which a caller that may skip the text catches. The pieces are of about TASK_BYTES each.
+    ValueError, which a caller that may skip the text catches. The pieces are of about TASK_BYTES each; one
+    that can't be cut may be as long as a document.
     """
+    bad_bytes = cfg.bad_bytes
     with open_source(source, start) as (file, _):
         position, raw = start, b""  # what was read of the file and not yet yielded, and where it starts
         while True:
@@ -84,12 +86,14 @@ def read_pieces(source, start, stop, bad_bytes, allow_cuts=True):
                 cut = 0
             if cut:
                 piece = text[:cut].encode("utf-8", "surrogateescape")
-                position, raw = position + len(piece), raw[len(piece) :]
                 text, n_replaced = decode_replacing(piece) if bad else (text[:cut], 0)
+                text = text if position else text.removeprefix(MARK)
+                position, raw = position + len(piece), raw[len(piece) :]
                 yield text, position, n_replaced
-            elif len(raw) > MAX_BYTES:
-                raise ValueError(f"{source.path}: no place to cut the text within {MAX_BYTES >> 20} MiB "
-                                 f"from byte {position} on; --separator= makes documents of it")
+            elif len(raw) > cfg.max_document:
+                raise ValueError(f"{source.path}: no place to cut the text within {cfg.max_document:,} bytes "
+                                 f"from byte {position} on; --separator= makes documents of it, "
+                                 "--max_document= takes longer ones")
             if not block:
                 return
 

@@ -4,7 +4,7 @@ import http.client
 import shutil
 import urllib.request
 
-from corpus.files import sha256_of
+from corpus.files import no_empty_parents, sha256_of
 from corpus.sources import BUFFER_BYTES, file_source
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -34,17 +34,23 @@ def download(url, path):
     """Download `url` to `path`, unless it is there already. An interrupted download leaves nothing behind."""
     if path.is_file():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".part")
+    with no_empty_parents(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fetch_whole(url, partial)
+        partial.rename(path)
+    return path
+
+
+def fetch_whole(url, path):
+    """Download `url` to `path`, or raise OSError."""
     try:
-        with urllib.request.urlopen(url, timeout=60) as response, open(partial, "wb") as file:
+        with urllib.request.urlopen(url, timeout=60) as response, open(path, "wb") as file:
             shutil.copyfileobj(response, file)
             n_bytes = file.tell()
             if n_bytes != int(response.headers.get("Content-Length", n_bytes)):
                 raise OSError(f"the connection closed after {n_bytes} bytes")
     except (OSError, http.client.HTTPException) as problem:
-        partial.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         raise OSError(f"cannot download {url}: {problem}; "
                       "save it as a .txt file and give its path instead") from None
-    partial.rename(path)
-    return path

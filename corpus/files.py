@@ -1,26 +1,105 @@
 """Files on a disk: listed, mapped, hashed, and made to last."""
 
+import contextlib
+import errno
 import hashlib
 import os
+import stat
 from pathlib import Path
 
 import numpy as np
 
 # Beside names that begin with a dot (.DS_Store, AppleDouble's ._train.bin, .nfs…): what Windows, macOS's
-# archiver and Synology leave in folders.
-SYSTEM_NAMES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir"}
+# archiver, Synology and file systems leave in folders; some of it only root may read.
+SYSTEM_NAMES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "lost+found", "$recycle.bin",
+                "system volume information"}
 
 
 def list_folder(folder, pattern="*"):
-    """The paths in a user's folder that match a pattern, sorted, without what systems leave there."""
+    """The paths in a user's folder that match a pattern, sorted, without what systems leave there.
+
+    A pattern that begins with "**/" finds them in the folders below, too, also in linked ones. Raises OSError
+    for a folder that can't be read: glob passes over it.
+    """
     folder = Path(folder)
-    return sorted(path for path in folder.glob(pattern)
-                  if not any(map(is_system_name, path.relative_to(folder).parts)))
+    if not folder.is_dir():
+        return []
+    below, pattern = pattern.startswith("**/"), pattern.removeprefix("**/")
+    paths = []
+    for place in walk_folders(folder):
+        paths += [path for path in place.glob(pattern)
+                  if not any(map(is_system_name, path.relative_to(place).parts))]
+        if not below:
+            break
+    return sorted(paths)
+
+
+def walk_folders(folder):
+    """Yield a folder and those below it, linked ones too, each real folder once. Raises OSError."""
+    pending, seen = [folder], set()
+    while pending:
+        folder = pending.pop(0)
+        real = os.path.realpath(folder)
+        if real in seen:
+            continue
+        seen.add(real)
+        with os.scandir(folder) as entries:
+            inner = sorted((entry.is_symlink(), entry.name) for entry in entries if leads_to_folder(entry))
+        yield folder
+        pending += [folder / name for _, name in inner if not is_system_name(name)]
+
+
+def leads_to_folder(entry):
+    """Whether an os.DirEntry is a folder, or a link to one. Raises OSError where that can't be known."""
+    try:
+        return entry.is_dir()
+    except OSError as problem:
+        if problem.errno == errno.ELOOP:  # links that lead to each other
+            return False
+        raise
 
 
 def is_system_name(name):
     """Whether a file or folder of this name is hidden, or left by a system beside the user's own."""
     return name.startswith(".") or name.lower() in SYSTEM_NAMES
+
+
+def not_a_file(path):
+    """What a path is if it is no file that can be read again and again, in words; "" for such a file.
+
+    Raises OSError where that can't be known.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as problem:
+        if problem.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise
+        is_link = os.path.islink(path)
+        return f"a link to {os.readlink(path)}, which is not there" if is_link else "no such file"
+    if stat.S_ISREG(mode):
+        return ""
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe, which can be read only once",
+             stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def check_file(path):
+    """Raise ValueError or OSError unless this is a file, and not one that stands for another.
+
+    A clone without Git LFS has pointers in the place of large files.
+    """
+    what = not_a_file(path)
+    if what == "no such file":
+        raise FileNotFoundError(f"{path}: {what}")
+    if what:
+        raise ValueError(f"{path}: {what}")
+    with open(path, "rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise ValueError(f"{path} is a Git LFS pointer, not the file it stands for; "
+                             "`git lfs pull` in its repository fetches that")
 
 
 def map_tokens(path, dtype, count, source, offset=0):
@@ -58,6 +137,18 @@ def sync_path(path):
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def no_empty_parents(path):
+    """Remove those folders above `path` that the block made and left empty."""
+    new = [parent for parent in Path(path).parents if not parent.exists()]
+    try:
+        yield
+    finally:
+        for parent in new:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
 
 
 def stamp(path):

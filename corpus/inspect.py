@@ -10,14 +10,18 @@ from corpus.stream import document_lengths
 from corpus.tokenfiles import load_corpus
 
 
-def inspect_corpus(folder, tokenizer_name="", val_share=0.0, seed=None, show=print):
+def inspect_corpus(folder, seed=None, show=print, **foreign):
     """Print a corpus's tokenizer, its counts, document lengths and a random sample; then check its files.
 
-    seed: of the sample; show: is called with each text to print. Raises ValueError for a broken corpus.
+    seed: of the sample; show: is called with each text to print; foreign: of others' token files, as
+    `load_corpus` takes it. Raises ValueError for a broken corpus.
     """
-    corpus = load_corpus(folder, tokenizer_name, val_share)
+    corpus = load_corpus(folder, **foreign)
     meta = corpus.meta
-    tokenizer = tokenizers.load_tokenizer(tokenizer_name or meta["tokenizer"], (corpus.folder,))
+    name, eos = meta["tokenizer"], ""
+    if foreign.get("tokenizer_name"):
+        name, eos = foreign["tokenizer_name"], foreign.get("eos", "")
+    tokenizer = tokenizers.load_tokenizer(name, (corpus.folder,), eos)
     is_prepared = "files" in meta["train"]
     random = np.random.default_rng(seed)
 
@@ -41,7 +45,7 @@ def inspect_corpus(folder, tokenizer_name="", val_share=0.0, seed=None, show=pri
                              f"beyond the vocabulary of {meta['n_vocab']}")
         start = int(random.integers(0, max(1, len(stream) - 64)))
         sample = stream.read(start, start + 64).tolist()
-        show(f"  sample from token {start:,}: {tokenizer.decode(sample)!r}")
+        show(f"  sample from token {start:,}: {tokenizer.decode(sample, continues=True)!r}")
 
     # Whether its files are as they were written.
     if not is_prepared:

@@ -36,16 +36,17 @@ import configurator
 import terminal
 from configurator import neutral, setting
 from corpus import cutting, fetch, tokenizers
-from corpus.files import sha256_of, sync_path
+from corpus.files import no_empty_parents, sha256_of, sync_path
 from corpus.inspect import inspect_corpus
 from corpus.megatron_dataset import write_megatron
-from corpus.sources import COMPRESSED, check_unchanged, find_sources
+from corpus.sources import check_unchanged, find_sources, packing
 from corpus.tasks import make_tasks
 from corpus.tokenfiles import load_corpus
 from corpus.workers import token_dtype, tokenize_tasks
 from corpus.writer import CorpusWriter, Ledger, State
 
 COMMIT_SECONDS = 5.0  # between commits: what is lost at most when the process is killed
+VERSION = 2  # of what comes out of the same text and settings: no preparation goes on with another one
 
 # ---------------------------------------------------------------------------------------------- settings
 
@@ -64,8 +65,11 @@ class Config:
         "auto", "of all sources (auto: by their names; standard input is txt); "
         "names every file of a folder a source")
     separator: str = setting(
-        "", r"what stands between documents in .txt files, \n for a line's end "
+        "", r"what stands between documents in .txt files, \n for a line's end (also \r\n's), \t, \r "
         "(empty: a file is one document)")
+    max_document: int = neutral(
+        100_000_000, "bytes of the longest line, or document between separators: it is held in memory about "
+        "seven times", low=1)
     val: float = setting(
         0.1, "share of the text kept for validation, which no corpus goes without: documents, chosen by "
         "their hash; of a single document its end", above=0, high=0.999)
@@ -82,11 +86,18 @@ class Config:
     val_share: float = neutral(
         0.0, "inspect and export: share of others' token files that is for validation, where none of them is",
         low=0, high=0.5)
+    eos_opens: bool = neutral(
+        False, "inspect and export: the eos of others' token files begins each document instead of ending it")
 
     def problems(self):
         if "/" in self.name:
             return [f"--name={self.name}: a folder's name holds no '/'; --out says where it is"]
         return []
+
+    def foreign(self):
+        """What others' token files do not say themselves, as `load_corpus` takes it."""
+        return dict(tokenizer_name=self.tokenizer, val_share=self.val_share, eos=self.eos,
+                    eos_opens=self.eos_opens)
 
     def tokenizer_name(self):
         return self.tokenizer or "bytes"
@@ -128,7 +139,7 @@ def run(names, cfg):
     if names[:1] == ["inspect"]:
         if len(names) != 2:
             raise ValueError("inspect what? python data.py inspect FOLDER")
-        return inspect_corpus(names[1], cfg.tokenizer, cfg.val_share)
+        return inspect_corpus(names[1], **cfg.foreign())
     terminal.keep_going()
     if names[:1] == ["export"]:
         if len(names) != 3:
@@ -143,7 +154,7 @@ def run(names, cfg):
 
 def export(folder, prefix, cfg):
     """Write a corpus as Megatron's PREFIX_train.bin, .idx and PREFIX_val.bin, .idx: both splits, or none."""
-    corpus = load_corpus(folder, cfg.tokenizer, cfg.val_share)
+    corpus = load_corpus(folder, **cfg.foreign())
     streams = {f"{prefix}_train": corpus.train, f"{prefix}_val": corpus.val}
     for path in files_of(streams):
         if path.exists():
@@ -176,6 +187,14 @@ def report(folder, meta):
     left_out = [f"{n:,} {reason}" for reason, n in meta["left_out"].items() if n]
     if left_out:
         print(f"left out: {', '.join(left_out)}")
+    n_bytes, n_token_bytes = (meta["train"][what] + meta["val"][what] for what in ("bytes", "token_bytes"))
+    if n_bytes != n_token_bytes:
+        print(f"the tokenizer changes text: its tokens spell {n_token_bytes:,} bytes, not {n_bytes:,}; "
+              "bits/byte count those of the text")
+    if meta["without_separator"]:
+        files = meta["without_separator"]
+        more = ", …" if len(files) > 3 else ""
+        print(f"the separator occurs nowhere in {', '.join(files[:3])}{more}: each is one document")
     if meta["replaced"]:
         places = "place" if meta["replaced"] == 1 else "places"
         print(f"replaced: bytes that are no UTF-8, in {meta['replaced']:,} {places}")
@@ -186,8 +205,8 @@ def default_name(names):
     name = names[0].removeprefix("hf:")
     if name == "-":
         return "stdin"
-    if glob.has_magic(name):
-        if not Path(name).exists() and not glob.glob(name, recursive=True):
+    if glob.has_magic(name) and not os.path.lexists(name):
+        if not glob.glob(name, recursive=True):
             raise FileNotFoundError(f"{name}: no file matches")
         raise ValueError(f"{name}: give the corpus a name with --name=")
     path = Path(name)
@@ -195,14 +214,14 @@ def default_name(names):
         return path.resolve().name
     if names[0].startswith("hf:"):
         return path.name
-    return Path(path.stem).stem if path.suffix in COMPRESSED else path.stem
+    return Path(path.stem).stem if packing(path) else path.stem
 
 
 def prepare_by_name(names, folder, cfg):
     """Prepare a corpus of the sources with these names, with a progress bar. Returns its meta.json."""
     # What is wrong with folder or tokenizer, before anything is downloaded.
     work_folder_of(folder)
-    tokenizers.load_tokenizer(cfg.tokenizer_name(), eos=cfg.eos)
+    load_tokenizer(cfg)
 
     files = []
     for name in names:
@@ -210,7 +229,7 @@ def prepare_by_name(names, folder, cfg):
             name = str(fetch.download(fetch.SHAKESPEARE, Path(cfg.out) / ".shakespeare.txt"))
         if name != "-":
             files.append(name)
-    sources = find_sources(files, cfg)
+    sources = find_sources(files, cfg, warn)
     if "-" in names:
         stdin, total = sys.stdin.buffer, None
     else:
@@ -225,6 +244,11 @@ def prepare_by_name(names, folder, cfg):
         meta = prepare(sources, folder, cfg, show, stdin)
         bar.update(task, completed=total)
     return meta
+
+
+def warn(line):
+    """Say what is left out, beside what is printed of the result."""
+    print(f"data.py: {line}", file=sys.stderr)
 
 
 def progress_bar(is_timed):
@@ -253,10 +277,15 @@ def prepare(sources, folder, cfg, progress=None, stdin=None):
     """
     folder = Path(folder)
     work_folder = work_folder_of(folder)
-    tokenizer = tokenizers.load_tokenizer(cfg.tokenizer_name(), eos=cfg.eos)
+    tokenizer = load_tokenizer(cfg)
+    with no_empty_parents(work_folder):
+        return prepare_in(work_folder, sources, folder, cfg, tokenizer, progress, stdin)
+
+
+def prepare_in(work_folder, sources, folder, cfg, tokenizer, progress, stdin):
+    """As `prepare`, with its work folder and its tokenizer."""
     ledger = open_ledger(work_folder, cfg)
     corpus_folder = work_folder / "corpus"
-
     keep = False  # the work folder, for another try
     try:
         if cfg.restart:
@@ -279,7 +308,7 @@ def prepare(sources, folder, cfg, progress=None, stdin=None):
         tokenize(sources, corpus_folder, cfg, tokenizer, state, ledger, progress)
         for source in sources:
             check_unchanged(source)
-        meta = finish(sources, corpus_folder, tokenizer, state)
+        meta = finish(sources, corpus_folder, cfg, tokenizer, state)
         corpus_folder.rename(folder)
     except (KeyboardInterrupt, BrokenProcessPool):
         keep = True
@@ -293,11 +322,22 @@ def prepare(sources, folder, cfg, progress=None, stdin=None):
     return meta
 
 
+def load_tokenizer(cfg):
+    """The tokenizer of a preparation. Raises ValueError for one that loses text."""
+    tokenizer = tokenizers.load_tokenizer(cfg.tokenizer_name(), eos=cfg.eos)
+    if isinstance(tokenizer, tokenizers.HuggingFaceTokenizer):
+        tokenizer.check_text()
+    return tokenizer
+
+
 def work_folder_of(folder):
     """The folder .NAME.building in which a corpus is made. Raises FileExistsError if the corpus is there."""
     work_folder = folder.with_name(f".{folder.name}.building")
     if folder.name in ("", ".", ".."):
         raise ValueError(f"--name={folder.name}: no name for a folder")
+    if set(folder.name) & set(",:") or folder.name != folder.name.strip():
+        raise ValueError(f"{folder}: train.py could not read that name, as ',' separates corpora and ':' "
+                         "stands before their weights; choose another one with --name=")
     if folder.exists():
         if not (work_folder / "corpus").exists():  # killed between the last two acts of `prepare`
             shutil.rmtree(work_folder, ignore_errors=True)
@@ -322,7 +362,7 @@ def make_plan(sources, cfg, tokenizer):
     neutral_settings = configurator.neutral_settings(Config)
     options = {name: value for name, value in asdict(cfg).items() if name not in neutral_settings}
     uses_docs = any(source.kind == "docs" for source in sources)
-    options |= dict(tokenizer=tokenizer.name, python=sys.version if uses_docs else "")
+    options |= dict(tokenizer=tokenizer.name, python=sys.version if uses_docs else "", version=VERSION)
     return dict(options=options, sources=[list(source) for source in sources])
 
 
@@ -383,13 +423,14 @@ def count_processes(sources, cfg):
     return n if n > 1 else 0
 
 
-def finish(sources, folder, tokenizer, state):
+def finish(sources, folder, cfg, tokenizer, state):
     """Check what came out, and complete the corpus with its meta.json, which is returned."""
     names = list(dict.fromkeys(Path(source.path).name for source in sources))
-    check_text(names, state)
+    check_text(names, cfg, state)
     meta = dict(format=2, sources=names[:100], tokenizer=tokenizer.name, n_vocab=tokenizer.n_vocab,
                 eos_id=tokenizer.eos_id, mask_id=tokenizer.mask_id, dtype=token_dtype(tokenizer).name,
-                left_out=state.left_out, replaced=state.replaced)
+                left_out=state.left_out, replaced=state.replaced,
+                without_separator=state.without_separator[:100])
     for split, counts in state.counts.items():
         files = describe_files(folder, split, state.files[split])
         digests = [file["sha256"] for file in files]
@@ -405,14 +446,16 @@ def finish(sources, folder, tokenizer, state):
     return meta
 
 
-def check_text(names, state):
+def check_text(names, cfg, state):
     """Raise ValueError if a split has no text; names: of the sources."""
+    files = state.without_separator
+    missing = f"; {cfg.separator!r} occurs nowhere in {', '.join(files[:3])}" if files else ""
     for split, counts in state.counts.items():
         if not counts["bytes"]:
             reasons = ", ".join(f"{n} {reason}" for reason, n in state.left_out.items() if n)
             reasons = f" (left out: {reasons})" if reasons else ""
             raise ValueError(f"{', '.join(names[:3])}: no text for the {split} split{reasons}; "
-                             "use more text or another --val")
+                             f"use more text or another --val{missing}")
 
 
 def describe_files(folder, split, shards):

@@ -6,11 +6,12 @@ import glob
 import gzip
 import io
 import lzma
+import os
 import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from corpus.files import SYSTEM_NAMES, list_folder, stamp
+from corpus.files import SYSTEM_NAMES, check_file, list_folder, not_a_file, stamp
 
 SUFFIXES = {".txt": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
@@ -27,15 +28,18 @@ class Source(NamedTuple):
     changed: int = 0  # when: an interrupted preparation must find the same size and time again
 
 
-def find_sources(names, cfg):
-    """The sources that names on the command line stand for, each once. Raises ValueError or OSError."""
+def find_sources(names, cfg, say=lambda line: None):
+    """The sources that names on the command line stand for, each once. Raises ValueError or OSError.
+
+    say(line) is called with what is left out.
+    """
     sources = []
     for name in names:
-        sources += sources_of(name, cfg)
+        sources += sources_of(name, cfg, say)
     return list(dict.fromkeys(sources))
 
 
-def sources_of(name, cfg):
+def sources_of(name, cfg, say):
     """The sources that one name stands for."""
     path = Path(name)
     if name == "docs":  # a folder of that name is ./docs
@@ -44,15 +48,41 @@ def sources_of(name, cfg):
         path = Path(name.removeprefix("hf:"))
         return [Source("hf", str(path), *(stamp(path) if path.exists() else ()))]
     if path.is_dir():
-        return [file_source(file, cfg) for file in files_in(path, cfg)]
-    if path.is_file():
+        return [file_source(file, cfg) for file in files_in(path, cfg, say)]
+    if not glob.has_magic(name) or os.path.lexists(name):
         return [file_source(path, cfg)]
-    matches = sorted(match for match in glob.glob(name, recursive=True)  # hidden ones only if asked for
-                     if Path(match).is_file() and Path(match).name.lower() not in SYSTEM_NAMES)
-    if not matches:
-        problem = "no file matches" if glob.has_magic(name) else "no such file"
-        raise FileNotFoundError(f"{name}: {problem}")
-    return [file_source(Path(match), cfg) for match in matches]
+    files = files_matching(name, say)
+    if not files:
+        raise FileNotFoundError(f"{name}: no file matches")
+    return [file_source(file, cfg) for file in files]
+
+
+def files_matching(pattern, say):
+    """The files that match a pattern, hidden ones only if it asks for them. Raises OSError."""
+    for parent in Path(pattern).parents:  # glob passes over what it can't read
+        for folder in glob.glob(str(parent), recursive=True):
+            if os.path.isdir(folder):
+                os.scandir(folder).close()
+                os.stat(os.path.join(folder, "."))
+    matches = [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
+    matches = [path for path in matches if path.name.lower() not in SYSTEM_NAMES]
+    n_folders = sum(path.is_dir() for path in matches)
+    if n_folders and "**" not in pattern:
+        folders = "1 folder matches" if n_folders == 1 else f"{n_folders} folders match"
+        say(f"{pattern}: {folders}, whose files are left out; give folders by their names")
+    return readable_files(matches, say)
+
+
+def readable_files(paths, say):
+    """Those of `paths` that are files or links to files. What is neither one nor a folder is named."""
+    files = []
+    for path in paths:
+        what = not_a_file(path)
+        if not what:
+            files.append(path)
+        elif not path.is_dir():
+            say(f"{path} is left out: {what}")
+    return files
 
 
 def is_dataset(path):
@@ -60,26 +90,37 @@ def is_dataset(path):
     return any((path / mark).is_file() for mark in ("dataset_info.json", "dataset_dict.json"))
 
 
-def files_in(folder, cfg):
+def files_in(folder, cfg, say):
     """The files of a folder and of those in it that are sources: no hidden ones, none of an unknown kind."""
-    files = []
-    for path in list_folder(folder, "**/*"):
-        if path.is_file() and (cfg.format != "auto" or kind_of(path)):
-            files.append(path)
+    paths = readable_files(list_folder(folder, "**/*"), say)
+    files = [path for path in paths if cfg.format != "auto" or kind_of(path)]
     if not files:
         raise ValueError(f"{folder}: no {', '.join(SUFFIXES)} files in it "
                          f"(or these with {', '.join(COMPRESSED)}); --format=txt takes every file as text")
+    if len(files) < len(paths):
+        endings = sorted({path.suffix or path.name for path in set(paths) - set(files)})
+        shown = ", ".join(endings[:5]) + (", …" if len(endings) > 5 else "")
+        say(f"{folder}: {len(paths) - len(files):,} files of other kinds are left out ({shown})")
     return files
+
+
+def packing(path):
+    """How a file is compressed: .gz, .zst, .bz2 or .xz by its name, "" if it is not."""
+    ending = Path(path).suffix.lower()
+    return ending if ending in COMPRESSED else ""
 
 
 def kind_of(path):
     """txt, jsonl or parquet by the name of a file; None if it says neither."""
-    suffix = path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
-    return SUFFIXES.get(suffix)
+    path = Path(path).with_suffix("") if packing(path) else Path(path)
+    return SUFFIXES.get(path.suffix.lower())
 
 
 def file_source(path, cfg):
     """The source that a file is, of the kind that its name or --format says."""
+    if path.is_fifo():
+        raise ValueError(f"{path}: {not_a_file(path)}; give it as standard input: … | python data.py -")
+    check_file(path)
     kind = kind_of(path) if cfg.format == "auto" else cfg.format
     if not kind:
         raise ValueError(f"{path}: expected docs, shakespeare, hf:NAME, -, or a {', '.join(SUFFIXES)} file "
@@ -112,17 +153,17 @@ def open_source(source, start=0):
         except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as problem:
             raise ValueError(f"{path}: {DAMAGED} ({problem})") from None
         except OSError as problem:
-            if path.suffix == ".bz2" and not problem.errno:  # that is how bz2 says it
+            if packing(path) == ".bz2" and not problem.errno:  # that is how bz2 says it
                 raise ValueError(f"{path}: {DAMAGED} ({problem})") from None
             raise
 
 
 def decompressed(raw, path):
     """An open file's content as a file, by the ending of its name."""
-    if path.suffix == ".zst":
+    if packing(path) == ".zst":
         return io.BufferedReader(ZstandardReader(raw, path), BUFFER_BYTES)
     openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-    return openers[path.suffix](raw) if path.suffix in openers else raw
+    return openers[packing(path)](raw) if packing(path) else raw
 
 
 def skip_bytes(file, n):

@@ -36,13 +36,14 @@ class Stream:
     A model predicts each token from those before it, so the first token of a corpus needs one before it, too:
     `with_leading_eos` puts an eos there, which is in no file (n_prepended counts it).
 
-    document_starts: a DocumentStarts for each file with an index; without them, documents end with an eos.
+    document_starts: a DocumentStarts for each file with an index; without them, documents end with an eos,
+    or, if `opens`, begin with one.
     """
 
-    def __init__(self, arrays, document_starts=(), n_prepended=0):
+    def __init__(self, arrays, document_starts=(), n_prepended=0, opens=False):
         self.arrays = [array for array in arrays if len(array)]
         self.document_starts = document_starts
-        self.n_prepended = n_prepended
+        self.n_prepended, self.opens = n_prepended, opens
         self.offsets = np.cumsum([0, *map(len, self.arrays)], dtype=np.int64)  # of each array, and the length
         self.dtype = self.arrays[0].dtype if self.arrays else np.dtype(np.uint16)
         self.views = {}  # {n: all windows of n tokens of each array, not copied; None where it is shorter}
@@ -116,7 +117,7 @@ class Stream:
                 after.append(file._replace(position=file.position - position, offsets=file.offsets[n:]))
         heads = [array[: max(0, position - offset)] for array, offset in zip(self.arrays, self.offsets)]
         tails = [array[max(0, position - offset) :] for array, offset in zip(self.arrays, self.offsets)]
-        return Stream(heads, before, self.n_prepended), Stream(tails, after)
+        return Stream(heads, before, self.n_prepended, self.opens), Stream(tails, after, 0, self.opens)
 
     def with_leading_eos(self, eos_id):
         """The stream with an eos in front, unless it begins with one."""
@@ -124,13 +125,13 @@ class Stream:
             return self
         eos = np.array([eos_id], self.dtype)
         shifted = [file._replace(position=file.position + 1) for file in self.document_starts]
-        return Stream([eos, *self.arrays], shifted, n_prepended=1)
+        return Stream([eos, *self.arrays], shifted, 1, self.opens)
 
 
 def document_sizes(stream, eos_id):
     """Yield arrays with the number of tokens of each document, its eos included.
 
-    An eos that the stream begins with belongs to no document.
+    An eos that the stream begins with belongs to no document, unless it opens one.
     """
     if stream.document_starts:
         ends = [file.start(0) for file in stream.document_starts[1:]] + [len(stream)]
@@ -139,10 +140,11 @@ def document_sizes(stream, eos_id):
         return
 
     position, start = 0, 0  # of the chunk, of the current document
+    behind = 0 if stream.opens else 1  # a document ends behind an eos, or before one
     for chunk in stream.chunks():
-        ends = position + np.flatnonzero(chunk == eos_id) + 1
-        if position == 0 and len(ends) and ends[0] == 1:
-            ends, start = ends[1:], 1
+        ends = position + np.flatnonzero(chunk == eos_id) + behind
+        if position == 0 and len(ends) and ends[0] == behind:
+            ends, start = ends[1:], behind
         if len(ends):
             yield np.diff(ends, prepend=start)
             start = int(ends[-1])
@@ -156,11 +158,12 @@ def document_lengths(stream, eos_id):
     if stream.document_starts:
         start = stream.document_starts[0].start(0)
     else:
-        start = int(len(stream) > 0 and stream.read(0, 1)[0] == eos_id)
+        start = int(len(stream) > 0 and stream.read(0, 1)[0] == eos_id and not stream.opens)
     for sizes in document_sizes(stream, eos_id):
-        last = start + np.cumsum(sizes) - 1
-        ends_with_eos = stream.windows(np.clip(last, 0, None), 1)[:, 0] == eos_id
-        yield sizes - ((sizes > 0) & ends_with_eos)
+        ends = start + np.cumsum(sizes)
+        place = ends - sizes if stream.opens else ends - 1
+        has_eos = stream.windows(np.clip(place, 0, None), 1)[:, 0] == eos_id
+        yield sizes - ((sizes > 0) & has_eos)
         start += int(sizes.sum())
 
 
@@ -173,9 +176,9 @@ def next_document_start(stream, position, eos_id):
                 return file.start(n)
         return len(stream)
 
-    size = 1 << 20
+    size, behind = 1 << 20, 0 if stream.opens else 1
     while position < len(stream):
-        ends = np.flatnonzero(stream.read(position - 1, position + size) == eos_id)
+        ends = np.flatnonzero(stream.read(position - behind, position + size) == eos_id)
         if len(ends):
             return position + int(ends[0])
         position += size

@@ -7,6 +7,7 @@ There is one function per kind of source. Each yields (task, next place, bytes o
 """
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from corpus import cutting, python_docs
 from corpus.cutting import read_pieces
-from corpus.sources import COMPRESSED, open_source
+from corpus.sources import open_source, packing
 
 
 class Task(NamedTuple):
@@ -93,7 +94,7 @@ def small_files(sources, number):
 def only_text_tasks(source, place, cfg, allow_cuts):
     """A .txt file that is the only source, as one document: its end is for validation."""
     size = source.size
-    if Path(source.path).suffix in COMPRESSED:
+    if packing(source.path):
         with open_source(source) as (file, _):
             size = sum(len(block) for block in iter(lambda: file.read(cutting.TASK_BYTES), b""))
     border = int(size * (1 - cfg.val))
@@ -107,7 +108,7 @@ def large_text_tasks(source, place, cfg, allow_cuts):
     """A large .txt file as one document. It is read twice, because its digest decides its split."""
     digest, size = hashlib.sha256(), 0
     try:
-        for text, position, _ in read_pieces(source, 0, None, cfg.bad_bytes):
+        for text, position, _ in read_pieces(source, 0, None, cfg):
             digest.update(text.encode("utf-8"))
             size = position
     except ValueError:
@@ -126,7 +127,7 @@ def piece_tasks(source, place, ranges, digest, cfg, allow_cuts):
         if place.byte >= stop:
             continue
         is_first = place.byte <= start
-        for text, position, n in read_pieces(source, max(place.byte, start), stop, cfg.bad_bytes, allow_cuts):
+        for text, position, n in read_pieces(source, max(place.byte, start), stop, cfg, allow_cuts):
             piece = Piece(split, text, digest, is_first, position == stop, n)
             bytes_read = source.size * position // size  # of the file, which may be compressed
             yield Task("piece", source.path, piece), Place(place.source, position), bytes_read
@@ -144,33 +145,40 @@ def line_tasks(source, place, cfg):
     with open_source(source, byte) as (file, bytes_read):
         while block := file.read(cutting.TASK_BYTES):
             if not block.endswith(b"\n"):
-                block += file.readline(cutting.MAX_BYTES)
-            if len(block) > cutting.MAX_BYTES:
-                raise ValueError(f"{source.path}: from line {n_lines + 1} on: "
-                                 f"a line of more than {cutting.MAX_BYTES >> 20} MiB")
+                block += file.readline(cfg.max_document + 1)
+            if len(block) > cfg.max_document:
+                check_lines(block, n_lines, source, cfg)
             task = Task("lines", source.path, block, n_lines + 1)
             byte += len(block)
             n_lines += block.count(b"\n")
             yield task, Place(place.source, byte, n_lines), bytes_read()
 
 
+def check_lines(block, n_before, source, cfg):
+    """Raise ValueError for a line that is too long to be held in memory; n_before: lines before the block."""
+    for number, line in enumerate(block.split(b"\n"), n_before + 1):
+        if len(line) > cfg.max_document:
+            raise ValueError(f"{source.path}:{number}: a line of more than {cfg.max_document:,} bytes; "
+                             "--max_document= takes longer ones")
+
+
 def separated_tasks(source, place, cfg):
     """The documents of a .txt file with separators between them."""
-    separator = separator_bytes(cfg)
+    separator = separator_pattern(cfg)
     byte, held = place.byte, b""
     with open_source(source, byte) as (file, bytes_read):
         while True:
             block = file.read(max(cutting.TASK_BYTES, len(held)))  # twice as much while there is no separator
             held += block
             is_last = not block
+            borders = [match.span() for match in separator.finditer(held)]  # the leftmost, where they overlap
+            if len(held) > cfg.max_document:
+                check_separated(borders, len(held), byte, source, cfg)
             if is_last:
                 end = len(held)
-            else:  # behind the last separator; they may overlap, and the leftmost counts
-                end = len(held) - len(held.split(separator)[-1])
-            if not end and not is_last:
-                if len(held) > cutting.MAX_BYTES:
-                    raise ValueError(f"{source.path}: no separator {cfg.separator!r} within "
-                                     f"{cutting.MAX_BYTES >> 20} MiB from byte {byte} on")
+            elif borders:
+                end = borders[-1][1]
+            else:
                 continue
             if end:
                 task = Task("separated", source.path, held[:end], byte)
@@ -180,9 +188,27 @@ def separated_tasks(source, place, cfg):
             byte, held = byte + end, held[end:]
 
 
-def separator_bytes(cfg):
-    """What stands between documents, as bytes."""
-    return cfg.separator.replace("\\n", "\n").replace("\\t", "\t").encode("utf-8")
+def check_separated(borders, size, byte, source, cfg):
+    """Raise ValueError for a document that is too long to be held in memory.
+
+    borders: (start, stop) of the separators in `size` bytes, which are the source's from `byte` on.
+    """
+    start = 0
+    for stop, next_start in (*borders, (size, size)):
+        if stop - start > cfg.max_document:
+            raise ValueError(f"{source.path}: no separator {cfg.separator!r} within "
+                             f"{cfg.max_document:,} bytes from byte {byte + start} on; "
+                             "--max_document= takes longer documents")
+        start = next_start
+
+
+def separator_pattern(cfg):
+    """What stands between documents, as a pattern of bytes. A line's end in it is \\n or \\r\\n in a text."""
+    separator = cfg.separator
+    for escaped, character in (("\\n", "\n"), ("\\r", "\r"), ("\\t", "\t")):
+        separator = separator.replace(escaped, character)
+    parts = [re.escape(part) for part in re.split("(?<!\r)\n", separator)]
+    return re.compile("\r?\n".join(parts).encode("utf-8"))
 
 
 # ------------------------------------------------------------------------------------------------ records

@@ -8,16 +8,19 @@ and modded-nanogpt's shards, Megatron's .bin/.idx pairs.
 import contextlib
 import hashlib
 import json
+import os
 import resource
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from configurator import parse_number, split_paths
 from corpus import tokenizers
-from corpus.files import list_folder, map_tokens
+from corpus.characters import read_alphabet
+from corpus.files import check_file, list_folder, map_tokens
 from corpus.megatron_dataset import open_megatron
-from corpus.stream import DocumentStarts, Stream, next_document_start
+from corpus.stream import DocumentStarts, Stream, document_lengths, next_document_start
 
 MAX_HASHED_BYTES = 1 << 30  # larger prepared corpora are not hashed again at every start, only measured
 
@@ -31,12 +34,14 @@ class Corpus(NamedTuple):
     val: Stream
     token_bytes: np.ndarray
     tokenizer_file: Path | None = None  # if its tokenizer is a tokenizer.json
+    byte_ratio: float = 1.0  # bytes of the validation text over those that its tokens spell
 
 
-def load_corpus(folder, tokenizer_name="", val_share=0.0):
+def load_corpus(folder, tokenizer_name="", val_share=0.0, eos="", eos_opens=False):
     """Open a prepared corpus, after checking sizes, dtype and checksums, or token files in another layout.
 
-    Others' files do not say which tokenizer made them, so `tokenizer_name` has to. If none of them is for
+    Others' files do not say which tokenizer made them, so `tokenizer_name` has to; eos: the token that ends a
+    document in them, or begins it (eos_opens), if it is not the tokenizer's own. If none of them is for
     validation, the last `val_share` of their tokens is, from a document's start on. Raises ValueError or
     FileNotFoundError.
     """
@@ -45,11 +50,14 @@ def load_corpus(folder, tokenizer_name="", val_share=0.0):
 
     # Without its meta.json a prepared folder is damaged: token_bytes.bin tells it from a nanoGPT folder.
     if not any((folder / name).is_file() for name in ("meta.json", "token_bytes.bin")):
-        return load_foreign(folder, tokenizer_name, val_share)
+        return load_foreign(folder, tokenizer_name, val_share, eos, eos_opens)
 
+    if eos_opens:
+        raise ValueError(f"{folder}: eos_opens is for others' token files; in those of data.py an eos ends "
+                         "each document")
     corpus = load_prepared(folder)
     if tokenizer_name:
-        name = tokenizers.load_tokenizer(tokenizer_name, (folder,)).name
+        name = tokenizers.load_tokenizer(tokenizer_name, (folder,), eos).name
         if name != corpus.meta["tokenizer"]:
             raise ValueError(f"{folder} was prepared with tokenizer '{corpus.meta['tokenizer']}', "
                              f"not '{name}'")
@@ -66,9 +74,10 @@ def allow_many_open_files():
 def parse_corpora(text):
     """Parse `path`, `path:weight` or `path:weight:unique_tokens`, several with commas between.
 
-    Returns [(path, weight or None, unique tokens or 0)]. A weight may be left empty. Raises ValueError.
+    Returns [(path, weight or None, unique tokens or 0)]. A weight may be left empty; a path that is there may
+    hold commas and colons. Raises ValueError.
     """
-    corpora = [parse_corpus(item.strip()) for item in text.split(",") if item.strip()]
+    corpora = [parse_corpus(item) for item in split_paths(text, is_item)]
     if not corpora:
         raise ValueError("corpus: name at least one folder")
     if len({weight is None for _, weight, _ in corpora}) > 1:
@@ -76,12 +85,30 @@ def parse_corpora(text):
     return corpora
 
 
+def is_item(text):
+    """Whether a text, which may have commas in it, is one item of a corpus setting."""
+    path, numbers = split_item(text)
+    return is_there(path) and "," not in "".join(numbers)
+
+
+def split_item(item):
+    """(path, the numbers behind it) of an item of a corpus setting: the longest path that is there."""
+    fields = item.split(":")
+    n = next((n for n in range(len(fields), 1, -1) if is_there(":".join(fields[:n]))), 1)
+    return ":".join(fields[:n]), fields[n:]
+
+
+def is_there(path):
+    """Whether there is a folder or file of this path, or a Megatron dataset of this prefix."""
+    return any(os.path.exists(path + end) for end in ("", ".bin", "_train.bin"))
+
+
 def parse_corpus(item):
     """(path, weight or None, unique tokens or 0) of one item of a corpus setting. Raises ValueError."""
-    path, *numbers = item.split(":")
+    path, numbers = split_item(item)
     problem = f"corpus={item}: write path, path:weight or path:weight:unique_tokens"
     try:
-        weight, unique_tokens = (float(n) if n else None for n in (numbers + ["", ""])[:2])
+        weight, unique_tokens = (float(parse_number(n)) if n else None for n in (numbers + ["", ""])[:2])
     except ValueError:
         raise ValueError(problem) from None
     if len(numbers) > 2 or not path:
@@ -116,7 +143,16 @@ def load_prepared(folder):
     tokenizer_file = folder / "tokenizer.json"
     if not tokenizer_file.is_file():
         tokenizer_file = None
-    return Corpus(folder, meta, Stream(arrays["train"]), Stream(arrays["val"]), token_bytes, tokenizer_file)
+    train, val = Stream(arrays["train"]), Stream(arrays["val"])
+    ratio = 1.0
+    if meta["tokenizer"].startswith("tokenizer.json "):  # which may change the text before it becomes tokens
+        ratio = meta["val"]["bytes"] / (meta["val"].get("token_bytes") or count_bytes(val, token_bytes))
+    return Corpus(folder, meta, train, val, token_bytes, tokenizer_file, ratio)
+
+
+def count_bytes(stream, token_bytes):
+    """How many bytes a stream's tokens spell: older corpora do not say it in meta.json."""
+    return sum(int(token_bytes[chunk].sum()) for chunk in stream.chunks()) or 1
 
 
 def read_meta(folder):
@@ -134,6 +170,8 @@ def read_meta(folder):
             raise ValueError("eos_id < n_vocab ≤ mask_id is needed")
         if not (meta["val"]["bytes"] > 0 and meta["tokenizer"]):
             raise ValueError("text in val and a tokenizer are needed")
+        if not meta["val"].get("token_bytes", 1) > 0:
+            raise ValueError("tokens in val that spell text are needed")
         if meta["n_vocab"] - 1 > np.iinfo(dtype).max:
             raise ValueError(f"a vocabulary of {meta['n_vocab']} is above what {dtype.name} holds")
     except (ValueError, KeyError, TypeError) as problem:
@@ -163,7 +201,7 @@ class TokenFiles(NamedTuple):
     fingerprint: str  # a SHA-256 of their names, lengths and samples of their tokens
 
 
-def load_foreign(folder, tokenizer_name, val_share):
+def load_foreign(folder, tokenizer_name, val_share, eos, eos_opens):
     """Open others' token files: a folder, one .bin file, or a Megatron prefix.
 
     Raises ValueError or FileNotFoundError.
@@ -173,19 +211,11 @@ def load_foreign(folder, tokenizer_name, val_share):
         is_built_in = folder.name in ("docs", "shakespeare")
         names = folder.name if is_built_in else f"FILE --name={folder.name}"
         raise FileNotFoundError(f"no corpus in '{folder}'; prepare one with: python data.py {names}")
-    alphabet = paths["train"][0].with_name("meta.pkl")
-    if alphabet.is_file():  # never unpickled: that would run what is in it
-        raise ValueError(f"{alphabet}: nanoGPT's character tokens, with an alphabet of their own, which no "
-                         "tokenizer here has; prepare the text itself with data.py")
-    if not tokenizer_name:
-        raise ValueError(f"{folder}: token files do not say which tokenizer made them; "
-                         "add --tokenizer=gpt2 (or another)")
-
-    tokenizer = tokenizers.load_tokenizer(tokenizer_name)
-    train = open_token_files(paths["train"], tokenizer)
+    tokenizer = foreign_tokenizer(paths["train"][0], tokenizer_name, eos)
+    train = open_token_files(paths["train"], tokenizer, eos_opens)
     layout = train.layout
     if paths["val"]:
-        val = open_token_files(paths["val"], tokenizer)
+        val = open_token_files(paths["val"], tokenizer, eos_opens)
     elif val_share:
         train, val = split_by_share(train, val_share, tokenizer.eos_id)
     else:
@@ -198,7 +228,30 @@ def load_foreign(folder, tokenizer_name, val_share):
         n_tokens = len(files.stream) - files.stream.n_prepended
         meta[split] = dict(tokens=n_tokens, sha256=files.fingerprint)
     tokenizer_file = getattr(tokenizer, "path", None)
-    return Corpus(folder, meta, train.stream, val.stream, tokenizer.token_bytes(), tokenizer_file)
+    ratio = ratio_without_prefixes(val.stream, tokenizer) if tokenizer.prefix_bytes else 1.0
+    return Corpus(folder, meta, train.stream, val.stream, tokenizer.token_bytes(), tokenizer_file, ratio)
+
+
+def foreign_tokenizer(path, name, eos):
+    """The tokenizer of others' token files, of which `path` is one. Raises ValueError."""
+    alphabet = path.with_name("meta.pkl")
+    if not os.path.lexists(alphabet):
+        if not name:
+            raise ValueError(f"{path.parent}: token files do not say which tokenizer made them; "
+                             "add --tokenizer=gpt2 (or another)")
+        return tokenizers.load_tokenizer(name, eos=eos)
+    tokenizer = read_alphabet(alphabet)
+    if name not in ("", tokenizer.name) or eos:
+        given = f"tokenizer={name}" if name else f"eos={eos}"
+        raise ValueError(f"{alphabet} says which character each token is: {given} can't be right; "
+                         "leave it out")
+    return tokenizer
+
+
+def ratio_without_prefixes(stream, tokenizer):
+    """The byte_ratio of tokens whose text is not there: each document begins with the tokenizer's prefix."""
+    n_documents = sum(np.count_nonzero(lengths) for lengths in document_lengths(stream, tokenizer.eos_id))
+    return 1 - tokenizer.prefix_bytes * n_documents / count_bytes(stream, tokenizer.token_bytes())
 
 
 def split_by_share(files, val_share, eos_id):
@@ -243,7 +296,7 @@ def split_by_name(path):
     return "val" if words & {"val", "valid", "validation"} else "train"
 
 
-def open_token_files(paths, tokenizer):
+def open_token_files(paths, tokenizer, eos_opens=False):
     """Open files of one layout as TokenFiles. Raises ValueError."""
     opened = [open_token_file(path) for path in paths]
     layouts = {layout for layout, _, _ in opened}
@@ -263,7 +316,7 @@ def open_token_files(paths, tokenizer):
             document_starts.append(DocumentStarts(position, offsets, dtype.itemsize))
         position += len(tokens)
     arrays = [tokens for _, tokens, _ in opened]
-    stream = Stream(arrays, document_starts).with_leading_eos(tokenizer.eos_id)
+    stream = Stream(arrays, document_starts, opens=eos_opens).with_leading_eos(tokenizer.eos_id)
     return TokenFiles(layouts.pop(), stream, fingerprint_of(paths, arrays))
 
 
@@ -285,6 +338,7 @@ LLM_C_VERSIONS = {  # {the header's magic number: (version, dtype)}
 
 def open_token_file(path):
     """(layout, tokens, byte offset of each document or None) of one .bin file. Raises ValueError."""
+    check_file(path)
     if path.with_suffix(".idx").is_file():
         return "Megatron", *open_megatron(path)
 

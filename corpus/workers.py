@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from corpus import cutting, tokenizers
-from corpus.cutting import SURROGATE, cut_text, decode_replacing
-from corpus.tasks import separator_bytes
+from corpus.cutting import MARK, SURROGATE, cut_text, decode_replacing
+from corpus.tasks import separator_pattern
 
 
 class Document(NamedTuple):
@@ -27,6 +27,7 @@ class Document(NamedTuple):
 
     digest: bytes  # SHA-256 of the whole document's text; b"" if there is no other document
     n_bytes: int  # of text
+    n_token_bytes: int  # that its tokens spell: others where a tokenizer changes the text
     tokens: bytes  # in the files' dtype; behind the document's last token its eos
     is_first: bool = True
     is_last: bool = True
@@ -39,6 +40,7 @@ class Result(NamedTuple):
     documents: list
     left_out: dict  # {reason: documents and records that were left out}
     n_replaced: int = 0  # places where bytes became U+FFFD
+    without_separator: tuple = ()  # files in which the separator does not occur
 
 
 class TaskTokenizer:
@@ -49,8 +51,9 @@ class TaskTokenizer:
         self.cfg = cfg
         self.dtype = token_dtype(self.tokenizer)
         self.eos = np.array([self.tokenizer.eos_id], self.dtype)
+        self.token_bytes = self.tokenizer.token_bytes()
         self.left_out = collections.Counter()  # of the current task
-        self.n_replaced = 0
+        self.n_replaced, self.without_separator = 0, []
 
     def __call__(self, task):
         """The Result of a task. Raises ValueError for bad input that the settings do not let it leave out."""
@@ -60,7 +63,7 @@ class TaskTokenizer:
             return Result([], dict(undecodable=1))
 
         self.left_out.clear()
-        self.n_replaced = 0
+        self.n_replaced, self.without_separator = 0, []
         texts_of = dict(lines=self.texts_of_lines, records=self.texts_of_records,
                         separated=self.texts_of_separated, files=self.texts_of_files)
         texts = list(texts_of[task.kind](task))
@@ -71,17 +74,22 @@ class TaskTokenizer:
         for text, ids in zip(texts, self.encode(texts)):
             raw = text.encode("utf-8")
             tokens = np.append(ids, self.eos).tobytes()
-            documents.append(Document(hashlib.sha256(raw).digest(), len(raw), tokens))
-        return Result(documents, dict(self.left_out), self.n_replaced)
+            documents.append(Document(hashlib.sha256(raw).digest(), len(raw), self.count_bytes(ids), tokens))
+        return Result(documents, dict(self.left_out), self.n_replaced, tuple(self.without_separator))
 
     def tokenize_piece(self, piece):
         """The Result of a piece of a long document."""
         (ids,) = self.encode([piece.text])
+        n_bytes, n_token_bytes = len(piece.text.encode("utf-8")), self.count_bytes(ids)
         if piece.is_last:
             ids = np.append(ids, self.eos)
-        n_bytes = len(piece.text.encode("utf-8"))
-        document = Document(piece.digest, n_bytes, ids.tobytes(), piece.is_first, piece.is_last, piece.split)
+        document = Document(piece.digest, n_bytes, n_token_bytes, ids.tobytes(), piece.is_first,
+                            piece.is_last, piece.split)
         return Result([document], {}, piece.n_replaced)
+
+    def count_bytes(self, ids):
+        """How many bytes of text these tokens spell."""
+        return int(self.token_bytes[ids].sum())
 
     def encode(self, texts):
         """The ids of each text, in the files' dtype. Long texts are cut where the tokenizer allows it."""
@@ -98,7 +106,10 @@ class TaskTokenizer:
 
     def texts_of_lines(self, task):
         """The texts in lines of JSON."""
-        for number, line in enumerate(task.content.split(b"\n"), task.first):
+        content = task.content
+        if task.first == 1:
+            content = content.removeprefix(MARK.encode())
+        for number, line in enumerate(content.split(b"\n"), task.first):
             if line.strip():
                 yield self.text_of_line(line, f"{task.where}:{number}")
 
@@ -127,16 +138,26 @@ class TaskTokenizer:
 
     def texts_of_separated(self, task):
         """The texts in a file with separators between them."""
-        separator = separator_bytes(self.cfg)
-        byte = task.first
-        for raw in task.content.removesuffix(separator).split(separator):
-            yield self.decode(raw, task.where, byte)
-            byte += len(raw) + len(separator)
+        content, start = task.content, 0
+        for separator in separator_pattern(self.cfg).finditer(content):
+            yield self.text_between(task, start, separator.start())
+            start = separator.end()
+        if start == 0 and task.first == 0:
+            self.without_separator.append(task.where)
+        if start < len(content):  # one that ends the text opens no document
+            yield self.text_between(task, start, len(content))
+
+    def text_between(self, task, start, stop):
+        """The text in bytes [start, stop) of a task."""
+        position = task.first + start
+        text = self.decode(task.content[start:stop], task.where, position)
+        return text if position or text is None else text.removeprefix(MARK)
 
     def texts_of_files(self, task):
         """The texts in small files."""
         for path, raw in task.content:
-            yield self.decode(raw, path)
+            text = self.decode(raw, path)
+            yield text and text.removeprefix(MARK)
 
     def decode(self, raw, where, first_byte=0, unit=""):
         """Bytes as text. What is no UTF-8 is replaced, left out (None), or a ValueError, as the settings say.

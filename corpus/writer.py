@@ -17,6 +17,7 @@ from corpus.tasks import Place, choose_split
 from corpus.workers import token_dtype
 
 SPLITS = ("train", "val")
+COUNTS = ("tokens", "bytes", "token_bytes", "documents")  # token_bytes: the bytes that the tokens spell
 
 
 @dataclass
@@ -26,8 +27,9 @@ class State:
     place: Place = Place()
     left_out: dict = field(default_factory=lambda: dict(duplicates=0, empty=0, undecodable=0, malformed=0))
     replaced: int = 0  # places where bytes became U+FFFD
+    without_separator: list = field(default_factory=list)  # files in which the separator does not occur
     dropping: bool = False  # whether the last document, of which more pieces may come, is a duplicate
-    counts: dict = field(default_factory=lambda: {s: dict(tokens=0, bytes=0, documents=0) for s in SPLITS})
+    counts: dict = field(default_factory=lambda: {split: dict.fromkeys(COUNTS, 0) for split in SPLITS})
     files: dict = field(default_factory=lambda: {s: [] for s in SPLITS})  # [name, tokens] of each token file
 
     def total(self, what):
@@ -63,10 +65,12 @@ class CorpusWriter:
             counts = state.counts[split]
             counts["tokens"] += len(document.tokens) // self.dtype.itemsize
             counts["bytes"] += document.n_bytes
+            counts["token_bytes"] += document.n_token_bytes
             counts["documents"] += document.is_last
         for reason, n in result.left_out.items():
             state.left_out[reason] += n
         state.replaced += result.n_replaced
+        state.without_separator += result.without_separator
         state.place = next_place
 
     def commit(self):

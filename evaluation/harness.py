@@ -115,7 +115,7 @@ class NanoQuokka(TemplateLM):
         if context:
             before, after = self._encode_pair(context, continuation)
             if continuation and not after:  # a tokenizer joined it to the context's last token
-                after = self.tok_encode(continuation)
+                after = self.generator.tokenizer.encode(continuation, continues=True).tolist()
             return Question(before, after, key)
         ids = [self.eot_token_id, *self.tok_encode(continuation)]
         if ids[1:2] == ids[:1]:  # it begins with a separator
@@ -149,7 +149,7 @@ class NanoQuokka(TemplateLM):
             for first, batch in tqdm(batches, desc="writing", disable=disable_tqdm or ranks.rank > 0):
                 rows = self.generator.generate([text.row for text in batch], batch[0].config, first).rows
                 for text, row in zip(batch, rows):
-                    written = self.generator.tokenizer.decode(row[text.prompt_length :])
+                    written = self.generator.tokenizer.decode(row[text.prompt_length :], continues=True)
                     texts[text.number] = postprocess_generated_text(written, text.stop_sequences, None)
         for part in distributed.all_gather(ranks, texts):
             texts |= part

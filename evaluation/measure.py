@@ -20,6 +20,7 @@ from sampling.generator import Generator
 from training import distributed
 from training.corpora import (
     VOCABULARY,
+    mean_token_bytes,
     open_corpora,
     text_digest,
     training_text,
@@ -30,8 +31,8 @@ from training.objective import Objective
 # ------------------------------------------------------------------------------------------- what is measured
 
 # Settings of a run that are needed here, for records of versions that lacked them.
-DEFAULTS = dict(tokenizer="", val_share=0.0, unique_tokens=0, eval_rows=256, schedule="linear",
-                document_attention=False, reset_positions=False)
+DEFAULTS = dict(tokenizer="", val_share=0.0, eos="", eos_opens=False, unique_tokens=0, eval_rows=256,
+                schedule="linear", document_attention=False, reset_positions=False)
 
 
 class Validation(NamedTuple):
@@ -118,7 +119,8 @@ def measure_bound(cfg, subject):
     losses = measure(process)
     nats = sum(losses.parts)
     error, noise_error = likelihood.standard_error(losses, exact)
-    bytes_per_token = mean_token_bytes(validation, losses.ids)
+    by_pass = [mean_token_bytes(validation.corpora, sequences, ids) for ids in losses.ids]
+    bytes_per_token = float(np.mean(by_pass))
     bits_per_byte = 1 / (math.log(2) * bytes_per_token)  # of one nat per token
     bound = dict(
         kind="exact NLL" if exact else "NELBO (upper bound)",
@@ -145,13 +147,6 @@ def measure_bound(cfg, subject):
                 line["noisy_ce"] = noisy[k].nats if k in noisy else math.nan
                 line["clean_ce"] = clean[k].nats if k in clean else math.nan
     return bound, losses
-
-
-def mean_token_bytes(validation, ids):
-    """Bytes per token of exactly the rows `ids` (passes, N) that are scored."""
-    token_bytes = validation.corpora[0].token_bytes
-    by_pass = [token_bytes[validation.sequences.read(part)[:, 1:]].mean() for part in ids]
-    return float(np.mean(by_pass))
 
 
 def measure_ordered(cfg, subject):

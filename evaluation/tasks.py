@@ -24,7 +24,7 @@ from lm_eval.api.group import Group
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from corpus.files import list_folder
+from corpus.files import check_file, list_folder
 
 # Quokka's figures call them `hellaswag` and `mmlu_val`. Its 1B models reach 30 to 36 % on the latter, where
 # models of that size guess when they have to name a letter: so its answers are the choices themselves, on
@@ -43,14 +43,16 @@ def read_records(path):
     Raises ValueError, or as the formats' readers do. MMLU's own .csv has no header: question, A, B, C, D,
     letter.
     """
-    if path.suffix == ".parquet":
+    check_file(path)
+    ending = path.suffix.lower()
+    if ending == ".parquet":
         import pyarrow.parquet
 
         return pyarrow.parquet.read_table(path).to_pylist()
     text = path.read_text(encoding="utf-8-sig")
-    if path.suffix == ".csv":
+    if ending == ".csv":
         return csv_records(text)
-    if path.suffix == ".jsonl":
+    if ending == ".jsonl":
         records = [json.loads(line) for line in text.split("\n") if line.strip()]
     else:
         records = json.loads(text)
@@ -77,7 +79,8 @@ def local_files(folder, name):
     """
     files = {}
     for path in list_folder(folder, "**/*"):
-        if path.suffix not in (".jsonl", ".json", ".parquet", ".csv") or path.name == "dataset_infos.json":
+        is_data = path.suffix.lower() in (".jsonl", ".json", ".parquet", ".csv")
+        if not is_data or path.name == "dataset_infos.json":
             continue
         *parents, stem = path.relative_to(folder).with_suffix("").parts
         words = re.split(r"[-_.]", stem)

@@ -214,7 +214,7 @@ def read_texts(path, tokenizer, max_length):
 
     Of prompt and text together the last max_length tokens are kept for the judge.
     """
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     lines = [line for line in lines if line.strip()]
     result = []
     for number, line in enumerate(lines, 1):
@@ -240,5 +240,5 @@ def ids_of(record, tokenizer):
     text = record["text"]
     new = record.get("new", text)
     ids = record.get("ids") or tokenizer.encode(text).tolist()
-    new_ids = record.get("new_ids") or tokenizer.encode(new).tolist()
+    new_ids = record.get("new_ids") or tokenizer.encode(new, continues=new != text).tolist()
     return ids, new_ids

@@ -84,7 +84,7 @@ def own_tokenizer(folder, mask, recorded_name):
         with explain_bad_settings(folder / "config.json"):
             return load_tokenizer(recorded_name)
     path = folder / "tokenizer.json"
-    return load_tokenizer(str(path), mask=mask) if path.is_file() else None
+    return load_tokenizer(str(path), mask=mask) if path.exists() else None
 
 
 def choose_vocabulary(path, tokenizer, objective, n_rows, n_text, mask_id):

@@ -88,7 +88,7 @@ def read_config(folder):
     """(family, settings) of config.json, under Qwen's names whatever the family; raises ValueError."""
     path = Path(folder) / "config.json"
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as problem:
         raise ValueError(f"{path} can't be read: {one_line(problem)}") from None
     families = settings.get("architectures") if isinstance(settings, dict) else None
@@ -222,7 +222,7 @@ def open_weights(folder):
         index = folder / f"{file}.index.json"
         if index.is_file():
             return open_indexed(folder, index, open_file)
-        if (folder / file).is_file():
+        if (folder / file).exists():
             return open_file(folder / file)
     raise FileNotFoundError(f"{folder} has no model.safetensors and no pytorch_model.bin")
 
@@ -230,7 +230,7 @@ def open_weights(folder):
 def open_indexed(folder, index, open_file):
     """{their name: LazyTensor} of the weight files that an index lists; raises ValueError or OSError."""
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"]
         files = sorted(set(weight_map.values()))
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as problem:
         raise ValueError(f"{index} can't be read: {one_line(problem)}") from None
@@ -238,7 +238,7 @@ def open_indexed(folder, index, open_file):
     for file in files:
         if not isinstance(file, str) or Path(file).name != file:
             raise ValueError(f"{index} names {file}, which is not in its folder")
-        if not (folder / file).is_file():
+        if not (folder / file).exists():
             raise FileNotFoundError(f"{folder / file}, which {index.name} lists, is not there")
         weights |= open_file(folder / file)
     missing = [name for name in weight_map if name not in weights]

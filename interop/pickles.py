@@ -12,6 +12,8 @@ import zipfile
 
 import torch
 
+from corpus.files import check_file
+
 FRAMEWORKS = ("megatron.", "transformer_engine.", "apex.")
 HARMLESS_NAMES = {  # found beside the weights in honest checkpoints; each becomes a stand-in
     "numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct", "numpy.ndarray",
@@ -59,6 +61,7 @@ def load(path, section=None, mmap=False, map_location="cpu"):
     mmap=True maps a zip archive (torch ≥ 1.6) instead of reading it.
     Raises ValueError, or OSError where the file can't be opened.
     """
+    check_file(path)
     try:
         with FileSection(path, *section) if section else open(path, "rb") as file:
             return load_from(file, path, mmap, map_location)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+from corpus.files import check_file
 from interop import pickles
 from interop.pickles import one_line
 
@@ -127,6 +128,7 @@ SAFETENSORS_DTYPES = {
 
 def open_safetensors(path):
     """{name: LazyTensor} of a .safetensors file; raises ValueError."""
+    check_file(path)
     try:
         with safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}

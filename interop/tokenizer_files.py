@@ -47,6 +47,8 @@ def tokenizer_json(tokenizer):
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     except ImportError:
         raise ValueError("writing a tokenizer.json needs: pip install '.[hf]'") from None
+    if tokenizer.name.startswith("characters "):
+        raise ValueError("characters with an alphabet of their own have no tokenizer.json: use sample.py")
     letters = byte_letters()
     splitter = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     if hasattr(tokenizer, "encoding"):

@@ -59,7 +59,8 @@ def read_points(folder):
         settings, config = record["settings"], ModelConfig(**record["model"])
         params, tokens = count_params(config), record["next_sample"] * settings["seq_len"]
         unique = settings["unique_tokens"]
-        available = unique or corpus_size(settings["corpus"], settings["tokenizer"], settings["val_share"])
+        foreign = settings["tokenizer"], settings["val_share"], settings.get("eos", "")
+        available = unique or corpus_size(settings["corpus"], *foreign)
         if not unique and tokens > available:
             unique = available
 
@@ -146,9 +147,9 @@ def count_params(config):
 
 
 @functools.cache
-def corpus_size(corpus, tokenizer, val_share):
+def corpus_size(corpus, tokenizer, val_share, eos):
     """Training tokens of a corpus; 0 if it is no longer there."""
     with contextlib.suppress(ValueError, OSError):
         corpora = tokenfiles.parse_corpora(corpus)
-        return sum(len(tokenfiles.load_corpus(path, tokenizer, val_share).train) for path, *_ in corpora)
+        return sum(len(tokenfiles.load_corpus(path, tokenizer, val_share, eos).train) for path, *_ in corpora)
     return 0

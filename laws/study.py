@@ -140,11 +140,12 @@ def check_machine(runs, cfg):
         gpus = f"{needed} GPUs" if needed > 1 else "1 GPU"
         configurator.fail(f"--scale={cfg.scale} needs {gpus} per run, this machine has {available}; "
                           "--launch prints the commands to run elsewhere")
-    texts = {(run.settings.corpus, run.settings.tokenizer, run.settings.val_share) for run in runs}
+    names = ("corpus", "tokenizer", "val_share", "eos", "eos_opens")
+    texts = {tuple(getattr(run.settings, name) for name in names) for run in runs}
     try:
-        for corpora, tokenizer, val_share in texts:
+        for corpora, *foreign in texts:
             for path, *_ in tokenfiles.parse_corpora(corpora):
-                tokenfiles.load_corpus(path, tokenizer, val_share)
+                tokenfiles.load_corpus(path, *foreign)
     except (ValueError, OSError) as problem:
         configurator.fail(problem)
 

@@ -210,7 +210,8 @@ def read_base(cfg):
                         "no run is the beginning of a longer one; use --share=False")
     try:
         paths = [path for path, *_ in tokenfiles.parse_corpora(base.corpus)]
-        corpora = [tokenfiles.load_corpus(path, base.tokenizer, base.val_share) for path in paths]
+        foreign = base.tokenizer, base.val_share, base.eos, base.eos_opens
+        corpora = [tokenfiles.load_corpus(path, *foreign) for path in paths]
     except (ValueError, OSError) as problem:
         configurator.fail(*problems, problem)
     return base, corpora[0].meta, sum(len(corpus.train) for corpus in corpora), problems

@@ -49,7 +49,7 @@ class Recording:
                 continue
             pending.append(token)
             latest = max(latest, appeared)
-            text = self.tokenizer.decode(pending)
+            text = self.tokenizer.decode(pending, continues=bool(pieces))
             is_last = place + 1 == len(ids) or ids[place + 1] == self.mask_id
             is_whole = not text.endswith("\N{REPLACEMENT CHARACTER}") or len(pending) == 4
             if is_whole or is_last:

@@ -46,7 +46,7 @@ def read_rows(cfg, tokenizer, seq_len, is_causal):
 def parse_line(line, cfg):
     """The Prompt in one line of a file, plain text or .jsonl; raises ValueError."""
     default = Prompt(suffix=cfg.suffix, length=cfg.length)
-    if not cfg.prompts.endswith(".jsonl"):
+    if not cfg.prompts.lower().endswith(".jsonl"):
         return default._replace(prompt=line.rstrip("\r\n"))
     values = json.loads(line)
     names = set(values) if isinstance(values, dict) else set()
@@ -88,7 +88,8 @@ def encode_between(prompt, tokenizer, seq_len, max_length):
     if max_length > seq_len:
         raise ValueError(f"max_length={max_length} is more than the model's context of {seq_len}")
     most, limit = max_length or seq_len, "max_length" if max_length else "the model's context"
-    before, after = tokenizer.encode(prompt.prompt).tolist(), tokenizer.encode(prompt.suffix).tolist()
+    before = tokenizer.encode(prompt.prompt).tolist()
+    after = tokenizer.encode(prompt.suffix, continues=True).tolist()
     n_prompt = len(before) + len(after)
     if n_prompt >= most:
         raise ValueError(f"the prompt has {n_prompt} tokens, and {limit} is {most}: no room for a new one")
@@ -112,7 +113,7 @@ def encode_holes(text, tokenizer):
         malformed = re.search(r"\[MASK:([^\]]*)\]", part)
         if malformed:
             raise ValueError(f"{malformed[0]}: '{malformed[1]}' is not a number; write [MASK] or [MASK:12]")
-        ids += tokenizer.encode(part).tolist()
+        ids += tokenizer.encode(part, continues=bool(ids)).tolist()
     if tokenizer.mask_id not in ids:
         raise ValueError("nothing to write: the text has no [MASK]")
     return ids

@@ -21,7 +21,14 @@ from data import validation_ids
 from model import ModelConfig, Transformer
 from training import checkpoint, compiler
 from training.checkpoint import checkpoints, load_newest, open_checkpoint
-from training.corpora import VOCABULARY, open_corpora, text_digest, training_sequences, validation_sequences
+from training.corpora import (
+    VOCABULARY,
+    mean_token_bytes,
+    open_corpora,
+    text_digest,
+    training_sequences,
+    validation_sequences,
+)
 from training.distributed import all_gather, on_all_ranks
 from training.log import warn
 from training.state import Run
@@ -237,7 +244,7 @@ def build_run(cfg, ranks, device, initial=None):
         dropout=cfg.dropout, init_std=cfg.init_std, scaled_init=cfg.scaled_init, local_init=cfg.local_init)
 
     eval_rows = min(cfg.eval_rows or val_sequences.available, val_sequences.available)
-    scored = val_sequences.read(validation_ids(eval_rows, val_sequences.available))[:, 1:]
+    scored = validation_ids(eval_rows, val_sequences.available)
     corpus_record = {name: meta[name] for name in VOCABULARY}
     corpus_record |= {f"{split}_sha256": text_digest(corpora, split) for split in ("train", "val")}
 
@@ -249,7 +256,7 @@ def build_run(cfg, ranks, device, initial=None):
         sequences=sequences, val_sequences=val_sequences, corpus_record=corpus_record, process=process,
         model_config=model_config, dtype=torch.bfloat16 if bf16 else torch.float32, on_gpu=on_gpu,
         steps=steps, kept_steps=cfg.kept_steps(), eval_rows=eval_rows,
-        bytes_per_token=float(corpora[0].token_bytes[scored].mean()))
+        bytes_per_token=mean_token_bytes(corpora, val_sequences, scored))
     check_folders(run)
     if cfg.compile != "no" and not cfg.dry_run:
         compiler.check(device)

@@ -11,7 +11,8 @@ VOCABULARY = ("tokenizer", "n_vocab", "mask_id", "eos_id")
 
 def open_corpora(cfg):
     """The corpora that cfg names, of one vocabulary."""
-    corpora = [load_corpus(path, cfg.tokenizer, cfg.val_share) for path, *_ in parse_corpora(cfg.corpus)]
+    foreign = cfg.tokenizer, cfg.val_share, cfg.eos, cfg.eos_opens
+    corpora = [load_corpus(path, *foreign) for path, *_ in parse_corpora(cfg.corpus)]
     first = corpora[0]
     for corpus in corpora[1:]:
         pairs = {name: (first.meta[name], corpus.meta[name]) for name in VOCABULARY}
@@ -69,6 +70,15 @@ def training_text(cfg, corpora):
             arrays += [corpus.train.read(start, stop), border]
         streams.append(Stream(arrays))
     return streams
+
+
+def mean_token_bytes(corpora, sequences, ids):
+    """Bytes of text per token of exactly these sequences (N,) of the corpora's validation splits."""
+    n_bytes = 0.0
+    for _, source, numbers in sequences.by_source(ids):
+        corpus = next(corpus for corpus in corpora if corpus.val is source.stream)
+        n_bytes += corpus.byte_ratio * float(corpus.token_bytes[source.read(numbers)[:, 1:]].sum())
+    return n_bytes / (len(ids) * sequences.length)
 
 
 def text_digest(corpora, split):

@@ -21,7 +21,9 @@ TEXT = st.one_of(st.text(st.sampled_from(ALPHABET), max_size=60),
                  st.lists(st.sampled_from(WORDS)).map("".join),
                  st.text())
 
-TEXTS = [*stories(12), "", "\n", " a\r\nb\r\n", "\ufeffx\0y", "2 \u2028 lines", "café — 世界 🙂",
+NO_MARK = TEXT.filter(lambda text: not text.startswith("\ufeff"))  # which at a file's start is no text
+
+TEXTS = [*stories(12), "", "\n", " a\r\nb\r\n", "x\ufeff\0y", "2 \u2028 lines", "café — 世界 🙂",
          stories(3)[1]]
 LONG_TEXT = "\n".join(stories(9))  # with small tasks a document of many pieces
 
@@ -74,6 +76,25 @@ def write_bpe(path, eos="<|endoftext|>", **options):
     inner.train_from_iterator(stories(100), trainer)
     inner.save(str(path))
     return inner
+
+
+def write_llama(path):
+    """Write a tokenizer.json like Llama 2's: its normalizer writes a space in front of each text."""
+    hf = pytest.importorskip("tokenizers")
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
+    tokens += sorted(set("".join(stories(20))) - set(" \n"))
+    model = hf.models.BPE({token: i for i, token in enumerate(tokens)}, [], unk_token="<unk>", fuse_unk=True,
+                          byte_fallback=True)
+    inner = hf.Tokenizer(model)
+    inner.normalizer = hf.normalizers.Sequence([
+        hf.normalizers.Prepend("▁"), hf.normalizers.Replace(" ", "▁")])
+    inner.decoder = hf.decoders.Sequence([
+        hf.decoders.Replace("▁", " "), hf.decoders.ByteFallback(), hf.decoders.Fuse(),
+        hf.decoders.Strip(" ", 1, 0)])
+    inner.add_special_tokens([hf.AddedToken(text, special=True, normalized=False)
+                              for text in ("<unk>", "<s>", "</s>")])
+    inner.save(str(path))
+    return path
 
 
 # ----------------------------------------------------------------------------------------------- formats

@@ -79,7 +79,7 @@ def test_types_too_small_for_the_vocabulary_refused(tmp_path, code, dtype):
 
 def test_a_full_type_holds_its_vocabulary(tmp_path):
     """65,536 tokens are what uint16 holds; the mask, which is one more, is in no file."""
-    tokenizer = SimpleNamespace(name="full", n_vocab=65536, eos_id=0, mask_id=65536,
+    tokenizer = SimpleNamespace(name="full", n_vocab=65536, eos_id=0, mask_id=65536, prefix_bytes=0,
                                 token_bytes=lambda: np.ones(65536, np.uint16))
     write_nanogpt(tmp_path / "tokens.bin", [1, 65535, 0, 3, 0])
     with mock.patch.object(tokenizers, "load_tokenizer", lambda *_, **__: tokenizer):
@@ -149,19 +149,6 @@ def test_a_pair_cut_anywhere(tmp_path, documents, name):
     for size in range(len(raw)):
         (tmp_path / name).write_bytes(raw[:size])
         refused(tmp_path, name)
-
-
-@pytest.mark.parametrize("name", ["", "train.bin"])
-@pytest.mark.parametrize("tokenizer", ["", "bytes"])
-def test_characters_with_an_alphabet_of_their_own(tmp_path, name, tokenizer):
-    """nanoGPT's meta.pkl says which characters the tokens are. Reading a pickle would run what is in it."""
-    for split in ("train", "val"):
-        write_nanogpt(tmp_path / f"{split}.bin", ABC)
-    (tmp_path / "meta.pkl").write_bytes(b"no pickle")
-    message = "meta.pkl: .*alphabet of their own.*prepare the text itself with data.py"
-    with pytest.raises(ValueError, match=message) as caught:
-        load_corpus(tmp_path / name, tokenizer)
-    one_line(caught)
 
 
 @pytest.mark.parametrize("tokenizer, problem", [

@@ -10,16 +10,16 @@ from corpus_examples import quick, write_jsonl
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from preparations import ONE_OF_EACH, SPLITS, by_split, task_size
-from source_examples import LONG_TEXT, TEXT, jsonl, write_bpe, write_folder, write_txt
+from source_examples import LONG_TEXT, NO_MARK, jsonl, write_bpe, write_folder, write_txt
 
-from corpus import cutting, sources, tokenfiles, tokenizers
+from corpus import cutting, prepare, sources, tokenfiles, tokenizers
 
 
 def pieces_of_file(scratch, text, size, start=0, stop=None):
     """The pieces in which a file of this text is read."""
     source = sources.Source("txt", str(write_txt(scratch / "text.txt", text)))
     with task_size(size):
-        pieces = list(cutting.read_pieces(source, start, stop, "stop"))
+        pieces = list(cutting.read_pieces(source, start, stop, prepare.Config()))
     texts = [text for text, _, _ in pieces]
     ends = start + np.cumsum([len(text.encode()) for text in texts])
     assert [end for _, end, _ in pieces] == ends.tolist()
@@ -32,7 +32,7 @@ def pieces_of_text(text, size):
 
 
 @quick
-@given(TEXT, st.integers(1, 9), st.integers(0, 60), st.integers(0, 60))
+@given(NO_MARK, st.integers(1, 9), st.integers(0, 60), st.integers(0, 60))
 def test_pieces_join_to_the_text(scratch, text, size, a, b):
     assert "".join(pieces_of_file(scratch, text, size)) == text
     assert "".join(pieces_of_text(text, size)) == text
@@ -47,7 +47,7 @@ def test_texts_are_cut_at_all(scratch, text):
 
 
 @settings(max_examples=150, deadline=None)
-@given(TEXT, st.integers(1, 9))
+@given(NO_MARK, st.integers(1, 9))
 @example("a\nb\nc\n\nd\n e \nf!\n\ng", 1)
 @example("one!\ntwo\nthree!\n/four\n", 1)  # newer patterns join newlines, and slashes, to "!"
 def test_pieces_have_the_tokens_of_the_whole(scratch, encoding, text, size):
@@ -65,24 +65,24 @@ def test_what_is_not_utf8_is_named_or_replaced(scratch, before, wrong, after, si
     path.write_bytes(before.encode() + wrong + after.encode())
     source = sources.Source("txt", str(path))
     with task_size(size), pytest.raises(ValueError) as caught:
-        list(cutting.read_pieces(source, 0, None, "stop"))
+        list(cutting.read_pieces(source, 0, None, prepare.Config()))
     assert str(caught.value) == f"{path}: not UTF-8 at byte {len(before.encode())}; see --bad_bytes"
     with task_size(size):
-        texts, _, places = zip(*cutting.read_pieces(source, 0, None, "replace"))
+        cfg = prepare.Config(bad_bytes="replace")
+        texts, _, places = zip(*cutting.read_pieces(source, 0, None, cfg))
     assert "".join(texts) == path.read_bytes().decode("utf-8", "replace")
     assert sum(places) == "".join(texts).count("\ufffd")
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["x.jsonl"], "x.jsonl: from line 1 on: a line of more than 2 MiB"),
-    (["x.txt", "--separator=%%"], "x.txt: no separator '%%' within 2 MiB from byte 3 on"),
-    (["x.txt"], "x.txt: no place to cut the text within 2 MiB from byte 0 on"),
+    (["x.jsonl"], "x.jsonl:2: a line of more than 2,000,000 bytes"),
+    (["x.txt", "--separator=%%"], "x.txt: no separator '%%' within 2,000,000 bytes from byte 3 on"),
+    (["x.txt"], "x.txt: no place to cut the text within 2,000,000 bytes from byte 0 on"),
 ], ids=["jsonl", "separated", "text"])
-def test_what_is_too_long_to_hold(data_refuses, tmp_path, monkeypatch, argv, message):
-    monkeypatch.setattr(cutting, "MAX_BYTES", 1 << 21)
+def test_what_is_too_long_to_hold(data_refuses, tmp_path, argv, message):
     write_txt(tmp_path / "x.txt", "a%%" + "b" * (1 << 22))
     (tmp_path / "x.jsonl").write_bytes(jsonl(["a", "b" * (1 << 22)]))
-    data_refuses(*argv, message=message)
+    data_refuses(*argv, "--max_document=2M", message=message)
 
 
 # --------------------------------------------------------------------------------------- tokenizer.json
@@ -124,7 +124,7 @@ def known_tokenizer(request, scratch):
 
 
 @settings(max_examples=150, deadline=None)
-@given(TEXT, st.integers(1, 9))
+@given(NO_MARK, st.integers(1, 9))
 @example("cafe\u0301\n\u0301a\u030a b\u0301 c\n\u0301", 1)  # NFC composes nothing with a newline or a space
 @example("one!\ntwo\n!three!\n!four\n", 1)
 def test_texts_are_cut_for_known_tokenizer_files(scratch, known_tokenizer, text, size):

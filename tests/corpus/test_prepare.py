@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from preparations import ONE_OF_EACH, SPLITS, by_split, contents, split_of, task_size, texts_in
 from source_examples import (
     KINDS,
+    NO_MARK,
     TEXT,
     write_bpe,
     write_folder,
@@ -49,7 +50,7 @@ def expected_tokens(texts, val, encode, eos_id):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(TEXT, max_size=8), st.sampled_from(["jsonl", "separated", "folder"]),
+@given(st.lists(NO_MARK, max_size=8), st.sampled_from(["jsonl", "separated", "folder"]),
        st.sampled_from([1, 7, 50, 1 << 20]), st.booleans())
 @example(["<|endoftext|>", "a\nb<|endoftext|>"], "jsonl", 1, True)  # in a document this is text
 def test_tokens_are_tiktokens_own(scratch, encoding, texts, layout, size, ascii_only):
@@ -120,8 +121,8 @@ def check_files(folder, tokenizer):
         n_tokens, digest = len(raw) // np.dtype(meta["dtype"]).itemsize, hashlib.sha256(raw).hexdigest()
         n_bytes = sum(len(text.encode()) for text in texts[split])
         files = [dict(name=f"{split}.bin", tokens=n_tokens, sha256=digest)]
-        assert meta[split] == dict(tokens=n_tokens, bytes=n_bytes, documents=len(texts[split]), sha256=digest,
-                                   files=files)
+        assert meta[split] == dict(tokens=n_tokens, bytes=n_bytes, token_bytes=n_bytes,
+                                   documents=len(texts[split]), sha256=digest, files=files)
     return texts
 
 
@@ -171,7 +172,7 @@ def test_prepare_overwrites_nothing(tmp_path):
 
 
 @quick
-@given(st.lists(TEXT, unique=True), st.lists(TEXT), st.randoms())
+@given(st.lists(NO_MARK, unique=True), st.lists(NO_MARK), st.randoms())
 def test_added_documents_move_none(scratch, texts, added, order):
     more = texts + ONE_OF_EACH + added + texts
     order.shuffle(more)

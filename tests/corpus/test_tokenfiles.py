@@ -379,6 +379,19 @@ def test_parse_corpora(text, corpora):
     assert parse_corpora(text) == corpora
 
 
+def test_a_path_that_is_there_wins_over_its_parts(tmp_path, monkeypatch):
+    """48006ab cut its own `corpora/my, file: 1` at the comma."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b: 1", "a", "c:2", "d,e.bin", "f,g_train.bin"):
+        os.makedirs(name)
+    for text, corpora in (
+            ("a,b: 1", [("a,b: 1", None, 0)]), ("a,b: 1:3,a:1", [("a,b: 1", 3, 0), ("a", 1, 0)]),
+            ("a:1,a,b: 1:2:1K", [("a", 1, 0), ("a,b: 1", 2, 1000)]), ("c:2", [("c:2", None, 0)]),
+            ("c:2:3", [("c:2", 3, 0)]), ("a:2", [("a", 2, 0)]), ("a,b", [("a", None, 0), ("b", None, 0)]),
+            ("d,e", [("d,e", None, 0)]), ("f,g:1,a:2", [("f,g", 1, 0), ("a", 2, 0)])):
+        assert parse_corpora(text) == corpora
+
+
 BAD_ITEMS = ["a:b", "a:1:b", "a:1:2:3", ":1", ":", "a:0", "a:-1", "a:nan", "a:inf", "a:1e9", "a:1:0",
              "a:1:-5", "a:1:nan", "a:1:inf", "a:1:1e18", "a::x", "a:1:0.5"]
 

@@ -114,8 +114,8 @@ def test_settings_decide_where_files_disagree(tmp_path):
 def test_a_mask_amid_text_stays_a_token_of_text(tmp_path):
     """As BERT's, whose file calls [MASK] the mask: a masked model gets a new id above all tokens."""
     layout, _ = tokenizer_files.tokenizer_json(tokenizers.load_tokenizer("bytes"))
-    vocab = {letter: i + 2 for letter, i in layout["model"]["vocab"].items()}
-    layout["model"]["vocab"] = vocab
+    letters = {letter: i + 2 for letter, i in layout["model"]["vocab"].items()}
+    layout["model"]["vocab"] = {"[SEP]": 0, "[MASK]": 1} | letters
     layout["added_tokens"] = [dict(id=i) | tokenizer_files.special_token(text)
                               for i, text in enumerate(("[SEP]", "[MASK]"))]
     (tmp_path / "tokenizer.json").write_text(json.dumps(layout), encoding="utf-8")

@@ -1,6 +1,7 @@
 """Hugging Face's folders: there and back, logits against independent references, and folders that lie."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -302,7 +303,26 @@ def drop_tensor(folder):
     edit_weights(folder, lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
 
 
+def point_at(name):
+    """Put Git LFS's pointer in the place of a file; nothing else says what the tokenizer is."""
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"7" * 64 + b"\nsize 135000\n"
+
+    def change(folder):
+        edit_json(folder / "config.json", tokenizer_name=...)
+        (folder / name).write_bytes(pointer)
+
+    return change
+
+
+def make_pipe(folder):
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+
+
 LIES = {  # {name: (a change of the folder, what is said)}
+    "a pointer to weights": (point_at("model.safetensors"), "model.safetensors is a Git LFS pointer"),
+    "a pointer to a tokenizer": (point_at("tokenizer.json"), "tokenizer.json is a Git LFS pointer"),
+    "a pipe": (make_pipe, "model.safetensors: a pipe, which can be read only once"),
     "another architecture": (
         edit_config(architectures=["GPT2LMHeadModel"]), "architecture GPT2LMHeadModel is not supported"),
     "another activation": (edit_config(hidden_act="gelu"), "hidden_act=gelu"),
@@ -354,6 +374,15 @@ LIES = {  # {name: (a change of the folder, what is said)}
     "no tokenizer": (drop_tokenizer(tokenizer_name=...), "has no tokenizer.json"),
     "a file elsewhere": (write_index({"a": "../x.safetensors"}), "which is not in its folder"),
 }
+
+
+def test_a_folder_with_byte_order_marks(exported, tmp_path):
+    """As editors of Windows write them."""
+    shutil.copytree(exported, tmp_path / "hf")
+    for name in ("config.json", "tokenizer.json"):
+        path = tmp_path / "hf" / name
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    convert_ok(tmp_path / "hf", tmp_path / "back")
 
 
 @pytest.mark.parametrize("lie", LIES)

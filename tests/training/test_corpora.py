@@ -1,6 +1,7 @@
 """Training on corpora of every layout, and on mixtures of them; what is refused of their files."""
 
 import json
+import math
 import re
 import shutil
 import sys
@@ -16,6 +17,7 @@ from corpus_examples import (
     write_nanogpt,
     write_pair,
 )
+from source_examples import write_llama
 
 from corpus import tokenfiles
 from training.log import read_metrics
@@ -143,3 +145,14 @@ def test_training_meets_a_wrong_token(refused, tmp_path):
     write_nanogpt(folder / "val.bin", text[:40] + [60_000] + text)
     error = refused(*flags, "--eval_rows=0", run="other")
     assert re.fullmatch(rf"train.py: the validation {wrong}.*\n", error)
+
+
+def test_bits_per_byte_where_the_tokenizer_changes_the_text(run_main, tmp_path):
+    """48006ab counted the space that Llama 2's tokenizer writes before each document as text."""
+    file = write_llama(tmp_path / "tokenizer.json")
+    texts = write_jsonl(tmp_path / "x.jsonl", [f"{i} ok" for i in range(300)])
+    meta = prepared(tmp_path / "short", texts, tokenizer=str(file), val=0.5)["val"]
+    run = run_main(f"--corpus={tmp_path / 'short'}", "--steps=2", "--seq_len=8", "--eval_rows=0")
+    line = [m for m in read_metrics(run) if "val_loss" in m][-1]
+    bytes_per_token = line["val_loss"] / math.log(2) / line["val_bpb"]
+    assert bytes_per_token == pytest.approx(meta["bytes"] / (meta["tokens"] - 1), rel=0.01)
