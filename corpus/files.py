@@ -5,6 +5,7 @@ import errno
 import hashlib
 import os
 import stat
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -157,3 +158,24 @@ def stamp(path):
     stats = [p.stat() for p in paths]
     n_bytes = sum(stat.st_size for stat in stats)
     return n_bytes, max((stat.st_mtime_ns for stat in stats), default=0)
+
+
+@contextlib.contextmanager
+def all_or_none(folder):
+    """Yield an empty folder to write into, whose files move to `folder` at the end; after an error none does.
+
+    Then folders that did not exist before are gone again, too.
+    """
+    folder = Path(folder)
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".building_", dir=folder) as building:
+            yield Path(building)
+            for path in sorted(Path(building).iterdir()):
+                path.replace(folder / path.name)
+    except BaseException:
+        for path in created:
+            with contextlib.suppress(OSError):  # another process has put something there
+                path.rmdir()
+        raise

@@ -65,7 +65,7 @@ def read_records(path):
 
 def csv_records(text):
     """The records of a .csv's text, with or without a header."""
-    rows = list(csv.reader(io.StringIO(text, newline="")))
+    rows = [row for row in csv.reader(io.StringIO(text, newline="")) if any(map(str.strip, row))]
     if rows and len(rows[0]) == 6 and all(row[5] in "ABCD" and row[5] for row in rows):
         return [dict(question=row[0], choices=row[1:5], answer="ABCD".index(row[5])) for row in rows]
     return [dict(zip(rows[0], row)) for row in rows[1:]]

@@ -6,13 +6,12 @@ columns run, unique_tokens and, without the arguments, params and tokens_per_ste
 unique_tokens is one point, its last; with them it is a curve over epochs.
 """
 
-import csv
 from pathlib import Path
 
 import numpy as np
 
 from corpus.files import list_folder
-from laws.runs import smooth_losses, write_csv
+from laws.runs import read_rows, smooth_losses, write_csv
 
 LOSS, VALIDATION = "lm loss", "lm loss validation"  # the backend's names for both
 
@@ -35,10 +34,9 @@ def read_known(path):
     """What runs.csv says of each run: {name: row}."""
     if not path.is_file():
         return {}
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
-    if rows and "run" not in rows[0]:
-        raise ValueError(f"{path} has no column run; it has {', '.join(map(str, rows[0]))}")
+    rows = [row for _, row in read_rows(path)]
+    if "run" not in rows[0]:
+        raise ValueError(f"{path} has no column run; it has {', '.join(rows[0])}")
     return {row["run"]: row for row in rows}
 
 
@@ -91,11 +89,15 @@ def read_logs(folder):
         if tag.endswith("/text_summary") and texts:
             arguments[tag.removesuffix("/text_summary")] = texts[0].decode()
 
-    scalars = {}
-    for tag in log.Tags()["scalars"]:
-        points = log.Scalars(tag)
-        scalars[tag] = np.array([p.step for p in points]), np.array([p.value for p in points])
+    scalars = {tag: newest_values(log.Scalars(tag)) for tag in log.Tags()["scalars"]}
     return arguments, scalars
+
+
+def newest_values(points):
+    """(steps, values) of a tag's events, one value per step: after a restart the newest."""
+    newest = {point.step: point.value for point in sorted(points, key=lambda point: point.wall_time)}
+    steps = sorted(newest)
+    return np.array(steps), np.array([newest[step] for step in steps])
 
 
 def step_tokens(arguments):

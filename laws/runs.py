@@ -6,6 +6,7 @@ and tokens or unique_tokens and epochs; `python scaling.py fit --help` describes
 
 import csv
 import math
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -36,7 +37,8 @@ class Runs(NamedTuple):
 
 def data_range(runs):
     """{quantity: (smallest, largest)} of the runs, beyond which a law extrapolates."""
-    quantities = dict(N=runs.N, D=runs.U * runs.e, U=runs.U, e=runs.e, flops=runs.flops)
+    D = runs.U * runs.e
+    quantities = dict(N=runs.N, D=D, U=runs.U, e=runs.e, flops=runs.flops, ratio=D / runs.N)
     return {name: (float(values.min()), float(values.max())) for name, values in quantities.items()}
 
 
@@ -81,11 +83,11 @@ def read_csv(path, objective=None):
     are left out: these runs diverged. Raises ValueError with the line.
     """
     rows = read_rows(path)
-    loss_column = check_columns(rows[0], path)
+    loss_column = check_columns(rows[0][1], path)
 
     points, curve, curves = [], [], {}
-    for line, row in enumerate(rows, 2):
-        if objective is not None and (row.get("objective", objective) or "") != objective:
+    for line, row in rows:
+        if objective is not None and row.get("objective", objective) != objective:
             continue
         if row[loss_column] in ("nan", "inf"):
             continue
@@ -105,17 +107,46 @@ def read_csv(path, objective=None):
 
 
 def read_rows(path):
-    """The rows of a CSV as dictionaries of text; raises ValueError."""
+    """Read a CSV: (its line in the file, {column: text}) of every row that is not empty; raises ValueError.
+
+    Spreadsheets write rows and columns of empty cells around a table, and a cell may hold line ends.
+    """
+    rows, end = [], 0
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:  # with or without a byte order mark
-            rows = list(csv.DictReader(file))
+            reader = csv.reader(file)
+            for cells in reader:
+                line, end = end + 1, reader.line_num
+                if any(cell.strip() for cell in cells):
+                    rows.append((line, cells))
     except OSError as problem:
         raise ValueError(f"{path}: {problem.strerror}") from None
     except (UnicodeDecodeError, csv.Error) as problem:
         raise ValueError(f"{path} is not a CSV: {problem}") from None
-    if not rows:
+    if len(rows) < 2:
         raise ValueError(f"{path} holds no runs")
-    return rows
+
+    (_, header), *rows = rows
+    columns = [name.strip() for name in header]
+    table = []
+    for line, cells in rows:
+        if any(cell.strip() for cell in cells[len(columns):]):
+            raise ValueError(f"{path}:{line}: more cells than the header has")
+        row = dict.fromkeys(columns, "") | dict(zip(columns, cells))
+        if "objective" in row:
+            row["objective"] = row["objective"].strip()
+            if not is_name(row["objective"]):
+                raise ValueError(f"{path}:{line}: objective={row['objective']!r}: {NAME_RULE}")
+        table.append((line, row))
+    return table
+
+
+NAME_RULE = "a name becomes part of files' names: letters, digits, spaces and . _ - + only"
+
+
+def is_name(text):
+    """True for what may be part of a file's name, as an objective is; so may nothing at all."""
+    return re.fullmatch(r"[\w +.-]{0,50}", text) is not None
 
 
 def check_columns(row, path):
@@ -136,8 +167,6 @@ def check_columns(row, path):
 
 def parse_point(row, loss_column):
     """N, U, e and the loss of a row; raises ValueError."""
-    if None in row:
-        raise ValueError("more cells than the header has")
     U = parse_number(row, "unique_tokens", 0.0)
     if U == 0:
         return parse_number(row, "params"), parse_number(row, "tokens"), 1.0, parse_number(row, loss_column)
@@ -169,7 +198,7 @@ def objectives_in(path):
         rows = read_rows(path)
     except ValueError:
         return [""]
-    return sorted({row.get("objective") or "" for row in rows})
+    return sorted({row.get("objective", "") for _, row in rows})
 
 
 def write_csv(rows, path, columns=None):

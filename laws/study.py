@@ -25,6 +25,7 @@ import terminal
 import train
 from configurator import setting
 from corpus import tokenfiles
+from corpus.files import all_or_none
 from laws import runner
 from training.checkpoint import open_checkpoint
 
@@ -211,12 +212,12 @@ def main(argv=None):
     from laws import study_report
 
     out = Path(cfg.out or Path(cfg.runs) / cfg.scale / f"study_{study}")
-    out.mkdir(parents=True, exist_ok=True)
     how = shlex.join([*shown, f"--scale={cfg.scale}", *quoted_flags])
     text = study_report.write_table(study, STUDIES[study], cfg, runs, how)
-    (out / "table.md").write_text(text, encoding="utf-8")
-    with terminal.optional(f"{out / 'panels.png'} can't be drawn"):
-        study_report.draw_panels(STUDIES[study], runs, out)
+    with all_or_none(out) as building:
+        (building / "table.md").write_text(text, encoding="utf-8")
+        with terminal.optional(f"{out / 'panels.png'} can't be drawn"):
+            study_report.draw_panels(STUDIES[study], runs, building)
     print(f"{text}\n{out}: table.md, panels.png, panels.pdf")
     if cfg.draw and not all(finished.values()):
         missing = ", ".join(str(run.folder) for words, run in runs.items() if not finished[words])

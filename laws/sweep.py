@@ -36,6 +36,7 @@ import train
 from configurator import setting, split
 from configurator.ladder import ladder
 from corpus import tokenfiles
+from corpus.files import all_or_none
 from laws import runner
 from laws.collect import CURVE_COLUMNS, POINT_COLUMNS, count_params, newest_record, read_curves, read_points
 from laws.runs import write_csv
@@ -521,9 +522,10 @@ def run_sweep(cfg):
     print_runs(runs, cfg)
     failed = train_all(runs, cfg)
 
-    write_csv(read_points(cfg.out), points, POINT_COLUMNS)
-    if curves := read_curves(cfg.out):
-        write_csv(curves, points.with_name("curves.csv"), CURVE_COLUMNS)
+    with all_or_none(points.parent) as building:
+        write_csv(read_points(cfg.out), building / points.name, POINT_COLUMNS)
+        if curves := read_curves(cfg.out):
+            write_csv(curves, building / "curves.csv", CURVE_COLUMNS)
     print(f"{sum(run.is_finished for run in runs)} of {len(runs)} runs are finished: {points}")
     if failed:
         lines = [f"{name}: {problem}" for name, problem in failed.items()]

@@ -49,6 +49,24 @@ def test_a_run_with_unique_tokens_is_a_curve(logs, tmp_path):
     (logs / "logs/runs.csv").unlink()
 
 
+def test_of_a_restart_each_step_counts_once(tmp_path):
+    """A run went on from step 200 after it had come to 300: one value per step, the newest."""
+    pytest.importorskip("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    for part, steps, loss in (("1", range(1, 301), 5.0), ("2", range(201, 401), 3.0)):
+        with SummaryWriter(str(tmp_path / "logs/a"), filename_suffix=part) as writer:
+            for key, value in SHAPE.items():
+                writer.add_text(key, str(value), global_step=0)
+            for step in steps:
+                writer.add_scalar("lm loss validation", loss, step, walltime=1e9 * int(part) + step)
+    write(tmp_path / "logs/runs.csv", [dict(run="a", unique_tokens=10_000_000)])
+    rows = read_rows(events.write_points(tmp_path / "logs", tmp_path / "points.csv"))
+    tokens = [int(row["tokens"]) / (256 * 2048) for row in rows]
+    assert tokens == list(range(1, 401))
+    assert [float(row["loss"]) for row in rows] == [5.0] * 200 + [3.0] * 200
+
+
 @pytest.mark.parametrize("folder, known, message", [
     ("bare", None, "does not log the argument 'hidden_size'; give params and tokens_per_step in"),
     ("other", None, "has no 'lm loss' or 'lm loss validation'; it has accuracy"),

@@ -61,6 +61,35 @@ def test_bad_csv(tmp_path, text, message):
     assert message in str(problem.value) and "\n" not in str(problem.value)
 
 
+def test_rows_and_columns_of_empty_cells_are_no_runs(tmp_path):
+    """As spreadsheets export them, before the header and below the runs; short rows are as good."""
+    text = ",,,\nparams, tokens ,loss,\n1e6,1e7,3,\n , ,,\n\n2e6,1e7,2\n,,,\n,,,\n"
+    (tmp_path / "x.csv").write_text(text, encoding="utf-8")
+    runs = read_csv(tmp_path / "x.csv")
+    assert runs.N.tolist() == [1e6, 2e6] and runs.loss.tolist() == [3, 2]
+    (tmp_path / "x.csv").write_text("params,tokens,loss\n,,\n\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="holds no runs"):
+        read_csv(tmp_path / "x.csv")
+
+
+@pytest.mark.parametrize("text", [
+    "params,tokens,loss\n\n\n1e6,1e7,3\n,,\n1e6,oops,3\n",
+    'params,tokens,loss,note\n1e6,1e7,3,"two\nlines"\n\n\n1e6,oops,3,\n',
+    'params,tokens,loss,note\n\n\n1e6,1e7,3,\n\n1e6,oops,3,"a\nb\nc"\n',
+])  # fmt: skip
+def test_a_wrong_cell_is_named_by_its_line_in_the_file(tmp_path, text):
+    (tmp_path / "x.csv").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match="x.csv:6: tokens=oops"):
+        read_csv(tmp_path / "x.csv")
+
+
+@pytest.mark.parametrize("objective", ["../../ar", "a/b", "a\\b", "a\nb", "x" * 60])
+def test_objectives_are_names_and_not_paths(tmp_path, objective):
+    write_csv([dict(params=1e6, tokens=1e7, loss=3.0, objective=objective)], tmp_path / "x.csv")
+    with pytest.raises(ValueError, match="x.csv:2: objective=.*becomes part of files' names"):
+        read_csv(tmp_path / "x.csv")
+
+
 def test_runs_that_diverged_are_left_out(tmp_path):
     rows = [dict(params=1e6, tokens=1e7, loss=loss) for loss in (3.0, float("nan"), 2.0, float("inf"))]
     write_csv(rows, tmp_path / "x.csv")
