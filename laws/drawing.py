@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from configurator.format import human_count, plot_text
+from laws.identifiability import undetermined_coefficients
 from laws.runs import Runs
 
 # Colours that colour-blind readers tell apart (Okabe and Ito).
@@ -120,6 +121,11 @@ class Group(NamedTuple):
         return bool(self.runs.e.max() > 1.01)
 
     @property
+    def determined(self):
+        """The laws whose coefficients the data determine: only these have an optimum to show."""
+        return {name: fit for name, fit in self.laws.items() if not undetermined_coefficients(fit)}
+
+    @property
     def title(self):
         if self.objective in STYLES:
             return STYLES[self.objective][0]
@@ -131,12 +137,21 @@ class Group(NamedTuple):
         return "" if self.objective in ("", "quokka") else f"_{self.objective}"
 
 
-def drawable(groups, repeats, with_laws=False):
-    """The groups that a figure can show; raises ValueError if there are none."""
+def drawable(groups, repeats, with_laws=False, with_optima=False):
+    """The groups that a figure can show; raises ValueError if there are none.
+
+    with_optima: with laws alone that have an optimum, as the data determine them.
+    """
     shown = [group for group in groups if group.repeats == repeats and (group.laws or not with_laws)]
+    if with_optima:
+        shown = [group._replace(laws=group.determined) for group in shown if group.determined]
     if not shown:
         runs = "runs over several epochs" if repeats else "IsoFLOP runs (every token seen once)"
-        law = " with a fitted law (python scaling.py fit, then --fits=its folder)" if with_laws else ""
+        law = ""
+        if with_laws or with_optima:
+            law = " with a fitted law (python scaling.py fit, then --fits=its folder)"
+        if with_optima:
+            law = law.replace("law (", "law that they determine (")
         raise ValueError(f"the data hold no {runs}{law}")
     return shown
 

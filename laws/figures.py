@@ -214,7 +214,7 @@ def draw_group_frontier(ax, group, C, k, power):
 
     lines = [(valleys.power_laws(), dict(color=colour, lw=2, label=f"{group.title}, approach 1, 95 %"))]
     law_colour = YELLOW if colour == ORANGE else SKY
-    for name, fit in group.laws.items():
+    for name, fit in group.determined.items():
         style = law_style(name)
         style |= dict(color=law_colour, label=f"{group.title}, {style['label']}")
         lines.append((allocation(fit.coefficients), style))

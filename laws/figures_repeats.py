@@ -62,7 +62,7 @@ def draw_curves(group, name):
 
 def draw_contours(groups):
     """Draw the loss over parameters and epochs, from each panel's lowest on: panels can be compared."""
-    for group in drawable(groups, True, True):
+    for group in drawable(groups, True, with_optima=True):
         for name, fit in group.laws.items():
             yield f"contours_{name}{group.suffix}", draw_law_contours(group, name, fit)
 
@@ -139,7 +139,7 @@ def draw_unique(groups):
     A law without an optimum has no epochs and parameters to advise; a fitted one is searched within the N and
     e of its data, the paper's printed ones anywhere.
     """
-    groups = drawable(groups, True, True)
+    groups = drawable(groups, True, with_optima=True)
     data_U = np.concatenate([group.runs.U for group in groups])
     U = np.geomspace(data_U.min(), data_U.max() * 1e3, 22)
     lines = [best_line(groups, group, name, fit, U) for group in groups for name, fit in group.laws.items()]

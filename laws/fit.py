@@ -24,20 +24,19 @@ import numpy as np
 import configurator
 import terminal
 from configurator import setting, split
+from corpus.files import all_or_none
 from laws.collect import find_csv
-from laws.fitting import (
-    Regression,
-    bootstrap,
-    fit_entry,
-    fit_law,
-    interval,
-    leave_out,
-    mean_errors,
-    undetermined_coefficients,
-)
+from laws.fitting import Regression, bootstrap, fit_entry, fit_law, leave_out, mean_errors
 from laws.forms import LAWS, QUOKKA, allocation
+from laws.identifiability import (
+    interval,
+    is_determined,
+    undetermined_coefficients,
+    vanished_coefficients,
+    why_undetermined,
+)
 from laws.isoflop import bootstrap_valleys, fit_valleys, untrained_minima
-from laws.runs import data_range, objectives_in, read_csv, thin_curves
+from laws.runs import NAME_RULE, data_range, is_name, objectives_in, read_csv, thin_curves
 
 LAW_NAMES = ("approach1", *LAWS)
 
@@ -67,6 +66,8 @@ class Config:
         for name in split(self.laws):
             if name not in LAW_NAMES:
                 problems.append(f"laws: '{name}' is not one of {', '.join(LAW_NAMES)}")
+        if not is_name(self.objective):
+            problems.append(f"objective={self.objective!r}: {NAME_RULE}")
         if 0 < self.bootstrap < 20:
             problems.append(f"bootstrap={self.bootstrap}: an interval needs 20 resamples or more (0: none)")
         return problems
@@ -123,7 +124,7 @@ def fit_objective(cfg, runs, objective, held_out):
     if table:
         lines += [*judgement_head(held_out), *table, ""]
     for name, fit in fits.items():
-        lines += coefficient_table(name, fit, thinned)
+        lines += coefficient_table(name, fit)
     lines += compare_approaches(entries, fits)
     return entries, fits, lines
 
@@ -202,27 +203,29 @@ def judgement_head(held_out):
     return [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
 
 
-def coefficient_table(name, fit, runs):
+def coefficient_table(name, fit):
     """The coefficients of a law with their intervals, in Markdown."""
-    loose = undetermined_coefficients(fit, runs)
-    constants = fit.law.constants(1, 1, 1)
+    undetermined, vanished = undetermined_coefficients(fit), vanished_coefficients(fit)
 
     lines = [f"| {name} | value | 95 % interval |", "| --- | --- | --- |"]
-    for k, value in fit.coefficients.items():
-        if k in constants:
-            continue
-        if k in loose:
-            vanishes = value < 1e-6 and k not in fit.law.signed
-            lines.append(f"| {k} | {'0' if vanishes else 'not determined by these data'} | – |")
-        else:
-            lines.append(quantity_row(k, fit, lambda c, k=k: c[k]))
+    for k in fit.coefficients:
+        if k in vanished:
+            lines.append(f"| {k} | 0 | – |")
+        elif k not in fit.law.constants(1, 1, 1):
+            lines.append(quantity_row(k, fit, lambda c, k=k: c[k], k not in undetermined))
     if name == "parametric":
         for k in ("k_N", "a", "k_D", "b"):
-            lines.append(quantity_row(f"{k} of the optimum", fit, lambda c, k=k: allocation(c)[k]))
+            def quantity(c, k=k):
+                return allocation(c)[k]
+
+            lines.append(quantity_row(f"{k} of the optimum", fit, quantity, is_determined(fit, quantity)))
     return [*lines, ""]
 
 
-def quantity_row(name, fit, quantity):
+def quantity_row(name, fit, quantity, determined):
+    """The row of a quantity in a table of coefficients."""
+    if not determined:
+        return f"| {name} | not determined by these data ({why_undetermined(fit)}) | – |"
     spread = interval(fit, quantity) if fit.draws else None
     return f"| {name} | {quantity(fit.coefficients):.4g} | {format_interval(spread)} |"
 
@@ -231,8 +234,14 @@ def compare_approaches(entries, fits):
     """A warning where both approaches' intervals of the exponent of N do not meet."""
     if "parametric" not in fits or "approach1" not in entries or not entries["approach1"]["draws"]:
         return []
+
+    def exponent(c):
+        return allocation(c)["a"]
+
+    if not is_determined(fits["parametric"], exponent):
+        return []
     one = percentiles(entries["approach1"]["draws"], "a")
-    two = interval(fits["parametric"], lambda c: allocation(c)["a"])
+    two = interval(fits["parametric"], exponent)
     if one[1] >= two[0] and two[1] >= one[0]:
         return []
     return ["The two approaches disagree on the exponent of N: their intervals do not meet. "
@@ -280,9 +289,15 @@ def main(argv):
 
 
 def fit_and_write(cfg, out):
-    """Fit the runs of each objective, write fits.json, fits.md and the figures; return the report."""
+    """Fit what cfg.data holds and write all of the result into `out`, or nothing; return the report."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"out={out} is not a folder")
+    with all_or_none(out) as building:
+        return fit_into(cfg, building)
+
+
+def fit_into(cfg, out):
+    """Fit the runs of each objective, write fits.json, fits.md and the figures into an empty folder."""
     path = find_csv(cfg.data, out)
     held_out = read_csv(cfg.held_out) if cfg.held_out else None
     objectives = [cfg.objective] if cfg.objective else objectives_in(path)
@@ -293,8 +308,6 @@ def fit_and_write(cfg, out):
         entries[objective], fits[objective], lines = fit_objective(cfg, runs, objective, held_out)
         report += [f"## {objective}\n", *lines] if objective else lines
 
-    # all is fitted: no half of a result overwrites another one
-    out.mkdir(parents=True, exist_ok=True)
     for objective, runs in groups.items():
         name = f"fits_{objective}.json" if objective else "fits.json"
         (out / name).write_text(json.dumps(entries[objective], indent=1) + "\n", encoding="utf-8")

@@ -25,6 +25,9 @@ from corpus.files import list_folder
 from laws.forms import LAWS, Law, coefficient_names, evaluate, to_tensors
 from laws.runs import geometric_mean
 
+FARTHEST = 100.0  # θ's bounds: what the data leave open would go on for ever
+REPEATABLE = 1e-3  # no run repeats its log loss, and no law gives it, to better than this
+
 
 class Fit(NamedTuple):
     """A law with its coefficients."""
@@ -34,7 +37,8 @@ class Fit(NamedTuple):
     huber_sum: float = math.nan  # Σ Huber(log L̂ − log L), as the paper counts it
     draws: tuple | list = ()  # coefficients of bootstrap resamples
     n_resampled: int = 0  # how many curves or runs were resampled
-    data_range: dict | None = None  # {N, D, U, e, flops: (smallest, largest)} of the data; None: unknown
+    data_range: dict | None = None  # {N, D, U, e, flops, ratio: (smallest, largest)}; None: unknown
+    axes: tuple | list = ()  # principal axes of the coefficients' uncertainty, see laws/identifiability.py
 
 
 def predict(fit, N, U, e=1.0):
@@ -48,7 +52,7 @@ def predict(fit, N, U, e=1.0):
 class Regression:
     """A law on given runs as a function of θ, the coefficients' logarithms (of signed ones: themselves)."""
 
-    def __init__(self, law, runs, weights=None, constants=None):
+    def __init__(self, law, runs, constants=None):
         sizes = geometric_mean(runs.N), geometric_mean(runs.U * runs.e), geometric_mean(runs.U)
         self.law = law
         self.starts = {name: tuple(values) for name, values in law.starts(*sizes).items()}
@@ -58,9 +62,6 @@ class Regression:
 
         self.N, self.U, self.e = (torch.tensor(x, dtype=torch.float64) for x in (runs.N, runs.U, runs.e))
         self.log_loss = torch.log(torch.tensor(runs.loss, dtype=torch.float64))
-        self.weights = torch.ones_like(self.N)
-        if weights is not None:
-            self.weights = torch.tensor(weights, dtype=torch.float64)
         self.constant_tensors = to_tensors(self.constants)
 
     def theta(self, coefficients):
@@ -85,10 +86,10 @@ class Regression:
         return torch.log(self.law.loss(c, self.N, self.U, self.e)) - self.log_loss
 
     def huber_sum(self, theta):
-        """Σ weight · Huber and its gradient: what L-BFGS minimises."""
+        """Σ Huber and its gradient: what is minimised."""
         theta, delta = torch.tensor(theta, requires_grad=True), self.law.delta
         r = self.residuals(theta).abs()
-        value = (self.weights * torch.where(r < delta, r.square() / 2, delta * (r - delta / 2))).sum()
+        value = torch.where(r < delta, r.square() / 2, delta * (r - delta / 2)).sum()
         value.backward()
 
         gradient = theta.grad.numpy()
@@ -96,40 +97,69 @@ class Regression:
             return 1e9, np.zeros_like(gradient)
         return value.item(), gradient
 
-    def descend(self, theta, steps, polish):
-        """(Σ Huber, θ) after L-BFGS, then after `polish` Gauss-Newton steps where they still gain."""
+    def descend(self, theta, steps):
+        """(Σ Huber, θ) after so many steps of L-BFGS."""
         from scipy.optimize import minimize
 
         limits = dict(maxiter=steps, maxfun=2 * steps, maxcor=20, ftol=1e-13, gtol=1e-11)
-        result = minimize(self.huber_sum, theta, jac=True, method="L-BFGS-B", options=limits)
-        if not (polish and self.law.polish):
-            return result.fun, result.x
+        bounds = [(-FARTHEST, FARTHEST)] * len(theta)
+        result = minimize(self.huber_sum, theta, jac=True, method="L-BFGS-B", bounds=bounds, options=limits)
+        return result.fun, result.x
 
-        polished = self.gauss_newton(result.x, polish)
-        value = self.huber_sum(polished)[0]
-        return (value, polished) if value < result.fun else (result.fun, result.x)
+    def converge(self, theta, rounds=6):
+        """(Σ Huber, θ) at the minimum near θ: L-BFGS and Gauss-Newton in turn, until neither gains anything.
 
-    def gauss_newton(self, theta, steps):
-        """Go on from where L-BFGS stops in a flat valley, by scipy's trust region on the residuals."""
+        L-BFGS stops in flat valleys, Gauss-Newton where Huber's loss is linear.
+        """
+        value = self.huber_sum(theta)[0]
+        for _ in range(rounds):
+            before, polished = value, np.clip(self.gauss_newton(theta), -FARTHEST, FARTHEST)
+            if self.huber_sum(polished)[0] < value:
+                theta = polished
+            value, theta = self.descend(theta, 100)
+            if before - value < 1e-7 * (value + len(self.N) * REPEATABLE**2 / 2):
+                break
+        return value, theta
+
+    def gauss_newton(self, theta, steps=30):
+        """θ after so many steps of scipy's trust region on the residuals."""
         from scipy.optimize import least_squares
 
-        root = self.weights.sqrt()
-        jacobian = torch.func.jacfwd(lambda t: root * self.residuals(t))
+        jacobian = torch.func.jacfwd(self.residuals)
 
         def finite(x):
             return np.nan_to_num(x.detach().numpy(), nan=1e3, posinf=1e3, neginf=-1e3)
 
         result = least_squares(
-            lambda t: finite(root * self.residuals(torch.tensor(t))), theta,
+            lambda t: finite(self.residuals(torch.tensor(t))), theta,
             lambda t: finite(jacobian(torch.tensor(t))),
             loss="huber", f_scale=self.law.delta, x_scale="jac", max_nfev=steps)
         return result.x
+
+    def principal_axes(self, theta):
+        """The axes of Gauss-Newton's covariance at θ as rows, each as long as half its 95 % interval.
+
+        Without the logarithms of coefficients that have vanished: that their term is absent is known.
+        """
+        from scipy.stats import t
+
+        theta = torch.tensor(theta)
+        jacobian = torch.func.jacfwd(self.residuals)(theta).numpy()
+        vanished = ~self.signed.numpy() & (np.abs(jacobian).max(0) < 1e-6) & (theta < math.log(1e-6)).numpy()
+        _, singular, directions = np.linalg.svd(jacobian[:, ~vanished], full_matrices=False)
+
+        freedom = max(1, len(jacobian) - len(singular))
+        sigma = math.sqrt(self.residuals(theta).square().sum().item() / freedom)
+        half = t.ppf(0.975, freedom) * max(sigma, REPEATABLE) / np.maximum(singular, 1e-6 * singular[0])
+        axes = np.zeros((len(singular), len(theta)))
+        axes[:, ~vanished] = half[:, None] * directions
+        return axes.tolist()
 
 
 def fit_law(law, runs, start=None, jobs=None):
     """Find the coefficients that minimise Σ Huber(log L̂ − log L) over `runs`.
 
-    From every point of the law's grid of starts a short descent, from the best four a long one. `start`:
+    From every point of the law's grid of starts a short descent, from the best four to convergence. `start`:
     coefficients to start from instead. Raises ValueError if there are fewer runs than coefficients.
     """
     regression = Regression(law, runs)
@@ -137,8 +167,8 @@ def fit_law(law, runs, start=None, jobs=None):
     if len(runs.N) < n_coefficients:
         raise ValueError(f"{law.name} has {n_coefficients} coefficients, there are only {len(runs.N)} runs")
 
-    def descend_from(thetas, steps, polish):
-        task = Descent(law.name, runs, None, regression.constants, None, steps, polish)
+    def descend_from(thetas, steps):
+        task = Descent(law.name, runs, regression.constants, None, steps)
         tasks = [task._replace(theta=theta) for theta in thetas]
         small = len(thetas) * len(runs.N) < 20_000  # not worth the start of processes
         return sorted(parallel_map(descend, tasks, 1 if small else jobs), key=lambda pair: pair[0])
@@ -148,9 +178,9 @@ def fit_law(law, runs, start=None, jobs=None):
     else:
         grid = itertools.product(*regression.starts.values())
         thetas = [regression.theta(dict(zip(regression.names, values))) for values in grid]
-        thetas = [theta for _, theta in descend_from(thetas, 40, 0)[:4]]
-    value, theta = descend_from(thetas, 400, 100)[0]
-    return Fit(law, regression.coefficients(theta), value)
+        thetas = [theta for _, theta in descend_from(thetas, 40)[:4]]
+    value, theta = descend_from(thetas, 0)[0]
+    return Fit(law, regression.coefficients(theta), value, axes=regression.principal_axes(theta))
 
 
 class Descent(NamedTuple):
@@ -158,26 +188,23 @@ class Descent(NamedTuple):
 
     law: str
     runs: tuple
-    weights: np.ndarray | None
     constants: dict
     theta: np.ndarray | None
-    steps: int
-    polish: int
+    steps: int  # of L-BFGS; 0: to convergence
 
 
 def descend(task):
     """(Σ Huber, θ) at the end of a Descent."""
     torch.set_num_threads(1)  # small arrays: threads would wait for each other
-    regression = Regression(LAWS[task.law], task.runs, task.weights, task.constants)
-    return regression.descend(task.theta, task.steps, task.polish)
+    regression = Regression(LAWS[task.law], task.runs, task.constants)
+    return regression.descend(task.theta, task.steps) if task.steps else regression.converge(task.theta)
 
 
-def refit(fit, runs, weights, steps, polish, jobs):
-    """The coefficients for each of several weightings of the runs, from those of `fit` on."""
-    regression = regression_of(fit, runs)
+def refit(fit, samples, jobs):
+    """The coefficients for each of several samples of runs, from those of `fit` on to convergence."""
+    regression = regression_of(fit, samples[0])
     theta = regression.theta(fit.coefficients)
-    task = Descent(fit.law.name, runs, None, regression.constants, theta, steps, polish)
-    tasks = [task._replace(weights=row) for row in weights]
+    tasks = [Descent(fit.law.name, runs, regression.constants, theta, 0) for runs in samples]
     return [regression.coefficients(theta) for _, theta in parallel_map(descend, tasks, jobs)]
 
 
@@ -207,35 +234,12 @@ def bootstrap(fit, runs, n, seed=0, jobs=None):
     """Give `fit` n draws: whole curves are drawn with replacement, and refitted from the optimum on."""
     curves, curve_index = np.unique(runs.curve, return_inverse=True)
     rng = np.random.default_rng(seed)
-    weights = []
+    samples = []
     for _ in range(n):
         drawn = rng.integers(len(curves), size=len(curves))
         counts = np.bincount(drawn, minlength=len(curves))
-        weights.append(counts[curve_index].astype(float))
-    return fit._replace(draws=refit(fit, runs, weights, 150, 0, jobs), n_resampled=len(curves))
-
-
-def interval(fit, quantity, level=0.95):
-    """The expanded percentile interval of quantity(coefficients) over a Fit's draws.
-
-    A percentile interval is too narrow by √((n − 1)/n) and by the normal's tails instead of Student's, for
-    n resampled units; so the percentiles are taken further out [Hesterberg 2015, "What teachers should know
-    about the bootstrap"].
-    """
-    from scipy.stats import norm, t
-
-    n, tail = fit.n_resampled, (1 - level) / 2
-    if n > 1:
-        tail = norm.cdf(math.sqrt(n / (n - 1)) * t.ppf(tail, n - 1))
-    values = [quantity(c) for c in fit.draws]
-    return np.nanquantile(values, [tail, 1 - tail], axis=0)
-
-
-def undetermined_coefficients(fit, runs):
-    """The coefficients that the runs say nothing about: an e-fold change moves no log loss by 1e-6."""
-    regression = regression_of(fit, runs)
-    slopes = torch.func.jacfwd(regression.residuals)(torch.tensor(regression.theta(fit.coefficients)))
-    return [name for name, slope in zip(regression.names, slopes.abs().amax(0)) if not slope > 1e-6]
+        samples.append(runs.select(np.repeat(np.arange(len(curve_index)), counts[curve_index])))
+    return fit._replace(draws=refit(fit, samples, jobs), n_resampled=len(curves))
 
 
 def mean_errors(fit, runs):
@@ -251,9 +255,9 @@ def leave_out(fit, runs, judged=None, jobs=None):
     """
     judged = judged or runs
     curves = np.unique(runs.curve)
-    without = [(runs.curve != k).astype(float) for k in curves]
+    without = [runs.select(runs.curve != k) for k in curves]
     errors = {}
-    for k, c in zip(curves, refit(fit, runs, without, 500, 100, jobs)):
+    for k, c in zip(curves, refit(fit, without, jobs)):
         unseen = judged.select(judged.curve == k)
         predicted = evaluate(fit.law, c, unseen.N, unseen.U, unseen.e)
         errors[int(k)] = float(np.abs(np.log(predicted / unseen.loss)).mean())
@@ -296,7 +300,11 @@ def read_fit(name, entry):
     if coefficients.keys() != coefficient_names(LAWS[name]):
         raise ValueError(f"{name} has other coefficients than in laws/forms.py")
     draws = [dict(zip(coefficients, draw)) for draw in entry["draws"]]
-    return Fit(LAWS[name], coefficients, entry["objective"], draws, entry.get("units", 0), entry["range"])
+    axes, n_fitted = entry.get("axes", ()), len(LAWS[name].starts(1, 1, 1))
+    if any(len(axis) != n_fitted for axis in axes):
+        raise ValueError(f"{name}: axes of other coefficients than in laws/forms.py")
+    return Fit(LAWS[name], coefficients, entry["objective"], draws, entry.get("units", 0), entry["range"],
+               axes)
 
 
 def read_approach1(entry):
@@ -313,8 +321,9 @@ def fit_entry(fit):
     draws = []
     for draw in fit.draws:
         draws.append([float(f"{value:.7g}") for value in draw.values()])
+    axes = [[float(f"{value:.4g}") for value in axis] for axis in fit.axes]
     return dict(coefficients=fit.coefficients, objective=fit.huber_sum, range=fit.data_range,
-                units=fit.n_resampled, draws=draws)
+                units=fit.n_resampled, axes=axes, draws=draws)
 
 
 def find_fits(paths):

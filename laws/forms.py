@@ -30,7 +30,6 @@ class Law(NamedTuple):
     signed: tuple = ()  # coefficients that may be negative; the others are fitted as logarithms
     delta: float = 1e-3  # where Huber's loss on log L turns from square to linear
     constants: Callable = lambda N, D, U: {}  # coefficients that are units, not fitted
-    polish: bool = True  # follow L-BFGS by Gauss-Newton steps, which flat valleys need
 
 
 # ----------------------------------------------------------------------------------------------- the formulas
@@ -86,6 +85,8 @@ def ours(c, N, U, e):
     after the corner e₁, p + r − s beyond the corner e₂, where most of what U tokens hold has been learned.
     Overfitting adds C·(1 − exp(−z/C)) nats: z is a power of e before the corner e₃ and grows by g·μ per
     unit of ln e after it; C is where the loss stays when all is memorised.
+
+    It does not say what text that is seen once gives: its e = 1 lies inside that warm-up.
     """
     n, u = torch.log(N / c["N0"]), torch.log(U / c["U0"])
     ln_e = torch.clamp(torch.log(e), min=0)  # up to e = 1 all is new: D′ = U·e, no overfitting
@@ -165,8 +166,8 @@ def ours_constants(N, D, U):
 
 OURS_SIGNED = ("m2", "k2", "d", "f", "m3", "k3", "w")
 
-PARAMETRIC = Law("parametric", parametric, parametric_starts, polish=False)
-HALF_LIFE = Law("half_life", half_life, half_life_starts, polish=False)
+PARAMETRIC = Law("parametric", parametric, parametric_starts)
+HALF_LIFE = Law("half_life", half_life, half_life_starts)
 EQ15 = Law("eq15", eq15, eq15_starts, delta=0.01)
 EQ21 = Law("eq21", eq21, eq21_starts, delta=0.01)
 EQ23 = Law("eq23", eq23, eq23_starts, signed=("eta",), delta=0.01)
@@ -249,13 +250,16 @@ def eq15_best_epochs(c, N, U):
     return math.exp(brentq(difference, low, 100, xtol=1e-14)) if difference(low) < 0 else 1.0
 
 
+SAME_LOSS = 1e-3  # nats that nobody would notice
+
+
 class Optimum(NamedTuple):
-    """The choice of the lowest loss."""
+    """The choice of the lowest loss; without a minimum the cheapest one within SAME_LOSS of the lowest."""
 
     N: float
     e: float
     loss: float
-    on_border: bool  # of what was searched: there is no minimum inside
+    on_border: bool  # no minimum lies inside of what was searched: the loss falls up to its border
 
 
 def find_optimum(law, c, U, N=(1e5, 1e13), e=(1.0, 1e5), flops=math.inf, points=200):
@@ -270,7 +274,16 @@ def find_optimum(law, c, U, N=(1e5, 1e13), e=(1.0, 1e5), flops=math.inf, points=
     def anywhere(ln_N, ln_e):
         return evaluate(law, c, np.exp(ln_N), U, np.exp(ln_e))
 
-    ln_N, ln_e, loss, on_border = minimize_on_grid(anywhere, bounds, points)
+    ln_N, ln_e, loss = minimize_on_grid(anywhere, bounds, points)
+    on_border = falls_to_border(anywhere, bounds, ln_N, ln_e)
+    if on_border:
+
+        def cost(ln_N, ln_e):
+            excess = anywhere(ln_N, ln_e) - loss - SAME_LOSS
+            return ln_N + ln_e + 1e6 * np.maximum(excess, 0)
+
+        ln_N, ln_e, _ = minimize_on_grid(cost, bounds, points)
+        loss = float(anywhere(ln_N, ln_e))
     if 6 * U * math.exp(ln_N + ln_e) <= flops * (1 + 1e-9):
         return Optimum(math.exp(ln_N), math.exp(ln_e), loss, on_border)
 
@@ -285,15 +298,12 @@ def find_optimum(law, c, U, N=(1e5, 1e13), e=(1.0, 1e5), flops=math.inf, points=
     def on_budget(_, ln_e):
         return evaluate(law, c, np.exp(ln_Ne - ln_e), U, np.exp(ln_e))
 
-    _, ln_e, loss, _ = minimize_on_grid(on_budget, [np.zeros(2), np.array((low, high))], points)
+    _, ln_e, loss = minimize_on_grid(on_budget, [np.zeros(2), np.array((low, high))], points)
     return Optimum(math.exp(ln_Ne - ln_e), math.exp(ln_e), loss, False)
 
 
 def minimize_on_grid(loss, bounds, points):
-    """Minimise loss(ln N, ln e) within the bounds: ln N, ln e, the loss, and whether that is on the border.
-
-    A single epoch is a choice like any other, so the lower border of e does not count.
-    """
+    """Minimise loss(ln N, ln e) within the bounds: ln N, ln e and the loss."""
     cell = bounds
     for _ in range(4):
         ln_N, ln_e = (np.linspace(*pair, points if np.ptp(pair) > 0 else 1) for pair in cell)
@@ -302,8 +312,18 @@ def minimize_on_grid(loss, bounds, points):
         best = ln_N[i], ln_e[j]
         cell = [np.clip(x + np.array([-2, 2]) * np.ptp(pair) / points, *limits)
                 for x, pair, limits in zip(best, cell, bounds)]
+    return float(best[0]), float(best[1]), float(values[i, j])
 
-    searched_N, searched_e = (np.ptp(pair) > 0 for pair in bounds)
-    on_border = searched_N and min(abs(best[0] - bounds[0])) < 1e-6
-    on_border = on_border or searched_e and abs(best[1] - bounds[1][1]) < 1e-6
-    return float(best[0]), float(best[1]), float(values[i, j]), bool(on_border)
+
+def falls_to_border(loss, bounds, ln_N, ln_e):
+    """True if from its lowest point on the loss is no higher at a border of N, or at the most epochs.
+
+    A law that saturates falls for ever, by less than a float can hold. A single epoch is a choice like any
+    other, so the lower border of e does not count.
+    """
+    (least_N, most_N), (least_e, most_e) = bounds
+    ends = [(ln_N, most_e)] if most_e > least_e else []
+    if most_N > least_N:
+        ends += [(least_N, ln_e), (most_N, ln_e)]
+    lowest = loss(ln_N, ln_e)
+    return any(float(loss(*end)) <= lowest + 1e-9 for end in ends)

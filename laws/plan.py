@@ -26,7 +26,15 @@ import terminal
 from configurator import setting
 from configurator.format import human_count, human_seconds
 from configurator.ladder import LADDER, ladder_params
-from laws.advise import REFITTED, compute_plans, crossover, data_plans, known_laws
+from laws.advise import (
+    REFITTED,
+    compute_plans,
+    crossover,
+    data_plans,
+    format_epochs,
+    known_laws,
+    plans_on_text,
+)
 from laws.forms import QUOKKA
 from training.flops import PEAK
 
@@ -89,6 +97,19 @@ class Config:
         return self.flops or self.days * 86400 * self.flops_per_second()
 
 
+def make_plans(cfg, flops, fresh, repeated):
+    """The plans of all laws, the user's own first. Raises ValueError."""
+    if not cfg.unique_tokens:
+        return compute_plans(cfg, flops, fresh)
+    fresh_plans = []
+    if flops and not (cfg.params or cfg.epochs or cfg.tokens):
+        fresh_plans = compute_plans(cfg, flops, fresh)
+    fresh_fit = next((law.fit for law in fresh if law.name == REFITTED), None)
+    plans = plans_on_text(fresh_plans, cfg.unique_tokens)
+    plans += data_plans(cfg, flops, repeated, fresh_fit, fresh_plans)
+    return sorted(plans, key=lambda plan: not plan.own_data)
+
+
 def suggest(cfg, plans):
     """The plan to write: the named law's, or the objective's first credible one. Raises ValueError."""
     candidates = [plan for plan in plans if plan.objective == cfg.objective]
@@ -110,10 +131,6 @@ def nearest_size(N):
     """The name of the ladder's model whose N is nearest in ratio."""
     sizes = np.array([ladder_params(*row) for _, *row in LADDER])
     return f"{round(sizes[np.abs(np.log(sizes / N)).argmin()] / 1e6)}M"
-
-
-def format_epochs(e):
-    return f"{e:.3g}" if e < 100 else f"{e:,.0f}"
 
 
 def memory_problem(cfg, N):
@@ -297,30 +314,26 @@ def main(argv=None):
     flops = cfg.budget()
 
     # the plans
-    plans, n_fresh = [], 0
     try:
-        fresh, repeated = known_laws(cfg.fits)
-        if not cfg.unique_tokens:
-            plans = compute_plans(cfg, flops, fresh)
-        else:
-            if flops and not (cfg.params or cfg.epochs or cfg.tokens):  # is there enough text to see it once?
-                plans = compute_plans(cfg, flops, fresh)
-                plans = [plan for plan in plans if plan.tokens <= cfg.unique_tokens]
-            n_fresh = len(plans)
-            fresh_fit = next((law.fit for law in fresh if law.name == REFITTED), None)
-            plans += data_plans(cfg, flops, repeated, fresh_fit, least_epochs=1e-6 if n_fresh else 1.0)
+        fresh, repeated, refused = known_laws(cfg.fits)
+        plans = make_plans(cfg, flops, fresh, repeated)
         suggested = suggest(cfg, plans)
     except ValueError as problem:
         configurator.fail(str(problem))
 
     # what they say
     print_plans(cfg, plans, flops)
-    if n_fresh:
+    for line in refused:
+        print(f"* {line}")
+    once = [plan for plan in plans if plan.e == 1 and plan.tokens < cfg.unique_tokens]
+    if once:
         print("* there is text enough to see every token once, as the laws that give 1 epoch want it: "
-              f"{plans[0].law} uses {human_count(plans[0].tokens)} of it")
+              f"{once[0].law} uses {human_count(once[0].tokens)} of it")
     if problem := memory_problem(cfg, suggested.N):
         print(f"* {problem}")
-    hint = "" if cfg.law else " (the first that is credible; --law chooses)"
+    hint = ""
+    if not cfg.law:
+        hint = f" ({'the first that' if suggested.credible else 'none'} is credible; --law chooses)"
     print(f"\nsuggested for {cfg.objective}: {suggested.law}{hint}")
     if cfg.unique_tokens:
         print_crossover(cfg, repeated, flops, {plan.law for plan in plans if not plan.credible})

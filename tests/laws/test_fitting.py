@@ -13,13 +13,13 @@ from laws.fitting import (
     bootstrap,
     find_fits,
     fit_law,
-    interval,
     leave_out,
     mean_errors,
     predict,
     read_fits,
 )
 from laws.forms import EQ15, EQ21, LAWS, OURS, PARAMETRIC, QUOKKA, allocation, evaluate
+from laws.identifiability import interval
 from laws.runs import Runs, read_csv, thin_curves
 
 
@@ -44,7 +44,7 @@ def test_gradients(name):
     law, c = LAWS[name], KNOWN[name]
     runs = Runs(N, U, e, evaluate(law, c, N, U, e) * np.exp(rng.normal(0, 0.05, 40)), np.arange(40))
     constants = {k: c[k] for k in law.constants(1, 1, 1)}
-    regression = Regression(law, runs, rng.uniform(0, 2, 40), constants)
+    regression = Regression(law, runs, constants)
     theta = regression.theta(c)
     value, gradient = regression.huber_sum(theta)
     for i in range(len(theta)):
