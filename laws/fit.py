@@ -314,7 +314,7 @@ def fit_into(cfg, out):
         if cfg.figures:
             from laws import figures
 
-            with terminal.optional(f"the figures in {out} can't be drawn"):
+            with terminal.optional(f"the figures in {cfg.out} can't be drawn"):
                 figures.draw_fits(runs, fits[objective], out, objective)
     masked, ar = (entries.get(objective, {}).get("approach1") for objective in ("masked", "ar"))
     if masked and ar:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -135,12 +136,15 @@ def test_half_a_result_overwrites_nothing(capsys, tmp_path):
 def test_all_files_are_written_or_none(capsys, monkeypatch, tmp_path):
     data, out = write(tmp_path / "a.csv", isoflop([1e18, 1e19], (0.3, 0.6, 1, 2))), tmp_path / "new/o"
     fit = ("fit", f"--data={data}", f"--out={out}", "--laws=approach1", "--bootstrap=0")
+    write_text = Path.write_text
 
-    def fail(*_):
-        raise OSError(28, "No space left on device")
+    def fill_up(path, *args, **kwargs):
+        if path.name == "fits.md":  # the last one
+            raise OSError(28, "No space left on device")
+        return write_text(path, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr("laws.figures.save", fail)
+        patch.setattr(Path, "write_text", fill_up)
         code, _, err = run(capsys, *fit)
     assert code == 2 and "No space left" in err and not (tmp_path / "new").exists()
     assert run(capsys, *fit)[0] == 0
