@@ -28,10 +28,11 @@ def check(device):
 
 def reason(problem):
     """Why the compiler fails, in a line: what torch.compile is known to trip over, else its own words."""
-    torch_folder = Path(torch.__file__).parent
-    for name, path in (("Python", sys.prefix), ("torch", torch_folder), ("its cache", cache_folder())):
-        if any(map(str.isspace, str(path))):
-            return f"there is a space in {path}, the folder of {name}"
+    for name, path in (("Python", sys.prefix), ("torch", torch.__file__)):
+        if any(map(str.isspace, path)):
+            return f"there is a space in {path}, where {name} is"
+    if any(map(str.isspace, str(cache_folder()))):
+        return f"there is a space in {cache_folder()}; let TORCHINDUCTOR_CACHE_DIR name another folder"
     text = str(problem)
     if "InvalidCxxCompiler" in text or "No working C++ compiler" in text:
         return f"there is no C++ compiler ({os.environ.get('CXX', 'g++')}); install g++, or let CXX name one"

@@ -118,39 +118,47 @@ def test_ctrl_c_during_the_compilation(corpus, tmp_path):
 
 
 def kill_compilations(corpus, folder, times, rng):
-    """Kill starts amid the compiler's writing, and train after each; returns how often it left something."""
-    flags = ["--compile=blocks", "--steps=2", f"--corpus={corpus}", "--resume=auto"]
-    left = empty = 0
+    """Kill starts that compile a library anew, as it is written, and train after each.
+
+    Returns how often a build was left unfinished, and how often with a library that is none.
+    """
+    flags = ["--compile=blocks", "--n_layer=1", "--steps=2", f"--corpus={corpus}"]
+    assert compiling(folder, *flags).wait() == 0
+    libraries = sorted(folder.glob("cache/*/*.so"))
+    sizes = [path.stat().st_size for path in libraries]
+    unfinished = damaged = 0
     for number in range(times):
-        shutil.rmtree(folder / "cache", ignore_errors=True)
         shutil.rmtree(folder / "run", ignore_errors=True)
+        which = rng.randrange(len(libraries))
+        library = libraries[which]
+        library.unlink()
+        building = library.with_name(library.stem + compiler.BUILDING)
         process = compiling(folder, *flags, log=subprocess.DEVNULL)
-        for _ in range(rng.randrange(1, 9)):  # one of the first builds
-            before = set(folder.glob("cache/*/*_CxxBuild"))
-            until(lambda before=before: set(folder.glob("cache/*/*_CxxBuild")) - before
-                  or process.poll() is not None)  # noqa: B023
-        if number % 2:  # as it writes its library, which comes into being empty
-            until(lambda: any(not path.stat().st_size for path in folder.glob("cache/*/*.so"))
-                  or process.poll() is not None)  # noqa: B023
+        if number % 4:  # the linker writes it in some ten milliseconds
+            while not library.exists() and process.poll() is None:
+                time.sleep(0.0005)
+            time.sleep(0.02 * rng.random() * (number % 4 - 1))
         else:
-            time.sleep(rng.random() * 2)
+            until(lambda: building.exists() or process.poll() is not None)  # noqa: B023
+            time.sleep(rng.random())
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        left += is_compiling(folder)
-        empty += any(not path.stat().st_size for path in folder.glob("cache/*/*.so"))
-        again = compiling(folder, *flags)
+        unfinished += building.exists()
+        damaged += library.exists() and library.stat().st_size != sizes[which]
+        again = compiling(folder, *flags, "--resume=auto")
         output, _ = again.communicate()
         assert again.returncode == 0 and newest_step(folder / "run") == 2, output
-        print(f"kill {number + 1}: unfinished {left}, empty {empty}; trained", flush=True)
-    return left, empty
+        assert library.stat().st_size == sizes[which]
+        print(f"kill {number + 1}: {unfinished} unfinished, {damaged} damaged; trained", flush=True)
+    return unfinished, damaged
 
 
 def main():
     folder = Path(tempfile.mkdtemp())
     corpus, times = prepare_words(folder), int(sys.argv[1])
-    left, empty = kill_compilations(corpus, folder, times, random.Random(0))
-    print(f"{times} × SIGKILL amid a compilation: {left} left a build unfinished, {empty} an empty library, "
-          "and every start after them trained")
+    unfinished, damaged = kill_compilations(corpus, folder, times, random.Random(0))
+    print(f"{times} × SIGKILL amid a compilation: {unfinished} left a build unfinished, {damaged} a damaged "
+          "library, and every start after them trained")
     shutil.rmtree(folder)
 
 
