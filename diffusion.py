@@ -273,7 +273,7 @@ def uniform_batch(p, x, levels, rows, bits, eligible, scored, documents):
     drawn = random_bits(p.seed, REPLACE, levels.sample[rows], L) >> np.uint64(32)
     drawn = (drawn * np.uint64(p.n_vocab) >> np.uint64(32)).astype(np.int64)
     targets, time = x.reshape(-1), t.astype(np.float32)
-    if p.loss == "paper":  # ½(noisy + clean)
+    if p.loss == "paper":  # ½(noisy + clean): inferred from the paper's figures (docs/math.md §6)
         noisy, weight = masked_weights(p, levels, rows, bits, eligible)
         clean_total = max(1, (levels.n_eligible - levels.count).sum())
         parts = scored * noisy * weight[:, None] / total, scored * ~noisy / clean_total
@@ -364,14 +364,14 @@ def figure_names(p):
 
 
 def total_loss(figures):
-    """The loss among figures on the host; the paper's is the mean of its parts, exactly as they are."""
+    """The loss among figures on the host; `paper` is the mean of its parts, exactly as they are."""
     return (figures["noisy"] + figures["clean"]) / 2 if "clean" in figures else figures["loss"]
 
 
 def loss_figures(hidden, head, batch, n_vocab, posterior=False):
     """The named figures of a forward pass, () fp32 each: "loss", which has gradients, and what it is made of.
 
-    hidden: the network's, (B, L, D) or (C, D). The paper's uniform loss, ½(noisy + clean), shows both parts.
+    hidden: the network's, (B, L, D) or (C, D). The loss `paper`, ½(noisy + clean), shows both parts.
     """
     loss, nats = loss_and_nats(hidden.flatten(0, -2), head, batch, batch.weights.sum(1), n_vocab, posterior)
     if batch.weights.shape[1] == 1:

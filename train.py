@@ -74,7 +74,8 @@ class Config:
     objective: Literal["masked", "uniform", "ar"] = setting(
         "masked", "masked diffusion, uniform diffusion, or autoregressive")
     loss: Literal["elbo", "maskgit", "paper"] = setting(
-        "elbo", "elbo: the bound; maskgit: unweighted, masked only; paper: Quokka's, uniform only")
+        "elbo", "elbo: the bound; maskgit: unweighted, masked only; "
+        "paper: Quokka's as inferred, uniform only")
     estimator: Literal["count", "ratio", "time"] = setting(
         "count", "of the masked bound: exactly k masks, realized ratio, or weight w(t)")
     schedule: str = setting("linear", "noise schedule: linear, cosine or poly<n>")

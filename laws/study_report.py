@@ -125,11 +125,11 @@ def write_rows(row, runs, ours, theirs, cfg):
 
 
 def uniform_note(curve, ours, theirs, first):
-    """A sentence on the paper's uniform loss, which is no bound."""
+    """A sentence on the loss `paper`, which is no bound."""
     noisy, clean = (format_pair(ours, theirs, name) for name in ("val_loss_noisy", "val_loss_clean"))
     change = ours["bound"] - first.get("bound", np.nan)
-    return (f"The validation loss of {curve} is the paper's, ½(noisy + clean): {noisy} and {clean}. "
-            f"That is no bound; our bound is {ours['bound']:.3f}, {change:+.3f} to the first run's.")
+    return (f"The validation loss of {curve} is ½(noisy + clean), inferred to be the paper's: {noisy} and "
+            f"{clean}. That is no bound; our bound is {ours['bound']:.3f}, {change:+.3f} to the first run's.")
 
 
 def format_pair(ours, theirs, name, form=".3f"):
