@@ -127,7 +127,8 @@ class Config:
         "cosine", "cosine, warmup-stable-decay (exponential decay) or constant")
     warmup: int = setting(100, "steps of linear warm-up", low=0)
     decay: float = setting(
-        1000.0, "of wsd: steps of decay at the end (below 1: their share of all steps)", above=0)
+        1000.0, "of wsd: steps of decay at the end (below 1: their share of all steps, to the nearest step)",
+        above=0)
     beta1: float = setting(0.9, "AdamW's β₁", low=0, high=0.9999)
     beta2: float = setting(0.95, "AdamW's β₂", low=0, high=0.99999)
     weight_decay: float = setting(0.1, "of matrices and embeddings; norms never decay", low=0)
@@ -237,9 +238,7 @@ def learning_rate(cfg, step, steps):
     if cfg.lr_schedule == "cosine":
         done = (step - cfg.warmup) / max(1, steps - cfg.warmup)
         return lowest + 0.5 * (cfg.lr - lowest) * (1 + math.cos(math.pi * done))
-    decay = cfg.decay
-    if decay < 1:
-        decay = max(1, min(round(cfg.decay * steps), steps - cfg.warmup))
+    decay = update.decay_steps(cfg.decay, steps, cfg.warmup)
     if cfg.lr_schedule == "wsd" and step >= steps - decay:
         done = (step - (steps - decay) + 1) / decay
         return cfg.lr * (lowest / cfg.lr) ** done

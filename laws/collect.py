@@ -19,6 +19,7 @@ from laws.runs import smooth_losses, write_csv
 from model import ModelConfig, Transformer
 from training.checkpoint import checkpoints
 from training.log import read_metrics
+from training.update import decay_steps
 
 POINT_COLUMNS = ("name objective n_layer d_model params tokens flops unique_tokens epochs seed "
                  "val_loss val_bpb train_loss batch lr").split()
@@ -119,8 +120,7 @@ def decay_start(record):
     settings, steps = record["settings"], record["steps"]
     if settings["lr_schedule"] != "wsd":
         return steps
-    decay = settings["decay"]
-    return steps - (decay if decay >= 1 else decay * steps)
+    return steps - decay_steps(settings["decay"], steps, settings["warmup"])
 
 
 def read_records(folder):

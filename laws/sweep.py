@@ -43,6 +43,7 @@ from laws.runs import write_csv
 from model import ModelConfig
 from training.checkpoint import checkpoints, step_folder, step_of
 from training.log import read_metrics, trim_metrics
+from training.update import decay_steps
 
 OBJECTIVES = ("masked", "ar", "uniform")
 SHAPE = ("model", "n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "d_ff")
@@ -267,7 +268,7 @@ def make_run(cfg, settings, model, params, seed, length, available):
     run_dir = str(Path(cfg.out) / "runs" / name)
     settings = settings | dict(run_dir=run_dir, seed=seed, steps=steps, unique_tokens=length.unique)
     if cfg.decay:
-        settings |= dict(lr_schedule="wsd", decay=float(max(1, round(cfg.decay * steps))))
+        settings |= dict(lr_schedule="wsd", decay=float(decay_steps(cfg.decay, steps)))
     group = objective, model, length.unique, seed
     return Run(name, group, train.Config(**settings), params, tokens, tokens / (length.unique or available))
 

@@ -13,6 +13,7 @@ from steps import build_run
 
 import data
 import train
+from training import update
 from training.checkpoint import checkpoints, load_model, load_newest
 from training.distributed import SINGLE, Ranks
 from training.log import read_metrics
@@ -92,6 +93,16 @@ def test_learning_rates():
     assert [wsd[79], wsd[89], wsd[99]] == pytest.approx(exponential)
     cfg.decay = 0.2  # the same as a share
     assert wsd == rates()
+    cfg.decay = 0.25
+    for steps, decay in ((110, 28), (106, 26), (100, 25)):  # 27.5 and 26.5: a half goes to the even number
+        of_share = rates(steps)
+        assert of_share[steps - decay - 1] == 1 > of_share[steps - decay]
+        assert of_share[-1] == pytest.approx(0.1) and update.decay_steps(0.25, steps, 10) == decay
+    cfg.decay = 1e-4  # at least one step
+    assert rates()[-2] == 1 and rates()[-1] == pytest.approx(0.1)
+    cfg.decay = 0.9999  # and all that the warm-up leaves
+    assert rates()[9] < 1 and rates()[10] == pytest.approx(0.1 ** (1 / 90))
+    cfg.decay = 0.2
     short = rates(12)  # the share gives way to the warm-up
     assert short[:10] == wsd[:10] and short[-1] == pytest.approx(0.1) and rates(3)[2] > 0
 

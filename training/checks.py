@@ -60,6 +60,8 @@ def budget_problems(cfg):
         yield f"batch_size={cfg.batch_size} must be a multiple of {world} ranks × micro_batch={micro_batch}"
     if cfg.min_lr > cfg.lr or -1 < cfg.min_lr < 0:
         yield f"min_lr={cfg.min_lr} must be -1 or lie between 0 and lr={cfg.lr}"
+    if cfg.decay >= 1 and cfg.decay % 1:
+        yield f"decay={cfg.decay:g}: whole steps from 1 on, or a share of all steps below 1"
     if cfg.lr_schedule == "wsd" and cfg.min_lr == 0:
         yield "lr_schedule=wsd decays exponentially and never reaches min_lr=0; give a positive one"
 

@@ -24,6 +24,17 @@ def set_learning_rate(optimizer, lr):
         group["lr"] = lr
 
 
+def decay_steps(decay, steps, warmup=0):
+    """How many steps at the end of a wsd run of `steps` decay: `decay`, or below 1 its share of all steps.
+
+    A share is rounded to the nearest whole number, a half to the even one; it is at least one step, and
+    leaves the warm-up its steps.
+    """
+    if decay >= 1:
+        return decay
+    return max(1, min(round(decay * steps), steps - warmup))
+
+
 def is_bad(norm, skip_norm):
     """Whether a gradient of this norm is refused: not finite, or above a skip_norm that is not 0.
 

@@ -26,6 +26,7 @@ from training import checks
     (["--epochs=1", "--lr_schedule=wsd", "--decay=8000"], "decay=8000 don't fit into"),
     (["--steps=1", "--min_lr=-0.5"], "min_lr=-0.5 must be -1 or lie between"),
     (["--steps=1", "--lr_schedule=wsd", "--decay=0.5", "--min_lr=0"], "never reaches min_lr=0"),
+    (["--steps=9", "--lr_schedule=wsd", "--decay=2.5"], "decay=2.5: whole steps from 1 on, or a share"),
     (["--steps=5", "--anneal=9"], "anneal=9 doesn't fit into 5 steps"),
     (["--steps=5", "--save_at=3,x"], "save_at=3,x: 'x' is no step"),
     (["--steps=1", "--micro_batch=3"], "batch_size=8 must be a multiple of 1 ranks × micro_batch=3"),
