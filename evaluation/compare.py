@@ -145,7 +145,7 @@ def table(runs, sigmas):
     head = ["run", "objective", "parameters (in blocks)", "tokens", "training FLOPs", "time", "nats/token",
             "bits/byte", f"against {first.name}", f"beyond {sigmas:g} errors"]
     losses = "what eval.py measured" if source == EVALUATION else "the last validations of training"
-    notes = [f"Losses: {losses}, ± one standard error."]
+    notes = [f"Losses: {losses}, ± one standard error, widened for few rows."]
     lines = []
     for run in runs:
         difference = verdict = ""

@@ -148,57 +148,101 @@ def sum_over_ranks(ranks, values):
 # -------------------------------------------------------------------------------------------------- its error
 
 
+FEWEST_ROWS = 8  # of which an error under noise is stated
+
+
+def student_factor(df):
+    """Student's 97.5 % quantile for df degrees of freedom over the normal one, 1.96: what widens errors.
+
+    So ± 1.96 errors are a 95 % interval however few the rows are. Cornish and Fisher's expansion: right
+    to 0.2 % from df = 3 on, to 1 % at 2, to 12 % at 1.
+    """
+    z = 1.959964
+    terms = (
+        (z**2 + 1) / 4,
+        (5 * z**4 + 16 * z**2 + 3) / 96,
+        (3 * z**6 + 19 * z**4 + 17 * z**2 - 15) / 384,
+        (79 * z**8 + 776 * z**6 + 1482 * z**4 - 1920 * z**2 - 945) / 92160,
+    )
+    return 1 + sum(term / df**k for k, term in enumerate(terms, 1))
+
+
+def error_of_mean(values):
+    """The error of the mean of independent values, those that are finite; nan of fewer than two."""
+    values = np.asarray(values)
+    values = values[np.isfinite(values)]
+    n = len(values)
+    return float(values.std(ddof=1) / math.sqrt(n)) * student_factor(n - 1) if n > 1 else math.nan
+
+
 def neighbour_variance(values):
     """The variance of values (…, N) about a trend along N: half the mean squared step to the neighbour."""
     return float(np.mean(np.diff(values, axis=-1) ** 2) / 2)
 
 
+def neighbour_factor(N):
+    """What widens an error from `neighbour_variance` of N values: it has about 2N/3 degrees of freedom."""
+    return student_factor(2 * (N - 1) ** 2 / (3 * N - 4))
+
+
+def text_variance(values, ids):
+    """The variance of what rows keep from pass to pass: of values (passes, N), for rows numbered `ids`.
+
+    It is the covariance of a row's deviations from its neighbours in level, which are others in each pass,
+    over all pairs of passes in which it has two. Neighbours are of the same N rows: those of one pass are
+    now and then those of another, too, which adds 1/(N − 1) of it.
+    """
+    N = values.shape[1]
+    deviation, interior = np.zeros_like(values), np.zeros(values.shape, bool)
+    deviation[:, 1:-1] = values[:, 1:-1] - (values[:, :-2] + values[:, 2:]) / 2
+    interior[:, 1:-1] = True
+    by_id = np.argsort(ids, axis=1)  # the same row in the same column
+    deviation, interior = (np.take_along_axis(part, by_id, 1) for part in (deviation, interior))
+    products = deviation.sum(0) ** 2 - (deviation**2).sum(0)  # over pairs of different passes
+    times = interior.sum(0)
+    return float(products.sum() / (times * (times - 1)).sum()) * (N - 1) / N
+
+
 def standard_error(losses, exact=False):
-    """(standard error of the mean of RowLosses, the noise's share of it or nan). `exact`: there is no noise.
+    """(error of the mean of RowLosses, the noise's share of it or nan). `exact`: there is no noise.
 
     The text varies, and so does the noise. A lattice of levels has next to no error from the levels
     themselves, so the plain variance, which holds their trend, is far too large; that of neighbours in level
     leaves it out (von Neumann's estimator for systematic samples).
 
-    Several passes over the same rows average the noise, not the text. What a row keeps from pass to pass
-    stays: the covariance of its deviations from its neighbours, which are others in each pass.
+    Several passes over the same rows average the noise, not the text: `text_variance` tells them apart. Both
+    errors are widened for few rows (`student_factor`), and nan of fewer than FEWEST_ROWS.
     """
     values = losses.values.sum(2)
     passes, N = values.shape
-    if N < 8:  # too few to say
+    if N < FEWEST_ROWS:
         return math.nan, math.nan
     if exact:
-        return float(values.mean(0).std(ddof=1) / math.sqrt(N)), 0.0
+        return error_of_mean(values.mean(0)), 0.0
 
     text_and_noise = neighbour_variance(values)
+    widening = neighbour_factor(N)
     if passes == 1:
-        return math.sqrt(text_and_noise / N), math.nan
-
-    deviation = np.full_like(values, np.nan)
-    deviation[:, 1:-1] = values[:, 1:-1] - (values[:, :-2] + values[:, 2:]) / 2
-    by_id = np.argsort(losses.ids, axis=1)
-    deviation = np.take_along_axis(deviation, by_id, 1)  # the same row in the same column
-    deviation = deviation[:, ~np.isnan(deviation).any(0)]
-    products = deviation.sum(0) ** 2 - (deviation**2).sum(0)  # over pairs of different passes
-    text = float(np.mean(products) / (passes * (passes - 1)))
-    text = min(max(text, 0.0), text_and_noise)
+        return widening * math.sqrt(text_and_noise / N), math.nan
+    text = min(max(text_variance(values, losses.ids), 0.0), text_and_noise)
     noise = (text_and_noise - text) / passes
-    return math.sqrt((text + noise) / N), math.sqrt(noise / N)
+    return widening * math.sqrt((text + noise) / N), widening * math.sqrt(noise / N)
 
 
 def paired_difference(one, other):
-    """(mean, standard error) of one run's losses minus another's, over the sequences that both measured.
+    """(mean, error) of one run's losses minus another's, over the sequences that both measured.
 
     Each is (ids, losses) as of `RowLosses.by_sequence`. Rows are the same text under the same noise, so their
-    differences vary far less than they do. None where fewer than 8 are in common.
+    differences vary far less than they do. None where fewer than FEWEST_ROWS are in common.
     """
     place = {number: i for i, number in enumerate(other[0].tolist())}
     common = [(i, place[number]) for i, number in enumerate(one[0].tolist()) if number in place]
-    if len(common) < 8:
+    N = len(common)
+    if N < FEWEST_ROWS:
         return None
     a, b = np.array(common).T
     difference = one[1][a] - other[1][b]
-    return float(difference.mean()), math.sqrt(neighbour_variance(difference) / len(difference))
+    return float(difference.mean()), neighbour_factor(N) * math.sqrt(neighbour_variance(difference) / N)
 
 
 # ------------------------------------------------------------------------------------ against the noise ratio
@@ -209,7 +253,7 @@ class Bin(NamedTuple):
 
     noise_ratio: float
     nats: float
-    error: float  # standard error, nan of a single row
+    error: float  # as of `error_of_mean`, nan of a single row
     rows: int
 
 
@@ -263,8 +307,7 @@ def bin_means(r, values, bins):
         members = values[place == k]
         n = len(members)
         if n:
-            error = float(members.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
-            curve[k] = Bin(float(r[place == k].mean()), float(members.mean()), error, n)
+            curve[k] = Bin(float(r[place == k].mean()), float(members.mean()), error_of_mean(members), n)
     return curve
 
 

@@ -14,6 +14,7 @@ import torch
 import data
 from configurator import split
 from evaluation import likelihood, texts
+from evaluation.likelihood import error_of_mean
 from evaluation.report import progress_bar
 from sampling.decode import DecodeConfig
 from sampling.generator import Generator
@@ -76,18 +77,9 @@ class Subject(NamedTuple):
                                     self.ranks, generator.device, generator.autocast)
 
 
-def standard_error(values):
-    """The standard error of the mean of independent values, those that are finite; nan of fewer than two."""
-    values = np.asarray(values)
-    values = values[np.isfinite(values)]
-    if len(values) < 2:
-        return math.nan
-    return float(values.std(ddof=1) / math.sqrt(len(values)))
-
-
 def mean_and_error(values):
     """{mean, error} of the values that are numbers."""
-    return dict(mean=float(np.nanmean(values)), error=standard_error(values))
+    return dict(mean=float(np.nanmean(values)), error=error_of_mean(values))
 
 
 # ------------------------------------------------------------------------------------------------ likelihoods
@@ -174,9 +166,9 @@ def measure_ordered(cfg, subject):
                 nats[rows] = ordered_nats(cfg, subject, order, ids[rows], rows, show)
         nats = likelihood.sum_over_ranks(ranks, nats)
         difference = nats - bound
-        report[order] = dict(nats_per_token=float(nats.mean()), error=standard_error(nats), rows=n,
+        report[order] = dict(nats_per_token=float(nats.mean()), error=error_of_mean(nats), rows=n,
                              below_bound=float(-difference.mean()),
-                             below_bound_error=standard_error(difference), values=nats.tolist())
+                             below_bound_error=error_of_mean(difference), values=nats.tolist())
     return report
 
 
@@ -245,7 +237,7 @@ def measure_texts(cfg, subject, judge):
         report |= dict(judge=cfg.judge, nll=mean_and_error(nll), pairs=pairs)
     if cfg.match:
         record, corpora = generator.record["corpus"], subject.validation.corpora
-        streams = training_text(subject.validation.settings, corpora)
+        streams = training_text(subject.validation.settings, corpora, generator.record["exact_up_to"])
         held_out = held_out_rows(corpora, generator.seq_len, rows)
         report["own_text"] = text_digest(corpora, "train") == record.get("train_sha256")
         report["copies"] = texts.copies(streams, rows, held_out, sorted(map(int, split(cfg.match))))
