@@ -21,15 +21,22 @@ VALIDATION_SEED = 2**63  # beyond every training seed: all runs are validated wi
 # --------------------------------------------------------------------------------------------------- order
 
 
-def permute(index, n, seed, epoch):
-    """A keyed bijection of [0, n), applied to `index`: nothing of size n is stored.
+EXACT_UP_TO = 4096  # elements that are shuffled exactly
 
-    Twelve Feistel rounds over the next power of four (six leave a bias below n = 16), and cycle walking back
-    into the range. index, epoch: int64 arrays of one shape. Returns int64.
+
+def permute(index, n, seed, epoch, exact_up_to=EXACT_UP_TO):
+    """A keyed permutation of [0, n), applied to `index`.
+
+    Up to `exact_up_to` elements every order is equally likely (`shuffle`). Beyond, nothing of size n is
+    stored: twelve Feistel rounds over the next power of four, and cycle walking back into the range, which
+    is measurably uneven below n = 16. index, epoch: int64 arrays of one shape. Returns int64.
     """
+    key = finalize(np.uint64(seed & 0xFFFFFFFFFFFFFFFF) ^ finalize(epoch.astype(np.uint64)))
+    if n <= exact_up_to:
+        keys, order = np.unique(key, return_inverse=True)
+        return shuffle(keys, n)[order, index]
     half = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
-    key = finalize(np.uint64(seed & 0xFFFFFFFFFFFFFFFF) ^ finalize(epoch.astype(np.uint64)))
     keys = [finalize(key + np.uint64(round_ + 1)) for round_ in range(12)]
     result = index.astype(np.uint64)
     outside = np.ones(len(result), bool)
@@ -40,6 +47,18 @@ def permute(index, n, seed, epoch):
         result = np.where(outside, left << half | right, result)
         outside = result >= np.uint64(n)
     return result.astype(np.int64)
+
+
+def shuffle(keys, n):
+    """A uniformly random order of n elements for each of the keys (K,): (K, n) int64.
+
+    It is that of n 64-bit random numbers, a function of key and place: a Fisher-Yates shuffle would be as
+    even, but one step after the other.
+    """
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    with np.errstate(over="ignore"):
+        bits = finalize(keys[:, None] + np.arange(1, n + 1, dtype=np.uint64) * golden)
+    return np.argsort(bits, axis=1, kind="stable")
 
 
 def finalize(x):
@@ -53,9 +72,12 @@ def finalize(x):
 def validation_ids(n_rows, available, order=0):
     """n_rows evenly spaced sequences of `available`, shuffled, differently for each `order`: int64 (n_rows,).
 
-    A row's place sets its noise level; its document must not.
+    A row's place sets its noise level; its document must not. Feistel's rounds do for that, at any size: what
+    is uneven below n = 16 are whole permutations, not which rows come to which places, by twos or threes. So
+    all runs are validated alike, those too that began before orders were exact.
     """
-    place = permute(np.arange(n_rows), n_rows, VALIDATION_SEED, np.full(n_rows, order, np.int64))
+    pass_number = np.full(n_rows, order, np.int64)
+    place = permute(np.arange(n_rows), n_rows, VALIDATION_SEED, pass_number, exact_up_to=0)
     return place * available // n_rows
 
 
@@ -69,12 +91,15 @@ class Sequences:
     first, so AR and diffusion predict the same tokens. With unique_tokens, only a fixed random subset of
     sequences is used, and a smaller subset is contained in a larger one. `split` is its name in errors.
 
-    available: sequences of the stream; n: those in use. Raises ValueError where there is not one.
+    available: sequences of the stream; n: those in use; exact_up_to: see `permute`. Raises ValueError where
+    there is not one.
     """
 
-    def __init__(self, stream, length, seed=0, unique_tokens=0, n_vocab=2**31, split="training"):
+    def __init__(self, stream, length, seed=0, unique_tokens=0, n_vocab=2**31, split="training",
+                 exact_up_to=EXACT_UP_TO):
         self.stream = stream if isinstance(stream, Stream) else Stream([stream])
         self.length, self.seed, self.n_vocab, self.split = length, seed, n_vocab, split
+        self.exact_up_to = exact_up_to
         self.available = (len(self.stream) - 1) // length
         if self.available < 1:
             remedy = "lower --seq_len, or prepare more text"
@@ -91,13 +116,13 @@ class Sequences:
     def ids(self, sample):
         """The number of each sample's sequence: a pure function of the seed and the sample (int64 array)."""
         epoch, place = np.divmod(sample, self.n)
-        return self.subset(permute(place, self.n, self.seed, epoch))
+        return self.subset(permute(place, self.n, self.seed, epoch, self.exact_up_to))
 
     def subset(self, number):
         """The sequences numbered 0 … n − 1 of the subset: the first n of one fixed order of them all."""
         if self.n == self.available:
             return number
-        return permute(number, self.available, self.seed, np.full_like(number, -1))
+        return permute(number, self.available, self.seed, np.full_like(number, -1), self.exact_up_to)
 
     def by_source(self, ids):
         """As `Mixture.by_source`: there is one."""
@@ -148,6 +173,7 @@ class Mixture:
 
     def __init__(self, sources, weights=None, seed=0):
         self.sources, self.seed, self.length = sources, seed, sources[0].length
+        self.exact_up_to = sources[0].exact_up_to
         self.n, self.available = sum(s.n for s in sources), sum(s.available for s in sources)
         # the numbers of each source's first sequence, and of its first in use
         self.first = np.cumsum([0] + [s.available for s in sources])
@@ -171,7 +197,7 @@ class Mixture:
     def order(self, period):
         """The source of each of a period's samples, and how many of its own came before in this period."""
         place = np.arange(self.PERIOD)
-        shuffled = permute(place, self.PERIOD, self.seed, np.full_like(place, period))
+        shuffled = permute(place, self.PERIOD, self.seed, np.full_like(place, period), self.exact_up_to)
         source = np.repeat(np.arange(len(self.share)), self.share)[shuffled]
         before = np.empty_like(place)
         for k, share in enumerate(self.share):
@@ -182,7 +208,7 @@ class Mixture:
         """As `Sequences.ids`, numbered over all sources."""
         if self.share is None:
             epoch, place = np.divmod(sample, self.n)
-            place = permute(place, self.n, self.seed, epoch)
+            place = permute(place, self.n, self.seed, epoch, self.exact_up_to)
             source = np.searchsorted(self.first_in_use, place, side="right") - 1
             number = place - self.first_in_use[source]
         else:

@@ -369,6 +369,8 @@ def train(cfg, device, watch):
     watch.alive()
     on_all_ranks(ranks, checks.lock_run_folder, run)
     resumed = on_all_ranks(ranks, checks.find_checkpoint, run)
+    if resumed:
+        run = checks.keep_data_order(run, resumed[1])
     tracker = on_all_ranks(ranks, open_tracker, run)
 
     # network and optimizer; their values: of a checkpoint of this run, of another's, or random
@@ -520,7 +522,7 @@ def after_first_step(device, log):
 def checkpoint_record(run, state):
     """What a checkpoint keeps beside weights and the optimizer's state."""
     return dict(settings=asdict(run.cfg), model=asdict(run.model_config), corpus=run.corpus_record,
-                steps=run.steps, **state.record())
+                exact_up_to=run.sequences.exact_up_to, steps=run.steps, **state.record())
 
 
 def check_shared_folder(run):

@@ -33,7 +33,7 @@ def renamed(values, names):
 
 def renamed_record(record):
     """A checkpoint's record of any version, with today's names."""
-    record = renamed(record, RECORD)
+    record = dict(exact_up_to=0) | renamed(record, RECORD)  # before data.EXACT_UP_TO, no order was exact
     for part in ("settings", "model"):
         if part in record:
             record[part] = renamed(record[part], SETTINGS)

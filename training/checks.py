@@ -195,6 +195,14 @@ def find_checkpoint(run):
     return folder, record
 
 
+def keep_data_order(run, record):
+    """The Run whose sequences come in the order in which its checkpoint has read them so far.
+
+    Runs that began before data.EXACT_UP_TO have another: it must not change amid an epoch.
+    """
+    return run._replace(sequences=training_sequences(run.cfg, run.corpora, record["exact_up_to"]))
+
+
 def mixture_of(corpus):
     """[(weight, unique tokens)] of a `corpus` setting."""
     return [rest for _, *rest in parse_corpora(corpus)]

@@ -3,7 +3,7 @@
 import numpy as np
 
 from corpus.tokenfiles import Stream, load_corpus, parse_corpora
-from data import Mixture, Sequences
+from data import EXACT_UP_TO, Mixture, Sequences
 
 # What a corpus and a checkpoint must agree on.
 VOCABULARY = ("tokenizer", "n_vocab", "mask_id", "eos_id")
@@ -28,15 +28,16 @@ def split_name(split, corpus, corpora):
     return f"{split} ({corpus.folder})" if len(corpora) > 1 else split
 
 
-def training_sequences(cfg, corpora):
-    """Sequences of the corpora's training splits, mixed as cfg says."""
+def training_sequences(cfg, corpora, exact_up_to=EXACT_UP_TO):
+    """Sequences of the corpora's training splits, mixed as cfg says; exact_up_to: see data.permute."""
     parsed = parse_corpora(cfg.corpus)
     sequences = []
     for i, (corpus, (_, _, unique)) in enumerate(zip(corpora, parsed)):
         name = split_name("training", corpus, corpora)
         unique = unique or cfg.unique_tokens
         n_vocab = corpus.meta["n_vocab"]
-        sequences.append(Sequences(corpus.train, cfg.seq_len, cfg.seed + i, unique, n_vocab, name))
+        sequences.append(
+            Sequences(corpus.train, cfg.seq_len, cfg.seed + i, unique, n_vocab, name, exact_up_to))
     if len(sequences) == 1:
         return sequences[0]
     weights = [weight for _, weight, _ in parsed]
@@ -52,15 +53,19 @@ def validation_sequences(corpora, seq_len):
     return sequences[0] if len(sequences) == 1 else Mixture(sequences)
 
 
-def training_text(cfg, corpora):
-    """The text that a run reads of each corpus, as Streams: its training split, or its unique tokens."""
+def training_text(cfg, corpora, exact_up_to):
+    """The text that a run reads of each corpus, as Streams: its training split, or its unique tokens.
+
+    exact_up_to: as the run's checkpoint records it.
+    """
     streams = []
     for i, (corpus, (_, _, unique)) in enumerate(zip(corpora, parse_corpora(cfg.corpus))):
         unique = unique or cfg.unique_tokens
         if not unique:
             streams.append(corpus.train)
             continue
-        sequences = Sequences(corpus.train, cfg.seq_len, cfg.seed + i, unique, corpus.meta["n_vocab"])
+        sequences = Sequences(corpus.train, cfg.seq_len, cfg.seed + i, unique, corpus.meta["n_vocab"],
+                              exact_up_to=exact_up_to)
         ids = np.sort(sequences.subset(np.arange(sequences.n)))
         neighbours = np.split(ids, np.flatnonzero(np.diff(ids) > 1) + 1)  # they stay together
         border = np.array([corpus.meta["mask_id"]], corpus.train.dtype)  # stands in no text

@@ -20,9 +20,11 @@ import time
 import traceback
 from pathlib import Path
 
+import as_before
 from golden_settings import EVAL, RANKS, RUN_OF, SAMPLE, SCALING, TRAIN, WRITE
 
 HERE = Path(__file__).resolve().parent
+AS_BEFORE = str(HERE / "as_before.py")
 NEW_NAMES = {"seq_len": "block_len"}  # of what the commands write: what the name was at 48006ab
 
 # ------------------------------------------------------------------------------------------- running commands
@@ -55,7 +57,7 @@ def run(box, words, expected=(0,)):
     with open(out, "ab") as stdout, open(err, "ab") as stderr:
         if box["fresh"]:
             code = subprocess.run(
-                [sys.executable, *argv], cwd=box["work"], stdout=stdout, stderr=stderr
+                [sys.executable, AS_BEFORE, *argv], cwd=box["work"], stdout=stdout, stderr=stderr
             ).returncode
         else:
             code = forked(argv, box["work"], stdout, stderr)
@@ -81,6 +83,7 @@ def forked(argv, work, stdout, stderr):
         for name in [name for name in sys.modules if name.startswith(("record", "golden_"))]:
             del sys.modules[name]  # the checkout may have modules of these names
         sys.dont_write_bytecode, sys.pycache_prefix = False, str(work / "pycache")
+        as_before.take_back()
         runpy.run_path(argv[0], run_name="__main__")
         code = 0
     except SystemExit as problem:
@@ -101,7 +104,7 @@ def run_ranks(box, words):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     with open(box["work"] / f"logs/{box['case']}.err", "wb") as log:
         code = subprocess.run(
-            [*launcher, *command(box["checkout"], words)], cwd=box["work"], stdout=log, stderr=log
+            [*launcher, AS_BEFORE, *command(box["checkout"], words)], cwd=box["work"], stdout=log, stderr=log
         ).returncode
     if code:
         raise RuntimeError(f"2 × {shlex.join(words)}: exit code {code}")
@@ -112,7 +115,8 @@ def run_until(box, words, run_dir, lines):
     metrics = box["work"] / run_dir / "metrics.jsonl"
     with open(box["work"] / f"logs/{box['case']}.err", "wb") as log:
         process = subprocess.Popen(
-            [sys.executable, *command(box["checkout"], words)], cwd=box["work"], stdout=log, stderr=log
+            [sys.executable, AS_BEFORE, *command(box["checkout"], words)],
+            cwd=box["work"], stdout=log, stderr=log,
         )
         while process.poll() is None and not (
             metrics.exists() and metrics.read_bytes().count(b"\n") >= lines
