@@ -75,8 +75,9 @@ def local_files(folder, name):
     """{split: files} of a data set in `folder`, of its part `name` if it has one.
 
     As on the Hugging Face hub (NAME/test-00000-of-00001.parquet, data/test.jsonl), or as its authors
-    published it (hellaswag_val.jsonl, val/NAME_val.csv).
+    published it (hellaswag_val.jsonl, val/NAME_val.csv). What the hub calls `default` has no name.
     """
+    name = None if name == "default" else name
     files = {}
     for path in list_folder(folder, "**/*"):
         is_data = path.suffix.lower() in (".jsonl", ".json", ".parquet", ".csv")

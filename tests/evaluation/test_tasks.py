@@ -60,6 +60,22 @@ def test_mmlu_and_the_paper_s_variant_of_it(request, layout, objective):
     assert scores["mmlu_val_abstract_algebra"]["examples"] == 6
 
 
+def test_a_part_called_default_has_no_name_in_files(tmp_path):
+    """LAMBADA as on the hub: its only part is called `default`, and other languages lie beside it."""
+    (tmp_path / "lambada_openai/data").mkdir(parents=True)
+    texts = [dict(text="a b c d"), dict(text="e f g")]
+    write_lines(tmp_path / "lambada_openai/data/lambada_test.jsonl", texts)
+    write_lines(tmp_path / "lambada_openai/data/lambada_test_de.jsonl", [dict(text="x y")])
+    (task,) = tasks.open_tasks(["lambada_openai"], task_data=tmp_path)
+    assert [record["text"] for record in task.dataset["test"]] == ["a b c d", "e f g"]
+    files = tasks.local_files(tmp_path / "lambada_openai", "default")
+    assert files == tasks.local_files(tmp_path / "lambada_openai", None) and list(files) == ["test"]
+    (tmp_path / "other/default").mkdir(parents=True)  # whoever keeps its files in a folder of that name, too
+    write_lines(tmp_path / "other/default/validation-00000-of-00001.jsonl", texts)
+    assert list(tasks.local_files(tmp_path / "other", "default")) == ["validation"]
+    assert tasks.local_files(tmp_path / "lambada_openai", "english") == {}  # any other name is looked for
+
+
 def test_few_shots_come_from_where_the_task_says(published):
     model = rigged({}, "ar")
     opened = tasks.open_tasks(["mmlu_anatomy", "hellaswag"], task_data=published)
