@@ -144,8 +144,11 @@ def network_settings(family, settings):
 
     rope = settings.get("rope_parameters") or {}
     eps = settings.get("rms_norm_eps")
+    tied = settings.get("tie_word_embeddings")
+    if tied is None:  # transformers 4 leaves out what is a class's default
+        tied = settings.get("model_type") == "nanoquokka"
     shape |= dict(
-        tied=bool(settings.get("tie_word_embeddings", False)), norm_eps=1e-6 if eps is None else float(eps),
+        tied=tied, norm_eps=1e-6 if eps is None else float(eps),
         rope_base=float(rope.get("rope_theta") or settings.get("rope_theta") or 10_000.0),
         rope_stretch=rope_stretch(settings))
     if family == "DiffLM":

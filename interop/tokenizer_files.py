@@ -18,7 +18,9 @@ def write_tokenizer(folder, tokenizer, mask_id, max_length):
         write_json(folder / "tokenizer.json", layout)
     settings = dict(
         tokenizer_class="PreTrainedTokenizerFast", eos_token=eos, pad_token=eos, padding_side="left",
-        model_max_length=max_length, clean_up_tokenization_spaces=False)
+        model_max_length=max_length, clean_up_tokenization_spaces=False,
+        # transformers 4 would add token_type_ids, which no model of ours takes
+        model_input_names=["input_ids", "attention_mask"])
     if mask_id is not None:
         mask = mask_text(tokenizer, mask_id)
         settings |= dict(mask_token=mask, added_tokens_decoder={str(mask_id): special_token(mask)})

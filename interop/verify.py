@@ -88,6 +88,9 @@ def transformers_logits(config, weights, ids):
     settings = huggingface.config_json(stock, "ar", None)
     settings |= dict(attention_bias=has_both, vocab_size=1, num_hidden_layers=1)
     class_name = settings["architectures"][0]
+    if not hasattr(transformers, class_name):
+        raise ValueError(f"--verify needs {class_name}, which transformers {transformers.__version__} lacks: "
+                         "pip install 'transformers>=4.51'")
     hf_config = getattr(transformers, class_name.replace("ForCausalLM", "Config"))(
         **settings, attn_implementation="eager")
     network = getattr(transformers, class_name)(hf_config).float().eval().model

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -392,3 +394,30 @@ def test_folders_that_lie(exported, tmp_path, lie):
     change(tmp_path / "hf")
     error = refusal(tmp_path, source=tmp_path / "hf", out=tmp_path / "out")
     assert message in error, error
+
+
+# ------------------------------------------------------------------------------------------- transformers 4.x
+
+
+def test_what_transformers_4_leaves_out(exported, tmp_path):
+    """It writes no setting that is its class's default: ours is tied by default, stock ones are not."""
+    shutil.copytree(exported, tmp_path / "hf")
+    for missing in (..., None):
+        edit_json(tmp_path / "hf/config.json", tie_word_embeddings=missing)
+        convert_ok(tmp_path / "hf", tmp_path / f"from_{missing}")
+        assert json.loads((tmp_path / f"from_{missing}/settings.json").read_text())["tied"] is True
+    edit_json(tmp_path / "hf/config.json", model_type="qwen3", architectures=["Qwen3ForCausalLM"])
+    error = refusal(tmp_path, source=tmp_path / "hf", out=tmp_path / "c")
+    assert "has no lm_head.weight" in error
+
+
+def test_its_tokenizers_give_what_models_take(exported):
+    """By default version 4 adds token_type_ids, which stock models refuse in generate(**tokenizer(…))."""
+    settings = json.loads((exported / "tokenizer_config.json").read_text())
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
+
+
+def test_verify_says_which_version_it_needs(exported, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(__version__="4.49.0"))
+    error = refusal(tmp_path, source=exported, out=tmp_path / "ours", verify=True)
+    assert "Qwen3ForCausalLM, which transformers 4.49.0 lacks: pip install 'transformers>=4.51'" in error
