@@ -62,7 +62,7 @@ def open_tokenizer(cfg, folder, mask, recorded_name=""):
     """The tokenizer that --tokenizer names, or else the folder's own; None if there is none.
 
     mask: id or text of its training's, None if its settings don't tell; recorded_name: the tokenizer that the
-    folder's settings name.
+    checkpoint's settings name.
     """
     if cfg.tokenizer == "none":
         return None
@@ -81,8 +81,8 @@ def open_tokenizer(cfg, folder, mask, recorded_name=""):
 
 def own_tokenizer(folder, mask, recorded_name):
     if recorded_name:
-        with explain_bad_settings(folder / "config.json"):
-            return load_tokenizer(recorded_name)
+        with explain_bad_settings(folder):
+            return load_tokenizer(recorded_name, mask=mask)
     path = folder / "tokenizer.json"
     return load_tokenizer(str(path), mask=mask) if path.exists() else None
 

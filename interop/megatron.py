@@ -5,6 +5,7 @@ MLP. megatron_files.py puts the ranks' files together.
 """
 
 import argparse
+import os
 import re
 from functools import lru_cache, partial
 
@@ -41,6 +42,10 @@ DEFAULT_ARGUMENTS = dict(
     rotary_percent=1.0, rotary_base=10_000, rotary_seq_len_interpolation_factor=None, qk_layernorm=False,
     add_qkv_bias=False, group_query_attention=False, untie_embeddings_and_output_weights=False)
 
+# GPT-2's tokenizer: how many ids, and the last part of the names under which transformers finds it
+GPT2_TOKENS = 50_257
+GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2", "gpt2_tokenizer")
+
 
 def is_checkpoint(path):
     """True if a folder looks like one of Megatron's."""
@@ -72,12 +77,16 @@ def open_source(cfg, path):
         raise ValueError(f"{path} has no {EMBEDDING}")
     n_rows = original[EMBEDDING].shape[0] if original[EMBEDDING].shape else 0
     mask_id = args.get("mask_token") if cfg.mask_id < 0 else cfg.mask_id
-    tokenizer = checks.open_tokenizer(cfg, path, None if objective == "ar" else mask_id)
+    is_given = cfg.tokenizer or (path / "tokenizer.json").is_file()
+    recorded_name = "" if is_given else recorded_tokenizer(args)
+    tokenizer = checks.open_tokenizer(cfg, path, None if objective == "ar" else mask_id, recorded_name)
     if type(mask_id) is not int or not 0 <= mask_id < n_rows:
         mask_id = None  # some name it by its text
     if tokenizer is None and cfg.tokenizer != "none":
-        raise ValueError("Megatron's checkpoints bring no tokenizer: give --tokenizer=gpt2, a "
-                         "tokenizer.json, or none (nothing can be sampled or evaluated then)")
+        whose = args.get("tokenizer_model") or args.get("tokenizer_type") or "none"
+        raise ValueError(f"Megatron's checkpoints bring no tokenizer, and the arguments name {whose}: give "
+                         "--tokenizer=gpt2, a tokenizer.json or its folder, or none (nothing can be sampled "
+                         "or evaluated then)")
     n_text = args.get("vocab_size") or n_rows
     n_vocab, mask_id = checks.choose_vocabulary(path, tokenizer, objective, n_rows, n_text, mask_id)
     shape["seq_len"] = cfg.seq_len or shape["seq_len"]
@@ -130,6 +139,26 @@ def recorded_objective(args):
     if mode == "vanilla" or mode is None and attention in (None, "causal", "causal_bottom_right"):
         return "ar"
     return "masked" if mode is None and attention == "no_mask" else None
+
+
+def recorded_tokenizer(args):
+    """The tokenizer that the arguments name: the path of a tokenizer.json that is here, or gpt2; else "".
+
+    GPT-2's comes with tiktoken. It is known by the names under which transformers has it, and where the
+    arguments name a file that is elsewhere, by its size.
+    """
+    model, file = (args.get(name) or "" for name in ("tokenizer_model", "vocab_file"))
+    if not isinstance(model, str) or not isinstance(file, str):
+        return ""
+    for path in (os.path.join(model, "tokenizer.json"), model) if model else ():
+        if path.endswith(".json") and os.path.isfile(path):
+            return path
+    if args.get("tokenizer_type") != "GPT2BPETokenizer":
+        is_gpt2 = os.path.basename(model.rstrip("/")) in GPT2_NAMES
+    else:
+        sizes = args.get("vocab_size"), args.get("mask_token")
+        is_gpt2 = not file or "gpt2" in os.path.basename(file) or GPT2_TOKENS in sizes
+    return "gpt2" if is_gpt2 else ""
 
 
 def tensor_shapes(config, n_rows):

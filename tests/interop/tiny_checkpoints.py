@@ -201,9 +201,9 @@ def tp_shard(name, w, rank, tp, c):
     return w.clone()
 
 
-def write_megatron(folder, network, objective, tp=1, pp=1, extra=None, **args):
+def write_megatron(folder, network, objective, tp=1, pp=1, extra=None, n_rows=512, **args):
     """A run in `torch` format, with optimizer state and the rest of what lies in such files."""
-    c, whole = network.config, megatron_tensors(network)
+    c, whole = network.config, megatron_tensors(network, n_rows)
     layers_per_stage = c.n_layer // pp
     for p in range(pp):
         for t in range(tp):
@@ -230,13 +230,13 @@ def write_megatron(folder, network, objective, tp=1, pp=1, extra=None, **args):
     (Path(folder) / "latest_checkpointed_iteration.txt").write_text("42", encoding="utf-8")
 
 
-def write_distributed(folder, network, objective, ranks=2, stacked=True, core="0.8", **args):
+def write_distributed(folder, network, objective, ranks=2, stacked=True, core="0.8", n_rows=512, **args):
     """A run in `torch_dist` format, its tensors divided among the files of so many ranks.
 
     core: the version of Megatron's whose layout it is. Since 0.11 .metadata holds what each rank was to
     write; since 0.19 the common state is an object among the chunks, a list of one.
     """
-    c, whole, place = network.config, megatron_tensors(network), Path(folder) / "iter_0000042"
+    c, whole, place = network.config, megatron_tensors(network, n_rows), Path(folder) / "iter_0000042"
     place.mkdir(parents=True)
     if stacked:
         layers = {name.split(".", 3)[3] for name in whole if name.startswith("decoder.layers.")}
