@@ -51,9 +51,10 @@ def write_real_tokenizer(folder, kind):
                   for i in range(23)]
     layout["added_tokens"] = sorted(added, key=lambda token: token["id"])
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.json").write_text(json.dumps(layout))
+    (folder / "tokenizer.json").write_text(json.dumps(layout), encoding="utf-8")
     mask = dict(content=SPECIALS[0], lstrip=False, normalized=False, rstrip=False, single_word=False)
-    (folder / "special_tokens_map.json").write_text(json.dumps(dict(eos_token=EOS, mask_token=mask)))
+    specials_map = json.dumps(dict(eos_token=EOS, mask_token=mask))
+    (folder / "special_tokens_map.json").write_text(specials_map, encoding="utf-8")
     return folder / "tokenizer.json"
 
 
@@ -123,14 +124,14 @@ def test_commands_run_on_them(tmp_path, folders, monkeypatch, run_eval):
     """sample.py and eval.py, on text that data.py prepares with the folder's own tokenizer."""
     write_hf(tmp_path / "hf", folders, "masked")
     convert_ok(tmp_path / "hf", tmp_path / "run")
-    (tmp_path / "words.txt").write_text("some  words of text, and more of them\n\n" * 60)
+    (tmp_path / "words.txt").write_text("some  words of text, and more of them\n\n" * 60, encoding="utf-8")
     prepared(tmp_path / "words", tmp_path / "words.txt", tokenizer=str(tmp_path / "hf"), val=0.3)
     text, report = run_eval(tmp_path / "run", f"--corpus={tmp_path / 'words'}", "--rows=8", "--bins=0")
     assert "NELBO" in text and report["bound"]["error"] > 0
     flags = ("--device=cpu", "--length=8", "--prompt=words", f"--out={tmp_path / 'samples.jsonl'}")
     monkeypatch.setattr(sys, "argv", ["sample.py", f"--run_dir={tmp_path / 'run'}", *flags])
     sample.main()
-    ids = json.loads((tmp_path / "samples.jsonl").read_text())["ids"]
+    ids = json.loads((tmp_path / "samples.jsonl").read_text(encoding="utf-8"))["ids"]
     assert max(ids) < MASK[folders.kind]
 
 

@@ -405,7 +405,8 @@ def test_what_transformers_4_leaves_out(exported, tmp_path):
     for missing in (..., None):
         edit_json(tmp_path / "hf/config.json", tie_word_embeddings=missing)
         convert_ok(tmp_path / "hf", tmp_path / f"from_{missing}")
-        assert json.loads((tmp_path / f"from_{missing}/settings.json").read_text())["tied"] is True
+        settings = (tmp_path / f"from_{missing}/settings.json").read_text(encoding="utf-8")
+        assert json.loads(settings)["tied"] is True
     edit_json(tmp_path / "hf/config.json", model_type="qwen3", architectures=["Qwen3ForCausalLM"])
     error = refusal(tmp_path, source=tmp_path / "hf", out=tmp_path / "c")
     assert "has no lm_head.weight" in error
@@ -413,7 +414,7 @@ def test_what_transformers_4_leaves_out(exported, tmp_path):
 
 def test_its_tokenizers_give_what_models_take(exported):
     """By default version 4 adds token_type_ids, which stock models refuse in generate(**tokenizer(…))."""
-    settings = json.loads((exported / "tokenizer_config.json").read_text())
+    settings = json.loads((exported / "tokenizer_config.json").read_text(encoding="utf-8"))
     assert settings["model_input_names"] == ["input_ids", "attention_mask"]
 
 

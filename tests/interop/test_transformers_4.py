@@ -74,7 +74,7 @@ def test_exported_folders_come_back(tmp_path, version):
     for name in names:
         convert_ok(tmp_path / f"{name}_again", tmp_path / f"{name}_back")
         assert_same_weights(tmp_path / f"{name}_back", tmp_path / f"{name}_ours", n_text=257)
-        settings = json.loads((tmp_path / f"{name}_back/settings.json").read_text())
+        settings = json.loads((tmp_path / f"{name}_back/settings.json").read_text(encoding="utf-8"))
         assert settings["tied"] == SHAPES[name][1].get("tied", True)
 
 
