@@ -2,10 +2,12 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 MOST_NEW = 10**6  # tokens of one hole
+HOLE = re.compile(r"(\[MASK(?::\d+)?\])")
 
 
 class Prompt(NamedTuple):
@@ -27,8 +29,10 @@ def read_rows(cfg, tokenizer, seq_len, is_causal):
         if cfg.prompt_file:
             prompt = Path(cfg.prompt_file).read_text(encoding="utf-8-sig")
         prompt = Prompt(prompt, cfg.suffix, cfg.length, cfg.text)
-        return [encode_prompt(prompt, tokenizer, seq_len, cfg.max_length, is_causal)]
-    rows = []
+        row = encode_prompt(prompt, tokenizer, seq_len, cfg.max_length, is_causal)
+        warn_of_change(prompt, row, tokenizer)
+        return [row]
+    rows, was_changed = [], False
     with open(cfg.prompts, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -36,11 +40,22 @@ def read_rows(cfg, tokenizer, seq_len, is_causal):
             try:
                 prompt = parse_line(line, cfg)
                 rows.append(encode_prompt(prompt, tokenizer, seq_len, cfg.max_length, is_causal))
+                was_changed = was_changed or warn_of_change(prompt, rows[-1], tokenizer)
             except ValueError as problem:  # json's errors are ValueErrors
                 raise ValueError(f"{cfg.prompts}, line {number}: {problem}") from None
     if not rows:
         raise ValueError(f"{cfg.prompts} holds no prompt")
     return rows
+
+
+def warn_of_change(prompt, row, tokenizer):
+    """Say if a tokenizer's normalizer changes the text that is given. Returns whether it does."""
+    given = HOLE.sub("", prompt.text) or prompt.prompt + prompt.suffix
+    read = tokenizer.decode(row, continues=row[0] == tokenizer.mask_id)
+    if read != given:
+        print(f"warning: the tokenizer changes what is given: {given[:60]!r} is read as {read[:60]!r}",
+              file=sys.stderr)
+    return read != given
 
 
 def parse_line(line, cfg):
@@ -102,7 +117,7 @@ def encode_between(prompt, tokenizer, seq_len, max_length):
 def encode_holes(text, tokenizer):
     """The ids of a text in which [MASK] is one new token and [MASK:12] twelve; raises ValueError."""
     ids = []
-    for part in re.split(r"(\[MASK(?::\d+)?\])", text):
+    for part in HOLE.split(text):
         hole = re.fullmatch(r"\[MASK(?::(\d+))?\]", part)
         if hole:
             n_new = int(hole[1] or 1)

@@ -10,7 +10,7 @@ from preparations import by_split, texts_in
 from source_examples import write_bpe, write_llama, write_txt
 
 from corpus import tokenfiles, tokenizers
-from sampling.prompts import encode_holes
+from sampling.prompts import Prompt, encode_holes, encode_prompt, warn_of_change
 from training.corpora import mean_token_bytes, validation_sequences
 
 SHORT = [f"{i} ok" for i in range(300)]
@@ -114,6 +114,23 @@ def test_text_around_holes_stays_as_it_is(llama, text):
     nine = llama.encode("9").tolist()[-1]
     ids = [nine if i == llama.mask_id else i for i in encode_holes(text, llama)]
     assert llama.decode(ids) == text.replace("[MASK:1]", "9").replace("[MASK]", "9")
+
+
+def test_what_the_tokenizer_changes_is_said(tmp_path, capsys):
+    """NFC composes an accent; all else comes back as it was given, also where a hole comes first."""
+    write_bpe(tmp_path / "plain.json")
+    file = change_layout(tmp_path / "plain.json", tmp_path / "nfc.json", normalizer={"type": "NFC"})
+    composing = tokenizers.load_tokenizer(str(file))
+    for prompt, said in ((Prompt("cafe\u0301"), 1), (Prompt(text="e\u0301[MASK:3]"), 1), (Prompt(), 0),
+                         (Prompt("café", " x", 3), 0), (Prompt(text="e[MASK]\u0301"), 0)):
+        row = encode_prompt(prompt, composing, 40, 0, False)
+        assert warn_of_change(prompt, row, composing) == bool(said)
+        assert capsys.readouterr().err.count("is read as") == said
+
+
+def test_a_prefix_changes_nothing_that_is_given(llama):
+    for prompt in (Prompt("1 squared"), Prompt(" a", " b", 3), Prompt(text="[MASK] squared[MASK]")):
+        assert not warn_of_change(prompt, encode_prompt(prompt, llama, 40, 0, False), llama)
 
 
 def llama_with(path, out, scheme):
