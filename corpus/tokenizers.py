@@ -121,7 +121,7 @@ class HuggingFaceTokenizer:
         vocab = self.inner.get_vocab(with_added_tokens=True)
         if max(vocab.values(), default=0) >= MAX_VOCAB:
             raise ValueError(f"{path}: a token has the id {max(vocab.values())}: no vocabulary is that large")
-        added_tokens = layout.get("added_tokens", ())
+        added_tokens = [token for token in layout.get("added_tokens") or () if token["content"] in vocab]
         self.added_ids = {token["content"]: vocab[token["content"]] for token in added_tokens}
         specials = [token["content"] for token in added_tokens if token["special"]]
         self.specials = {text: vocab[text] for text in specials}
@@ -145,7 +145,7 @@ class HuggingFaceTokenizer:
         self.name = f"tokenizer.json {hashlib.sha256(raw).hexdigest()[:16]} {named}{eos}"
 
         usable_tokens = self.usable_tokens(added_tokens)
-        if usable_tokens != list(added_tokens):
+        if usable_tokens != added_tokens:
             layout["added_tokens"] = usable_tokens
             self.inner = build_tokenizer(json.dumps(layout), path)
         self.continuing, continuing_layout = self.inner, without_prefix(layout)
@@ -164,7 +164,9 @@ class HuggingFaceTokenizer:
 
     def check_text(self):
         """Raise ValueError if a text could end a document, or would not come back from its tokens."""
-        for text in (self.eos, self.inner.decode([self.eos_id], skip_special_tokens=False)):
+        with explain_failure(f"{self.path} can't decode {self.eos!r}"):
+            eos_text = self.inner.decode([self.eos_id], skip_special_tokens=False)
+        for text in (self.eos, eos_text):
             if self.eos_id in self.encode(text, continues=True):
                 raise ValueError(f"{self.path}: a text that contains {text!r} would end there: {self.eos!r} "
                                  "is a token of text; name another one with --eos=")

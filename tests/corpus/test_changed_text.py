@@ -204,6 +204,7 @@ def hostile(layout, name):
         "nothing": dict(model=model | dict(vocab={}, merges=[])),
         "no tokens": dict(model=model | dict(vocab={}, merges=[]), added_tokens=[]),
         "unknown": dict(model=dict(type="Unigram", unk_id=None, vocab=[])),
+        "empty": dict(added_tokens=[token | dict(content="") for token in layout["added_tokens"]]),
         "long": dict(model=model | dict(vocab=model["vocab"] | {"a" * 70_000: 500})),
     }
     if name in parts:
@@ -211,8 +212,8 @@ def hostile(layout, name):
     return layout | dict(model=model | dict(vocab=model["vocab"] | {"Ġ": int(name)}, merges=[]))
 
 
-@pytest.mark.parametrize("name", ["pattern", "words", "nothing", "no tokens", "unknown", "long", str(2**31),
-                                  str(10**8), str(2**32 - 1), str(2**32), "-1"])
+@pytest.mark.parametrize("name", ["pattern", "words", "nothing", "no tokens", "unknown", "empty", "long",
+                                  str(2**31), str(10**8), str(2**32 - 1), str(2**32), "-1"])
 def test_hostile_tokenizer_files(bpe_file, tmp_path, name):
     """A panic of the package's own code is no Exception; vocabularies of 2³² would take all memory."""
     layout = hostile(json.loads(bpe_file.read_text(encoding="utf-8")), name)
