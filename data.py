@@ -154,12 +154,12 @@ class Sequences:
         opens one in this stream.
         """
         tokens = rows[:, :-1] if causal else rows[:, 1:]
-        ends = tokens == eos_id
+        is_eos, opens = tokens == eos_id, self.stream.opens
         if self.stream.document_starts:
             position = ids[:, None] * self.length + np.arange(self.length) + (0 if causal else 1)
-            number = self.stream.document_numbers(position + (ends if causal else 0))
+            number = self.stream.document_numbers(position + (is_eos if causal and not opens else 0))
             return (number - number[:, :1]).astype(np.int32)
-        return np.cumsum(ends, axis=1, dtype=np.int32) - (0 if causal or self.stream.opens else ends)
+        return np.cumsum(is_eos, axis=1, dtype=np.int32) - (0 if causal or opens else is_eos)
 
 
 class Mixture:

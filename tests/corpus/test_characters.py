@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import prepared
 from corpus_examples import (
+    EOS,
     all_tokens,
     lengths_of,
     one_line,
@@ -17,6 +18,7 @@ from corpus_examples import (
     stories,
     write_jsonl,
     write_nanogpt,
+    write_pair,
     write_shard_uint32,
 )
 from hypothesis import given
@@ -147,6 +149,18 @@ def test_rows_of_documents_that_a_token_opens(causal):
     documents = sequences.documents(np.array([0]), rows, OPEN, causal)
     expected = [1, 1, 1, 2, 2, 3, 4, 4] if causal else [0, 0, 1, 1, 2, 3, 3, 3]
     assert documents[0].tolist() == expected
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_rows_of_a_pair_whose_documents_a_token_opens(tmp_path, causal):
+    """The index says where documents start; the token in front of each changes nothing about that."""
+    write_pair(tmp_path / "web", [[[EOS, 1, 2]], [[EOS]], [[EOS, 3, 4, 5]]])
+    stream = load_corpus(tmp_path / "web", "bytes", 0.5, eos_opens=True).train
+    assert lengths_of(stream) == [2, 0] and not stream.n_prepended
+    sequences = data.Sequences(stream, 3)
+    rows = sequences.read(np.array([0]))
+    documents = sequences.documents(np.array([0]), rows, EOS, causal)[0].tolist()
+    assert documents == ([0, 0, 0] if causal else [0, 0, 1])
 
 
 def test_llm_cs_shards_of_llama_3(tmp_path, run_data):
