@@ -186,7 +186,7 @@ def test_a_separator_in_front_and_tokens_joined_across():
     assert pairs == [([256], [97, 98]), ([97], [32, 32, 98]), ([120], [121])]
     assert questions[0].key == questions[1].key == "t 0"
     # a tokenizer that joins both
-    model.generator.tokenizer.encode = lambda text: np.array([7] if text == "xy" else [1])
+    model.generator.tokenizer.encode = lambda text, continues=False: np.array([7] if text == "xy" else [1])
     model.loglikelihood([Instance("loglikelihood", {}, ("x", "y"), 0)])
     assert questions[-1] == Question([1], [1], "x")
 
