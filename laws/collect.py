@@ -14,7 +14,7 @@ import torch
 
 from configurator.renamed import renamed_record
 from corpus import tokenfiles
-from corpus.files import list_folder
+from corpus.files import check_file, list_folder
 from laws.runs import smooth_losses, write_csv
 from model import ModelConfig, Transformer
 from training.checkpoint import checkpoints
@@ -33,6 +33,8 @@ def find_csv(path, out):
     """
     path = Path(path)
     if not path.is_dir():
+        if path.exists():  # it is read more than once
+            check_file(path)
         return path
     if list_folder(path, "**/events.out.tfevents*"):
         from laws import events

@@ -33,7 +33,7 @@ import torch
 import configurator
 import terminal
 import train
-from configurator import setting, split
+from configurator import setting, split, split_paths
 from configurator.ladder import ladder
 from corpus import tokenfiles
 from corpus.files import all_or_none
@@ -205,7 +205,7 @@ def layout(cfg):
 
 def read_base(cfg):
     """The base's settings, its corpora's meta data and tokens, and problems; exits without a corpus."""
-    base = configurator.load(train.Config, [*split(cfg.base), "--steps=1", "--tokens=0", "--epochs=0"])
+    base = configurator.load(train.Config, [*split_paths(cfg.base), "--steps=1", "--tokens=0", "--epochs=0"])
     problems = []
     if cfg.share and base.time == "moving_gaussian":
         problems.append("time=moving_gaussian goes by the share of all steps: "

@@ -1,5 +1,7 @@
 """The reference backend's TensorBoard logs as a CSV of runs."""
 
+import os
+
 import pytest
 from known import read_rows, write
 
@@ -79,3 +81,12 @@ def test_logs_that_do_not_suffice(logs, tmp_path, folder, known, message):
     with pytest.raises(ValueError, match=message):
         events.write_points(logs / folder, tmp_path / "points.csv")
     (logs / folder / "runs.csv").unlink(missing_ok=True)
+
+
+def test_a_pipe_or_a_pointer_is_called_what_it_is(tmp_path):
+    """A CSV is read more than once."""
+    os.mkfifo(tmp_path / "pipe.csv")
+    (tmp_path / "lfs.csv").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:7\nsize 9\n")
+    for name, what in (("pipe.csv", "a pipe, which can be read only once"), ("lfs.csv", "a Git LFS pointer")):
+        with pytest.raises(ValueError, match=what):
+            find_csv(tmp_path / name, tmp_path / "out")
