@@ -375,3 +375,23 @@ def test_two_preparations_of_one_name(tmp_path):
 
     prepare.prepare(found, tmp_path / "out", cfg, prepare_too)
     assert refusals and texts_in(tmp_path / "out") == by_split(stories(30), 0.1)
+
+
+def test_an_older_versions_preparation_is_not_gone_on_with(tmp_path):
+    """Of the same text another version makes other tokens: a line says so, and what is done stays."""
+    source, out = write_jsonl(tmp_path / "x.jsonl", stories(40)), tmp_path / "out"
+    with task_size(100), stop_after_commit(3), pytest.raises(KeyboardInterrupt):
+        prepared(out, source, val=0.3)
+    ledger = writer.Ledger(tmp_path / ".out.building/ledger.sqlite")
+    plan, state = ledger.read("plan"), ledger.read("state")
+    del plan["options"]["version"], state["without_separator"]
+    for counts in state["counts"].values():
+        del counts["token_bytes"]
+    ledger.commit(plan=plan, state=state)
+    ledger.close()
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"other settings \(version None → 2\); finish that one, or"):
+        prepared(out, source, val=0.3)
+    assert contents(tmp_path).keys() == before.keys()
+    prepared(out, source, val=0.3, restart=True)
+    assert texts_in(out) == by_split(stories(40), 0.3)
