@@ -28,18 +28,30 @@ def run(main):
     sys.stdout, sys.stderr = output(1, sys.stdout), output(2, sys.stderr)
     before = signal.getsignal(signal.SIGINT)
     if before == signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, interrupt)
     try:
         main()
         sys.stdout.flush()
     except SystemExit:
         sys.stdout.flush()
         raise
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Exception) as problem:
+        if not (interrupted or isinstance(problem, KeyboardInterrupt)):
+            raise
         print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+interrupted = False  # by SIGINT
+
+
+def interrupt(*_):
+    """SIGINT's handler: raises KeyboardInterrupt, of which an import may make something else."""
+    global interrupted
+    interrupted = True
+    raise KeyboardInterrupt
 
 
 def stop_signals():
