@@ -173,7 +173,9 @@ def laws_in_file(path):
 def with_one_batch_size(fit):
     """Our law without the step at the size from which on the paper's curves had another batch size."""
     draws = [draw | dict(w=0.0) for draw in fit.draws]
-    return fit._replace(coefficients=fit.coefficients | dict(w=0.0), draws=draws)
+    column = list(fit.law.starts(1, 1, 1)).index("w")
+    axes = [[*axis[:column], 0.0, *axis[column + 1 :]] for axis in fit.axes]
+    return fit._replace(coefficients=fit.coefficients | dict(w=0.0), draws=draws, axes=axes)
 
 
 # ------------------------------------------------------------------------------------------ text is seen once

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from known import KNOWN, PUBLISHED, simulated
 
 from laws.fitting import (
@@ -98,6 +99,35 @@ def test_curves_left_out_together(what, expected):
         errors = leave_out(fits[name], thinned, runs)
         found.append(np.average(list(errors.values()), weights=[(runs.curve == k).sum() for k in errors]))
     assert found == pytest.approx(expected, abs=0.0015) and found[3] < 0.75 * min(found[:3])
+
+
+def rows_of_docs(columns):
+    """{law: cells} of the rows with so many columns after a law's name in docs/scaling-laws.md."""
+    text = (ROOT / "docs/scaling-laws.md").read_text(encoding="utf-8").replace("**", "")
+    names = dict(ours="ours") | {f"eq. {k}, refitted": f"eq{k}" for k in (15, 21, 23)}
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines()]
+    return {names[name]: cells for name, *cells in rows if name in names and len(cells) == columns}
+
+
+@pytest.mark.slow
+def test_fits_to_all_points():
+    """docs/scaling-laws.md: fitted to all points or to thinned curves, judged on all points."""
+    runs, shown = read_csv(QUOKKA / "epoch_curves.csv"), rows_of_docs(3)
+    for name, fit in read_fits(QUOKKA / "epochs/fits.json").fits.items():
+        to_all = fit_law(fit.law, runs, start=fit.coefficients, jobs=1)
+        for cell, found in zip(shown[name], (mean_errors(to_all, runs), mean_errors(fit, runs))):
+            assert cell == "{:.3f} / {:.3f}".format(*found), name
+
+
+def test_what_laws_of_repeated_text_say_at_one_epoch():
+    """docs/scaling-laws.md: at e = 1 they lie below the runs that saw every token once, ours furthest."""
+    runs, shown = read_csv(QUOKKA / "isoflop_points.csv"), rows_of_docs(1)
+    misses = {}
+    for name, fit in read_fits(QUOKKA / "epochs/fits.json").fits.items():
+        nats = predict(fit, runs.N, runs.U) - runs.loss
+        assert shown[name] == [f"{nats.mean():.2f} ({nats.min():.2f} to {nats.max():.2f})"]
+        misses[name] = nats.mean()
+    assert min(misses, key=misses.get) == "ours" and misses["ours"] == pytest.approx(-0.90, abs=0.005)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from known import KNOWN, run, simulated, write
 
+from laws.drawing import Group, drawable
 from laws.fitting import Fit, bootstrap, fit_law
 from laws.forms import LAWS, PARAMETRIC, allocation, evaluate
 from laws.identifiability import (
@@ -136,6 +137,14 @@ def test_plan_goes_by_what_is_determined(capsys, ratio_csv, tmp_path):
     entries["parametric"] = entry  # of a version that kept no axes
     (tmp_path / "fits.json").write_text(json.dumps(entries), encoding="utf-8")
     assert "  approach 2 of mine" in run(capsys, "plan", "--params=1M", f"--fits={tmp_path}")[1]
+
+
+def test_figures_of_optima_leave_out_what_is_open():
+    runs = runs_of(SIZES, 20 * SIZES)
+    group = Group("masked", runs, dict(parametric=fitted(runs)))
+    assert drawable([group], False, with_laws=True) == [group]  # its losses are known
+    with pytest.raises(ValueError, match="with a fitted law that they determine"):
+        drawable([group], False, with_optima=True)
 
 
 def held(seed, spread, noise):
