@@ -68,8 +68,8 @@ class Config:
         "", r"what stands between documents in .txt files, \n for a line's end (also \r\n's), \t, \r "
         "(empty: a file is one document)")
     max_document: int = neutral(
-        100_000_000, "bytes of the longest line, or document between separators: it is held in memory about "
-        "seven times", low=1)
+        100_000_000, "bytes of the longest line, record or document between separators: it is held in memory "
+        "about seven times", low=1)
     val: float = setting(
         0.1, "share of the text kept for validation, which no corpus goes without: documents, chosen by "
         "their hash; of a single document its end", above=0, high=0.999)

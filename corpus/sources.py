@@ -100,7 +100,8 @@ def files_in(folder, cfg, say):
     if len(files) < len(paths):
         endings = sorted({path.suffix or path.name for path in set(paths) - set(files)})
         shown = ", ".join(endings[:5]) + (", …" if len(endings) > 5 else "")
-        say(f"{folder}: {len(paths) - len(files):,} files of other kinds are left out ({shown})")
+        n = len(paths) - len(files)
+        say(f"{folder}: {n:,} of {len(paths):,} files are left out, of other kinds ({shown})")
     return files
 
 

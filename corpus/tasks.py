@@ -214,21 +214,25 @@ def separator_pattern(cfg):
 # ------------------------------------------------------------------------------------------------ records
 
 
-def record_tasks(records, source, place, n_records):
+def record_tasks(records, source, place, cfg, n_records):
     """Tasks of the texts that follow behind `place`; n_records: of the whole source."""
     row = place.count
-    for texts in group_records(records):
+    for texts in group_records(records, row + 1, source, cfg):
         task = Task("records", source.path, texts, row + 1)
         row += len(texts)
         yield task, Place(place.source, 0, row), source.size * row // max(1, n_records)
 
 
-def group_records(records):
-    """Yield lists of records, of a task's size each."""
+def group_records(records, first, source, cfg):
+    """Yield lists of records, of a task's size each; first: the first one's number."""
     texts, size = [], 0
-    for text in records:
+    for number, text in enumerate(records, first):
+        length = len(text) if isinstance(text, (str, bytes)) else 0
+        if length > cfg.max_document:
+            raise ValueError(f"{source.path}, record {number}: a text of more than {cfg.max_document:,} "
+                             "bytes; --max_document= takes longer ones")
         texts.append(text)
-        size += len(text) if isinstance(text, (str, bytes)) else 0
+        size += length
         if size >= cutting.TASK_BYTES or len(texts) >= 1 << 14:
             yield texts
             texts, size = [], 0
@@ -256,7 +260,7 @@ def parquet_tasks(source, place, cfg):
             records = (text for batch in batches for text in text_as_bytes(batch.column(0)).to_pylist())
             for _ in range(place.count - int(first_rows[group])):
                 next(records)
-            yield from record_tasks(records, source, place, int(first_rows[-1]))
+            yield from record_tasks(records, source, place, cfg, int(first_rows[-1]))
     except (pyarrow.ArrowException, OSError) as problem:
         if isinstance(problem, OSError) and problem.errno:
             raise
@@ -282,7 +286,7 @@ def dataset_tasks(source, place, cfg):
     table = table.select_columns([cfg.field])
     starts = range(place.count, len(table), 256)
     records = (text for start in starts for text in table[start : start + 256][cfg.field])
-    yield from record_tasks(records, source, place, len(table))
+    yield from record_tasks(records, source, place, cfg, len(table))
 
 
 def load_dataset(name, cfg):
@@ -320,4 +324,4 @@ def documentation_tasks(source, place, cfg):
     records = python_docs.documents()
     for _ in range(place.count):
         next(records)
-    yield from record_tasks(records, source, place, 0)
+    yield from record_tasks(records, source, place, cfg, 0)

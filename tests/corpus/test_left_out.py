@@ -111,7 +111,7 @@ def test_files_of_other_kinds_are_counted(run_data, tmp_path):
         write_txt(tmp_path / "in" / name, "not this")
     os.mkfifo(tmp_path / "in/pipe.txt")
     code, _, err = run_data("in", "--val=0.3")
-    assert code == 0 and "in: 4 files of other kinds are left out (.md, .png, LICENSE)" in err
+    assert code == 0 and "in: 4 of 24 files are left out, of other kinds (.md, .png, LICENSE)" in err
     assert "in/pipe.txt is left out: a pipe, which can be read only once" in err
     assert err.count("\n") == 2 and texts_in("corpora/in") == by_split(stories(20), 0.3)
 
@@ -250,6 +250,9 @@ def test_long_documents_are_refused_wherever_they_are(data_refuses, run_data, tm
                      message="x.jsonl.gz:4: a line of more than 4,000 bytes; --max_document= takes longer")
         data_refuses("x.txt", "--separator=%%", "--max_document=4K",
                      message=f"x.txt: no separator '%%' within 4,000 bytes from byte {start} on; --max_docu")
+        write_parquet(tmp_path / "x.parquet", texts)
+        data_refuses("x.parquet", "--max_document=4K",
+                     message="x.parquet, record 4: a text of more than 4,000 bytes; --max_document= takes")
         assert run_data("x.jsonl.gz", "--max_document=6K", "--val=0.5")[0] == 0
 
 
