@@ -93,15 +93,20 @@ class Output(io.FileIO):
     def report(self, problem):
         """Say, where that can be read, that this stream can't be written; ends the process if it matters."""
         if self.optional and self.fileno() == 1:
-            print(f"warning: standard output can't be written ({problem.strerror}); the work goes on",
-                  file=sys.stderr, flush=True)
+            write_error(f"warning: standard output can't be written ({problem.strerror}); the work goes on")
         if self.optional:
             return
         if isinstance(problem, BrokenPipeError):
             raise SystemExit(128 + signal.SIGPIPE)
-        print(f"{os.path.basename(sys.argv[0])}: standard output can't be written: {problem.strerror}",
-              file=sys.stderr, flush=True)
+        command = os.path.basename(sys.argv[0])
+        write_error(f"{command}: standard output can't be written: {problem.strerror}")
         raise SystemExit(1)
+
+
+def write_error(line):
+    """Write a line to standard error itself: sys.stderr may be a progress bar's, on the very terminal."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{line}\n".encode())
 
 
 def output(descriptor, stream):

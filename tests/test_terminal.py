@@ -43,19 +43,19 @@ def pipe_without_reader():
 # ---------------------------------------------------------------------------------------------------- streams
 
 
-def test_a_reader_that_is_gone_ends_a_command_quietly_and_once(pipe_without_reader, capsys):
+def test_a_reader_that_is_gone_ends_a_command_quietly_and_once(pipe_without_reader, capfd):
     stream = a_stream(pipe_without_reader)
     with pytest.raises(SystemExit) as stop:
         print("one", file=stream, flush=True)
     assert stop.value.code == 141
     print("two", file=stream, flush=True)  # as Python tries once more at its end
-    assert capsys.readouterr() == ("", "")
+    assert capfd.readouterr() == ("", "")
 
 
-def test_a_full_disk_ends_a_command_whose_output_is_its_result(full, capsys):
+def test_a_full_disk_ends_a_command_whose_output_is_its_result(full, capfd):
     with pytest.raises(SystemExit) as stop:
         print("one", file=a_stream(full), flush=True)
-    error = capsys.readouterr().err
+    error = capfd.readouterr().err
     assert stop.value.code == 1 and error.count("\n") == 1
     assert error.endswith("standard output can't be written: No space left on device\n")
 
