@@ -180,9 +180,13 @@ def neighbour_variance(values):
     return float(np.mean(np.diff(values, axis=-1) ** 2) / 2)
 
 
-def neighbour_factor(N):
-    """What widens an error from `neighbour_variance` of N values: it has about 2N/3 degrees of freedom."""
-    return student_factor(2 * (N - 1) ** 2 / (3 * N - 4))
+def neighbour_factor(N, independent=0.0):
+    """What widens an error from `neighbour_variance` of N values: it has about 2N/3 degrees of freedom.
+
+    `independent`: the share of the variance that is known as that of N independent values is, with N − 1.
+    """
+    df = 2 * (N - 1) ** 2 / (3 * N - 4)
+    return student_factor(df + independent * (N - 1 - df))
 
 
 def text_variance(values, ids):
@@ -221,11 +225,11 @@ def standard_error(losses, exact=False):
         return error_of_mean(values.mean(0)), 0.0
 
     text_and_noise = neighbour_variance(values)
-    widening = neighbour_factor(N)
     if passes == 1:
-        return widening * math.sqrt(text_and_noise / N), math.nan
+        return neighbour_factor(N) * math.sqrt(text_and_noise / N), math.nan
     text = min(max(text_variance(values, losses.ids), 0.0), text_and_noise)
     noise = (text_and_noise - text) / passes
+    widening = neighbour_factor(N, text / (text + noise)) if text + noise > 0 else 1.0
     return widening * math.sqrt((text + noise) / N), widening * math.sqrt(noise / N)
 
 
