@@ -96,7 +96,10 @@ def load(settings, argv=None, about="", aliases=None):
     problems = list(reading.problems)
     if not reading.unread_file:
         problems += unmet_needs(result, getattr(settings, "NEEDS", {}))
-        problems += result.problems() if hasattr(result, "problems") else []
+        try:
+            problems += result.problems() if hasattr(result, "problems") else []
+        except OSError as problem:  # of a name that no file can have
+            problems.append(str(problem))
     if problems:
         fail(*problems)
     return result
@@ -134,7 +137,9 @@ class Reading:
             return
         try:
             overrides = read_file(path)
-        except Exception as problem:  # the user's own Python: whatever it raises is what is wrong with it
+        except KeyboardInterrupt:
+            raise
+        except BaseException as problem:  # the user's own Python: whatever it raises is what is wrong with it
             line = f"{path}: {type(problem).__name__}: {problem}"
             for old, new in SETTINGS.items():  # imported from another override file under its old name
                 line += f"; '{old}' is called '{new}' now" if f"'{old}'" in str(problem) else ""
@@ -142,7 +147,7 @@ class Reading:
             self.unread_file = True
             return
         for name, value in overrides.items():
-            self.assign(name, value, path, f"{path}: {name}={value!r}")
+            self.assign(name, value, path, f"{path}: {name}={brief(value)}")
 
     def assign(self, name, value, source, assignment):
         """Set one value; source and assignment are for errors: where it stands, and how it reads there."""
@@ -155,6 +160,15 @@ class Reading:
             self.values[setting_name] = within(self.fields[setting_name], converted)
         except (ValueError, OverflowError) as problem:
             self.problems.append(f"{assignment}: {problem}")
+
+
+def brief(value):
+    """An override file's value as text, of 100 characters at most: it may be any object."""
+    try:
+        text = repr(value)
+    except Exception as problem:  # its own, or a whole number of too many digits
+        return f"{type(value).__name__} without text ({type(problem).__name__})"
+    return text if len(text) <= 100 else text[:97] + "…"
 
 
 def unknown_setting(name, known):
@@ -218,6 +232,13 @@ def read_file(path):
     return {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, skip)}
 
 
+def override_text(values, comments=()):
+    """The text of an override file: comments, a line each, then {name: value}, read back equal."""
+    lines = ["# " + "".join(c if c.isprintable() else " " for c in comment) for comment in comments]
+    lines += [f"{name} = {value!r}" for name, value in values.items()]
+    return "\n".join(lines) + "\n"
+
+
 def convert(value, kind):
     """`value`, text from a flag or an object from a file, as a bool, int, float, str or Literal `kind`."""
     if typing.get_origin(kind) is typing.Literal:
@@ -246,8 +267,10 @@ def convert(value, kind):
         if not math.isfinite(number):
             raise ValueError("expected a finite number")
         return float(number)
-    if not math.isfinite(number) or number != int(number):
+    if not isinstance(number, int) and (not math.isfinite(number) or number != int(number)):
         raise ValueError("expected a whole number")
+    if abs(number) >= 1 << 63:
+        raise ValueError("must be below 2^63")
     return int(number)
 
 

@@ -278,30 +278,33 @@ def override_file(cfg, plan):
     if plan.own_data:
         corpus = "prepare it as for the runs of that law"
     time = human_seconds(flops / cfg.flops_per_second())
-    decay_comment = "  # the last steps, as many as in the paper; a longer decay often ends lower"
-    lines = [
-        f"# {kind}: {name} parameters, {human_count(plan.tokens)} tokens{passes}.",
-        f"# Planned by scaling.py from {plan.law} for N = {N_planned}; {name} is the ladder's nearest model.",
-        f"# Hardware: {cfg.gpus} {cfg.gpu}; {flops:.2g} FLOPs, {time} at {cfg.mfu:.0%} of their peak.",
-        f"# Expect {expected}.",
-        f"# Corpus: {corpus}; at least {human_count(plan.U)} training tokens.",
-        *(f"# Warning: {warning}." for warning in warnings),
-        f'run_dir = "runs/{Path(cfg.write).stem}"',
-        f'corpus = "{cfg.corpus}"',
-        f'objective = "{plan.objective}"',
-        f'model = "{name}"',
-        f"seq_len = {SEQ_LEN}",
-        f"short_rows = {0.01 if plan.objective == 'masked' else 0.0}",
-        f"tokens = {plan.tokens:.6g}",
-        f"unique_tokens = {int(plan.U)}" if repeated else "# every token is new",
-        f"batch_size = {batch}",
-        f"micro_batch = {micro}",
-        f"lr = {2e-4 if N < 8e9 else 1.25e-4}",
-        f'lr_schedule = "{"wsd" if repeated else "cosine"}"',
-        f"decay = {min(1000, max(1, steps // 10))}{decay_comment if repeated else ''}",
-        f"warmup = {min(2000, max(1, steps // 10))}",
+    comments = [
+        f"{kind}: {name} parameters, {human_count(plan.tokens)} tokens{passes}.",
+        f"Planned by scaling.py from {plan.law} for N = {N_planned}; {name} is the ladder's nearest model.",
+        f"Hardware: {cfg.gpus} {cfg.gpu}; {flops:.2g} FLOPs, {time} at {cfg.mfu:.0%} of their peak.",
+        f"Expect {expected}.",
+        f"Corpus: {corpus}; at least {human_count(plan.U)} training tokens.",
+        *(f"Warning: {warning}." for warning in warnings),
     ]
-    return "\n".join(lines) + "\n", warnings
+    if repeated:
+        comments.append("Decay: the last steps, as many as in the paper; a longer decay often ends lower.")
+    values = dict(
+        run_dir=f"runs/{Path(cfg.write).stem}",
+        corpus=cfg.corpus,
+        objective=plan.objective,
+        model=name,
+        seq_len=SEQ_LEN,
+        short_rows=0.01 if plan.objective == "masked" else 0.0,
+        tokens=float(f"{plan.tokens:.6g}"),
+        unique_tokens=int(plan.U) if repeated else 0,  # 0: every token is new
+        batch_size=batch,
+        micro_batch=micro,
+        lr=2e-4 if N < 8e9 else 1.25e-4,
+        lr_schedule="wsd" if repeated else "cosine",
+        decay=min(1000, max(1, steps // 10)),
+        warmup=min(2000, max(1, steps // 10)),
+    )
+    return configurator.override_text(values, comments), warnings
 
 
 # ------------------------------------------------------------------------------------------------------- main

@@ -147,7 +147,8 @@ name = Path("a") / "b"
 
 
 @quick
-@given(st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.text(), st.booleans())
+@given(st.integers(1 - 2**63, 2**63 - 1), st.floats(allow_nan=False, allow_infinity=False), st.text(),
+       st.booleans())
 def test_values_round_trip(scratch, count, number, name, flag):
     expected = Settings(count=count, any_number=number, name=name, show=flag)
     assert load(f"--count={count}", f"--any_number={number}", f"--name={name}", f"--show={flag}") == expected
@@ -318,6 +319,60 @@ def test_incompatible_settings_are_said_with_the_rest():
     lines = "\n".join(refused("--share=0.7", "--count=7", "--xyzzy=1"))
     for message in ("unknown setting 'xyzzy'", "share=0.7 contradicts count=7", "a second line"):
         assert message in lines
+
+
+HOSTILE_VALUE = "class C:\n    def __repr__(self):\n        raise KeyError('x')\n"
+
+
+@pytest.mark.parametrize("text, reason", [
+    ("import sys; sys.exit()", "SystemExit: "),
+    ("raise SystemExit('done')", "SystemExit: done"),
+    ("import sys; sys.exit(0)", "SystemExit: 0"),
+    ("raise GeneratorExit", "GeneratorExit: "),
+    ("class Stop(BaseException):\n    pass\nraise Stop('now')", "Stop: now"),
+    ("def f():\n    f()\nf()", "RecursionError: maximum recursion depth exceeded"),
+    ("steps = 10 ** 5000", "steps=int without text (ValueError): must be below 2^63"),
+    (f"{HOSTILE_VALUE}name = C()", "name=C without text (KeyError): expected text"),
+    ("name = [1] * 1000", "…: expected text"),
+])
+def test_a_file_that_would_end_the_process_is_refused_in_a_line(tmp_path, text, reason):
+    """48006ab ended with code 0 and nothing done."""
+    path = tmp_path / "x.py"
+    path.write_text(text + "\n")
+    (line,) = refused(path)
+    assert line.startswith(f"{Path(sys.argv[0]).name}: {path}: ") and reason in line and len(line) < 500
+
+
+def test_an_interrupted_file_is_interrupted(tmp_path):
+    (tmp_path / "x.py").write_text("raise KeyboardInterrupt\n")
+    with pytest.raises(KeyboardInterrupt):
+        load(tmp_path / "x.py")
+
+
+def test_a_command_whose_override_file_exits(tmp_path):
+    (tmp_path / "x.py").write_text("import sys\nsys.exit()\n")
+    done = subprocess.run([sys.executable, ROOT / "data.py", tmp_path / "x.py", f"--out={tmp_path}"],
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+@quick
+@given(st.text(), st.text(), st.floats(allow_nan=False, allow_infinity=False), st.text())
+@example('"; import os; os.mkdir("x") #', "\\", 1e-300, "a\nsteps = 3\r\0\u2028")
+@example("'\"\n\"", "C:\\new\\table\udcff", 0.1, "\n\n")
+def test_what_is_written_as_an_override_file_reads_back_equal(scratch, name, other, number, comment):
+    """Comments are a line each, whatever is in them."""
+    path = scratch / "written.py"
+    text = configurator.override_text(dict(name=name, any_number=number, other=other), [comment, other])
+    path.write_text(text, encoding="utf-8")
+    assert configurator.read_file(path) == dict(name=name, any_number=number, other=other)
+
+
+def test_problems_with_a_name_that_no_file_can_have(capsys):
+    with pytest.raises(SystemExit):
+        configurator.load(sample.Config, [f"--html={'y' * 300}.html"])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "File name too long" in error
 
 
 @pytest.mark.parametrize("text", [None, "1 / 0\n"])

@@ -342,6 +342,19 @@ def test_the_written_file_trains_the_plan(capsys, tmp_path, few_draws, budget):
     assert code == 2 and err == f"{script()}: {path} exists; choose another name\n"
 
 
+@pytest.mark.parametrize("corpus", (
+    "a'b", 'a"b', "a\nb", "\\new\\text", '"; import os; os.mkdir("bang") #', "é\u2028", "a\0b", "x\udcff"))
+def test_any_corpus_reads_back_equal(capsys, tmp_path, monkeypatch, few_draws, corpus):
+    """48006ab: a quote ended the text, and what followed ran when train.py read the file."""
+    monkeypatch.chdir(tmp_path)
+    name = "it's \"mine\"\\.py"
+    flags = "--flops=1e21", f"--write={name}", f"--corpus={corpus}", f"--fits={few_draws}"
+    code, _, err = run(capsys, "plan", *flags)
+    assert code == 0, err
+    cfg = configurator.load(train.Config, [name])
+    assert cfg.corpus == corpus and cfg.run_dir == "runs/it's \"mine\"\\" and not Path("bang").exists()
+
+
 def test_a_batch_fits_any_number_of_gpus(capsys, tmp_path):
     code, *_ = run(capsys, "plan", "--gpus=3", "--days=3", f"--write={tmp_path / 'x.py'}")
     cfg = configurator.load(train.Config, [str(tmp_path / "x.py")])
