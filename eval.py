@@ -51,8 +51,9 @@ class Config:
     bound: bool = setting(True, "score the validation split")
     rows: int = setting(0, "rows of the validation split (0: as many as in training, -1: all)", low=-1)
     passes: int = setting(
-        1, "times that each is scored, with fresh noise; the first is the validation of training", low=1)
-    bins: int = setting(20, "noise ratios of the curve (0: no curve)", low=0)
+        1, "times that each is scored, with fresh noise; the first is the validation of training",
+        low=1, high=10**6)
+    bins: int = setting(20, "noise ratios of the curve (0: no curve)", low=0, high=10**4)
     # the exact likelihood of a masked model's samplers
     ordered: str = setting(
         "", "orders, with commas: left_to_right, confidence, random; each takes a pass per token of a row")
@@ -63,12 +64,12 @@ class Config:
     limit: int = setting(0, "examples of each task (0: all)", low=0)
     fewshot: int = setting(-1, "worked examples before each question (-1: as the task says)", low=-1)
     masks: int = setting(
-        128, "noisy copies of each answer (one of few tokens needs fewer, and is exact)", low=1)
+        128, "noisy copies of each answer (one of few tokens needs fewer, and is exact)", low=1, high=10**6)
     task_path: str = setting("", "folder with tasks of your own, as .yaml")
     task_data: str = setting(
         "", "folder with data sets called as on the hub (hellaswag, mmlu): nothing is downloaded for these")
     # texts that it writes
-    samples: int = setting(0, "texts to write and to measure", low=0)
+    samples: int = setting(0, "texts to write and to measure", low=0, high=10**6)
     texts: str = setting("", "measure these instead: what sample.py --out wrote")
     judge: str = setting("", "an autoregressive run of the same tokenizer, for their NLL")
     length: int = setting(0, "tokens of a text (0: the model's context)", low=0)
@@ -111,7 +112,7 @@ class Config:
             if order not in ORDERS:
                 problems.append(f"ordered: there is no '{order}'; choose from {', '.join(ORDERS)}")
         for n in split(self.match):
-            if not (n.isascii() and n.isdecimal() and int(n)):
+            if not (n.isascii() and n.isdecimal() and len(n) < 10 and int(n)):
                 problems.append(f"match: '{n}' is no length; write whole numbers from 1 on, with commas")
         for name in ("task_path", "task_data"):
             if getattr(self, name) and not Path(getattr(self, name)).is_dir():
@@ -243,6 +244,7 @@ def open_inputs(cfg, generator, ranks, tasks=None):
     out = Path(cfg.out or generator.folder.parent / folder)
     if ranks.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
+        report.read_report(out / "eval.json", generator)  # what can't be added to is found now
     return Inputs(validation, judge.load_weights() if judge else None, tasks, out)
 
 

@@ -27,24 +27,27 @@ GONE = {
 
 
 def renamed(values, names):
-    """A dict with the keys that `names` lists under their new names."""
+    """A dict with the keys that `names` lists under their new names; what is no dict stays as it is."""
+    if not isinstance(values, dict):
+        return values
     return {names.get(key, key): value for key, value in values.items()}
 
 
 def renamed_record(record):
-    """A checkpoint's record of any version, with today's names."""
+    """A checkpoint's record of any version, a dict, with today's names; it need not have been checked."""
     record = dict(exact_up_to=0) | renamed(record, RECORD)  # before data.EXACT_UP_TO, no order was exact
     for part in ("settings", "model"):
         if part in record:
             record[part] = renamed(record[part], SETTINGS)
-    if "pending" in record:
+    if isinstance(record.get("pending"), list):
         record["pending"] = [named_figures(row) for row in record["pending"]]
     return record
 
 
 def named_figures(row):
     """A step's figures by name; once they were a list, the halves of the loss (or the loss) and the norm."""
-    if isinstance(row, dict):
+    is_old = isinstance(row, list) and row and all(isinstance(value, int | float) for value in row)
+    if not is_old:
         return row
     *parts, norm = row
     figures = {"loss": sum(parts)}

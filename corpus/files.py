@@ -103,6 +103,18 @@ def check_file(path):
                              "`git lfs pull` in its repository fetches that")
 
 
+def open_regular(path):
+    """Open a regular file to read its bytes; of a pipe or a device one could wait for ever.
+
+    Raises ValueError where it is none, and OSError.
+    """
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # Windows has neither
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise ValueError(f"{path}: {not_a_file(path)}")
+    return open(handle, "rb")
+
+
 def map_tokens(path, dtype, count, source, offset=0):
     """Memory-map the `count` tokens that a file holds from byte `offset` on.
 
@@ -119,7 +131,7 @@ def map_tokens(path, dtype, count, source, offset=0):
 def sha256_of(path):
     """The SHA-256 of a file, in hex; raises OSError where it can't be read."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()

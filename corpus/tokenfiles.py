@@ -7,8 +7,8 @@ and modded-nanogpt's shards, Megatron's .bin/.idx pairs.
 
 import contextlib
 import hashlib
-import json
 import os
+import re
 import resource
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from corpus import tokenizers
 from corpus.characters import read_alphabet
 from corpus.files import check_file, list_folder, map_tokens
 from corpus.megatron_dataset import open_megatron
+from corpus.records import DIGEST, read_record, real, whole
 from corpus.stream import DocumentStarts, Stream, document_lengths, next_document_start
 
 MAX_HASHED_BYTES = 1 << 30  # larger prepared corpora are not hashed again at every start, only measured
@@ -122,6 +123,25 @@ def parse_corpus(item):
 
 # ---------------------------------------------------------------------------------------- our own layout
 
+SPLIT = {
+    "tokens": whole(),
+    "bytes": whole(),
+    "token_bytes?": whole(),
+    "sha256": str,
+    "files": [{"name": re.compile(r"[^/\0]+"), "tokens": whole(), "sha256": DIGEST}],
+}
+META = {  # meta.json
+    "format": real(),
+    "sources": [str],
+    "tokenizer": str,
+    "n_vocab": whole(1, 1 << 32),
+    "eos_id": whole(),
+    "mask_id": whole(),
+    "dtype": ("uint16", "uint32"),
+    "train": SPLIT,
+    "val": SPLIT,
+}
+
 
 def load_prepared(folder):
     """Open a folder that corpus/prepare.py wrote. Raises ValueError where a file is not as meta.json says."""
@@ -156,16 +176,10 @@ def count_bytes(stream, token_bytes):
 
 
 def read_meta(folder):
-    """(meta.json, dtype, [(split, entry of a token file)]) of a prepared corpus. Raises ValueError."""
+    """(meta.json, dtype, [(split, entry of a token file)]) of a corpus. Raises ValueError or OSError."""
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        dtype = {"uint16": np.dtype(np.uint16), "uint32": np.dtype(np.uint32)}[meta["dtype"]]
-        files = []
-        for split in ("train", "val"):
-            for file in meta[split]["files"]:
-                n_tokens = 0 + file["tokens"]  # a TypeError if it is text
-                entry = dict(name=str(file["name"]), tokens=n_tokens, sha256=file["sha256"])
-                files.append((split, entry))
+        meta = read_record(folder / "meta.json", META)
+        dtype = np.dtype(meta["dtype"])
         if not meta["eos_id"] < meta["n_vocab"] <= meta["mask_id"]:
             raise ValueError("eos_id < n_vocab ≤ mask_id is needed")
         if not (meta["val"]["bytes"] > 0 and meta["tokenizer"]):
@@ -174,9 +188,9 @@ def read_meta(folder):
             raise ValueError("tokens in val that spell text are needed")
         if meta["n_vocab"] - 1 > np.iinfo(dtype).max:
             raise ValueError(f"a vocabulary of {meta['n_vocab']} is above what {dtype.name} holds")
-    except (ValueError, KeyError, TypeError) as problem:
-        raise ValueError(f"{folder}/meta.json is damaged ({type(problem).__name__}: {problem}); "
-                         "prepare it again") from None
+    except ValueError as problem:
+        raise ValueError(f"{folder}/meta.json is damaged ({problem}); prepare it again") from None
+    files = [(split, file) for split in ("train", "val") for file in meta[split]["files"]]
     return meta, dtype, files
 
 

@@ -7,7 +7,6 @@ validations. On the same text, differences are taken row by row: the same rows u
 they are far better known than either loss.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +17,15 @@ import torch
 import configurator
 import diffusion
 import terminal
-from configurator import setting
+from configurator import renamed, setting
 from configurator.format import human_seconds, plot_text, with_error
-from configurator.renamed import SETTINGS, renamed, renamed_record
+from corpus.records import check, read_json
 from evaluation import likelihood
 from model import ModelConfig, Transformer
 from training import flops
-from training.checkpoint import checkpoints
-from training.log import read_metrics, read_rows
+from training.checkpoint import newest_record
+from training.log import read_metrics, read_rows, validations
+from training.record import SETTINGS, required
 
 
 @dataclass
@@ -40,18 +40,22 @@ EVALUATION, VALIDATION = "evaluation.npz", "validation.npz"  # of eval.py, and o
 SAME = ("text", "seq_len", "passes")  # what rows have in common if their differences mean anything
 
 
+# of settings.json: what tells how much of its tokens a run's LM head reads, too
+SCHEMA = required(SETTINGS, "seed", "estimator", "time", "time_sigma")
+
+
 class Run:
     """A run folder's settings, metrics and losses row by row. Raises ValueError."""
 
     def __init__(self, folder):
         self.folder, self.name = Path(folder), Path(folder).name
-        self.metrics = [m for m in read_metrics(folder) if "event" not in m]
-        validations = [m for m in self.metrics if "val_loss" in m]
-        if not validations or not (self.folder / "settings.json").is_file():
+        self.metrics = [m for m in read_metrics(folder) if "event" not in m and "tokens" in m]
+        measured = validations(self.metrics)
+        if not measured or not (self.folder / "settings.json").is_file():
             raise ValueError(f"{folder} has no validation: is it a run folder, and has the run got that far?")
-        settings = (self.folder / "settings.json").read_text(encoding="utf-8")
-        self.settings = renamed(json.loads(settings), SETTINGS)
-        self.last = validations[-1]
+        self.settings = renamed.renamed(read_json(self.folder / "settings.json"), renamed.SETTINGS)
+        check(self.settings, SCHEMA, self.folder / "settings.json")
+        self.last = measured[-1]
         self.rows = {}  # file → (about, ids, losses), of the last step
         evaluation = self.folder / f"eval_{self.last['step']:08d}"
         for name, place in ((EVALUATION, evaluation), (VALIDATION, self.folder)):
@@ -93,10 +97,11 @@ class Run:
 
 def read_shape(folder):
     """The network of a run's newest checkpoint without values, None if there is none."""
-    for newest in checkpoints(folder)[:1]:
-        record = renamed_record(json.loads((newest / "checkpoint.json").read_text(encoding="utf-8")))
-        with torch.device("meta"):
-            return Transformer(ModelConfig(**record["model"]))
+    record = newest_record(folder)
+    if not record:
+        return None
+    with torch.device("meta"):
+        return Transformer(ModelConfig(**record["model"]))
 
 
 def training_seconds(metrics):

@@ -12,6 +12,7 @@ from rich.progress import Progress
 
 import terminal
 from configurator.format import plot_text, with_error
+from corpus.records import read_record, whole
 from evaluation.likelihood import ORDERS
 from training.log import read_metrics, write_rows
 
@@ -103,6 +104,13 @@ def print_texts(texts):
 # -------------------------------------------------------------------------------------------------- for files
 
 
+REPORT = {  # eval.json, as far as it is read again
+    "checkpoint": str,
+    "settings?": {str: {}},
+    "bound?": {"rows": whole(), "passes": whole(), "text": str},
+    "ordered?": {},
+    "tasks?": {},
+}
 NOT_TASKS = ("bound", "texts", *ORDERS)  # names of measurements beside those of benchmarks
 
 
@@ -179,13 +187,14 @@ def write_report(folder, report, losses, generator, settings):
 
 
 def read_report(path, generator):
-    """The eval.json of the same checkpoint, {} where there is none."""
-    report = {}
-    with contextlib.suppress(OSError, ValueError):
-        report = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(report, dict) or report.get("checkpoint") != str(generator.folder.resolve()):
+    """The eval.json of the same checkpoint, {} where there is none; raises ValueError or OSError."""
+    if not path.exists():
         return {}
-    return report
+    try:
+        report = read_record(path, REPORT)
+    except ValueError as problem:
+        raise ValueError(f"{problem}; move it away, or give --out") from None
+    return report if report["checkpoint"] == str(generator.folder.resolve()) else {}
 
 
 def is_better(one, other):

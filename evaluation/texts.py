@@ -220,7 +220,7 @@ def read_texts(path, tokenizer, max_length):
     for number, line in enumerate(lines, 1):
         try:
             ids, new = ids_of(json.loads(line), tokenizer)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
             raise ValueError(f"{path}, line {number}: expected what sample.py --out writes: "
                              '{"text": …, "new": …}, or the first alone') from None
         if max(ids + new, default=0) >= tokenizer.n_vocab:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from training.checkpoint import checkpoints, step_of
 from training.log import Tracker, read_metrics
+from training.record import read_record
 
 
 class Unscored(NamedTuple):
@@ -48,9 +49,8 @@ class ScoreLog:
         """Whether the checkpoint of the run's last step is there."""
         folders = checkpoints(self.run_dir)
         for folder in folders:
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                steps = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))["steps"]
-                return step_of(folders[0]) >= steps
+            with contextlib.suppress(OSError, ValueError):
+                return step_of(folders[0]) >= read_record(folder).get("steps", 0)
         return False
 
     def pass_over(self, checkpoint, problem):
@@ -66,7 +66,8 @@ class ScoreLog:
         before that log is read: a line that comes too late goes into the old file.
         """
         path = self.run_dir / "metrics.jsonl"
-        tokens = (record["next_sample"] - record["passed_samples"]) * record["model"]["seq_len"]
+        samples = record.get("next_sample", 0) - record.get("passed_samples", 0)  # of a converted one: none
+        tokens = samples * record["model"]["seq_len"]
         line = dict(step=record["step"], tokens=tokens)
         line |= {name: value if math.isfinite(value) else str(value) for name, value in figures.items()}
         with open(path, "ab", buffering=0) as file:

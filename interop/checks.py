@@ -10,6 +10,7 @@ import torch
 
 from corpus.tokenizers import load_tokenizer
 from interop.pickles import one_line
+from training.record import MAX_SIZE
 
 WRONG_TOKENIZER = "not the tokenizer it was trained with"
 MAX_SPARE_ROWS = 4096  # embeddings are padded, but not by as much
@@ -32,15 +33,17 @@ def explain_bad_settings(path):
 
 def check_shape(path, shape, n_tensors):
     """Raise ValueError for a shape (settings of ModelConfig) that no network of so many tensors can have."""
-    if shape["n_layer"] > n_tensors or shape["seq_len"] > 1 << 24:
+    if shape["n_layer"] > n_tensors or shape["seq_len"] > MAX_SIZE:
         raise ValueError(f"{path}: {shape['n_layer']:,} layers and {shape['seq_len']:,} positions can't be "
                          f"in {n_tensors} tensors")
     for name, end in (("norm_eps", 1), ("rope_base", math.inf)):
         if not 0 < shape[name] < end:
             raise ValueError(f"{path}: {name}={shape[name]:g} can't be")
     for name in ("n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "d_ff", "seq_len"):
-        if shape[name] < 1:
+        if not 1 <= shape[name] <= MAX_SIZE:
             raise ValueError(f"{path}: {name}={shape[name]} can't be")
+    if shape["n_head"] * shape["head_dim"] > MAX_SIZE:
+        raise ValueError(f"{path}: there can't be {shape['n_head']:,} heads of {shape['head_dim']:,}")
     if shape["n_head"] % shape["n_kv_head"] or shape["head_dim"] % 2:
         raise ValueError(f"{path}: its settings contradict each other: {shape['n_head']} heads of "
                          f"{shape['head_dim']}, {shape['n_kv_head']} for keys and values")
@@ -142,27 +145,3 @@ def drop_tied_head(path, config, tensors, head, embedding):
     if a.shape != b.shape or not all(map(torch.equal, a.blocks(), b.blocks())):
         raise ValueError(f"{path}: {head} differs from {embedding}, though its settings tie them")
     del tensors[head]
-
-
-def check_tensors(path, expected, tensors):
-    """Raise ValueError unless `tensors` are those `expected`, {name: shape}, in a dtype of weights."""
-    missing = [name for name in expected if name not in tensors]
-    if missing:
-        raise ValueError(f"{path} has no {missing[0]}{and_others(missing)}")
-    unknown = [name for name in tensors if name not in expected]
-    if unknown:
-        raise ValueError(f"{path} has a {unknown[0]}{and_others(unknown)}, for which this architecture has "
-                         "no place")
-    misshapen = [name for name, shape in expected.items() if tuple(tensors[name].shape) != tuple(shape)]
-    if misshapen:
-        name = misshapen[0]
-        raise ValueError(f"{path}: {name} is {tuple(tensors[name].shape)}, and should be "
-                         f"{tuple(expected[name])}{and_others(misshapen)}")
-    for name in expected:
-        dtype = tensors[name].dtype
-        if not dtype.is_floating_point or dtype.itemsize < 2:
-            raise ValueError(f"{path}: {name} is {dtype}: weights are float32, bfloat16, float16 or float64")
-
-
-def and_others(names):
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

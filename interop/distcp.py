@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from corpus.files import open_regular
 from interop import pickles
 from interop.pickles import MetadataUnpickler, RefusedPickle, one_line
 from interop.tensors import row_ranges
@@ -51,7 +52,7 @@ def read_metadata(path):
     Raises ValueError or OSError.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             metadata = MetadataUnpickler(file, path).load()
         locations = {(index.fqn, tuple(index.offset)): location
                      for index, location in metadata.storage_data.items()
@@ -166,7 +167,7 @@ class ShardedTensor:
             self.value_positions[chunk] = position
         rows = torch.empty((end - first, *chunk.sizes[1:]), dtype=self.dtype)
         row_bytes = math.prod(chunk.sizes[1:]) * self.dtype.itemsize
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             file.seek(self.value_positions[chunk] + first * row_bytes)
             n_read = file.readinto(memoryview(rows.view(-1).view(torch.uint8).numpy()))
         if n_read != (end - first) * row_bytes:

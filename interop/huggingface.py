@@ -9,16 +9,16 @@ DiffLM is written for diffusion models, Qwen3 (or Qwen2, Llama) for AR models.
 Code that such a folder brings along is not run.
 """
 
-import json
 import re
 import shutil
 from pathlib import Path
 
+from corpus.records import read_json, read_record
 from interop import checks, native, tensors
-from interop.pickles import one_line
 from interop.source import VOCABULARY_TENSORS, Source, fit_vocabulary, weight_shapes, write_json
 from interop.tokenizer_files import write_tokenizer
 from model import ModelConfig
+from training.weights import check_tensors
 
 # What `architectures` in config.json can be, and the settings of ModelConfig that follow from it.
 FAMILIES = {
@@ -79,7 +79,7 @@ def open_source(cfg, path):
     for name in VOCABULARY_TENSORS:
         if name in shapes:
             shapes[name] = (n_rows, *shapes[name][1:])
-    checks.check_tensors(path, {hf_names[name]: shapes[name] for name in shapes}, original)
+    check_tensors(path, {hf_names[name]: shapes[name] for name in shapes}, original)
     weights = fit_vocabulary({name: original[hf_names[name]] for name in shapes}, config)
     return Source("hf", path, config, objective, weights, original, tokenizer, 0)
 
@@ -87,10 +87,7 @@ def open_source(cfg, path):
 def read_config(folder):
     """(family, settings) of config.json, under Qwen's names whatever the family; raises ValueError."""
     path = Path(folder) / "config.json"
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as problem:
-        raise ValueError(f"{path} can't be read: {one_line(problem)}") from None
+    settings = read_json(path)
     families = settings.get("architectures") if isinstance(settings, dict) else None
     if not isinstance(families, list) or not families or not isinstance(families[0], str):
         raise ValueError(f"{path} does not say which architecture it is of: \"architectures\": [\"…\"]")
@@ -232,14 +229,10 @@ def open_weights(folder):
 
 def open_indexed(folder, index, open_file):
     """{their name: LazyTensor} of the weight files that an index lists; raises ValueError or OSError."""
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"]
-        files = sorted(set(weight_map.values()))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as problem:
-        raise ValueError(f"{index} can't be read: {one_line(problem)}") from None
+    weight_map = read_record(index, {"weight_map": {str: str}})["weight_map"]
     weights = {}
-    for file in files:
-        if not isinstance(file, str) or Path(file).name != file:
+    for file in sorted(set(weight_map.values())):
+        if Path(file).name != file:
             raise ValueError(f"{index} names {file}, which is not in its folder")
         if not (folder / file).exists():
             raise FileNotFoundError(f"{folder / file}, which {index.name} lists, is not there")

@@ -16,6 +16,7 @@ from interop import checks, megatron_files
 from interop.source import Source, fit_vocabulary, weight_shapes
 from interop.tensors import LazyTensor
 from model import ModelConfig
+from training.weights import check_tensors
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 # {our name: Megatron's} of the tensors that both have alike, outside the layers and in each
@@ -93,7 +94,7 @@ def open_source(cfg, path):
     config = ModelConfig(**shape, n_vocab=n_vocab, mask_id=mask_id, causal=objective == "ar")
 
     checks.drop_tied_head(path, config, original, HEAD, EMBEDDING)
-    checks.check_tensors(path, tensor_shapes(config, n_rows), original)
+    check_tensors(path, tensor_shapes(config, n_rows), original)
     weights = fit_vocabulary(to_ours(config, original), config)
     return Source("megatron", folder, config, objective, weights, original, tokenizer, iteration)
 

@@ -57,7 +57,7 @@ def read_arguments(values, path):
     if not isinstance(args, argparse.Namespace):
         raise ValueError(f"{path} holds no arguments (args): the architecture is not known")
     iteration = values.get("iteration", 0)
-    return vars(args), iteration if isinstance(iteration, int) else 0
+    return vars(args), iteration if type(iteration) is int and 0 <= iteration < 1 << 53 else 0
 
 
 def canonical_name(name):
@@ -105,7 +105,7 @@ def find_ranks(folder):
     paths = {}
     for path in list_folder(folder, "mp_rank_*/model_optim_rng.pt"):
         match = re.fullmatch(r"mp_rank_(\d+)(?:_(\d+))?", path.parent.name)
-        if match:
+        if match and path.is_file():
             paths[int(match[2] or 0), int(match[1])] = path
     if not paths:
         raise FileNotFoundError(f"{folder}: no Megatron checkpoint (neither mp_rank_*/model_optim_rng.pt nor "

@@ -7,10 +7,11 @@ import json
 from dataclasses import asdict
 
 from corpus.tokenizers import load_tokenizer
-from interop import checks, tensors
-from interop.source import Source, weight_shapes, write_json
+from interop import tensors
+from interop.source import Source, write_json
 from model import ModelConfig
 from training import checkpoint
+from training.weights import check_weights
 
 
 def is_checkpoint(path):
@@ -21,17 +22,15 @@ def is_checkpoint(path):
 def open_source(path):
     """The Source in a checkpoint's folder, or in a run's newest checkpoint; raises ValueError or OSError."""
     folder, record = checkpoint.open_checkpoint(path)
-    with checks.explain_bad_settings(folder):
-        config = ModelConfig(**record["model"])
-        objective = record["settings"]["objective"]
-        tokenizer_name = record["corpus"]["tokenizer"]
-        step = record["step"]
+    config, files = ModelConfig(**record["model"]), checkpoint.weight_files(folder)
+    check_weights(folder, config, files)
     weights = {}
-    for file in checkpoint.weight_files(folder):
+    for file in files:
         weights |= tensors.open_safetensors(file)
-    checks.check_tensors(folder, weight_shapes(config), weights)
-    tokenizer = load_tokenizer(tokenizer_name, (folder.parent, folder)) if tokenizer_name else None
-    return Source("ours", folder, config, objective, weights, weights, tokenizer, step)
+    name = record["corpus"]["tokenizer"]
+    tokenizer = load_tokenizer(name, (folder.parent, folder)) if name else None
+    objective = record["settings"]["objective"]
+    return Source("ours", folder, config, objective, weights, weights, tokenizer, record["step"])
 
 
 def write(folder, run_dir, source, weights, on_progress):

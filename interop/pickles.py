@@ -12,7 +12,7 @@ import zipfile
 
 import torch
 
-from corpus.files import check_file
+from corpus.files import check_file, open_regular
 
 FRAMEWORKS = ("megatron.", "transformer_engine.", "apex.")
 HARMLESS_NAMES = {  # found beside the weights in honest checkpoints; each becomes a stand-in
@@ -63,7 +63,7 @@ def load(path, section=None, mmap=False, map_location="cpu"):
     """
     check_file(path)
     try:
-        with FileSection(path, *section) if section else open(path, "rb") as file:
+        with FileSection(path, *section) if section else open_regular(path) as file:
             return load_from(file, path, mmap, map_location)
     except RefusedPickle:
         raise
@@ -103,7 +103,7 @@ class FileSection(io.RawIOBase):
     """Bytes offset … offset + length of a file, as a file."""
 
     def __init__(self, path, offset, length):
-        self.file = open(path, "rb")
+        self.file = open_regular(path)
         self.offset = offset
         self.length = length
         self.seek(0)

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from corpus.files import check_file
 from interop import pickles
 from interop.pickles import one_line
+from training.weights import SAFETENSORS_DTYPES
 
 BLOCK_BYTES = 64 << 20  # memory for a block of rows, where a file lets them be read alone
 
@@ -118,12 +119,6 @@ def select_tensors(values, path, skip=()):
 
 
 # ------------------------------------------------------------------------------------------------ safetensors
-
-SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool}
 
 
 def open_safetensors(path):

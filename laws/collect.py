@@ -5,25 +5,28 @@ A sweep's folder holds points.csv, a row per finished run, and curves.csv, valid
 
 import contextlib
 import functools
-import json
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from configurator.renamed import renamed_record
 from corpus import tokenfiles
 from corpus.files import check_file, list_folder
+from corpus.records import check
 from laws.runs import smooth_losses, write_csv
 from model import ModelConfig, Transformer
-from training.checkpoint import checkpoints
-from training.log import read_metrics
+from training.checkpoint import newest_record
+from training.log import read_metrics, validations
+from training.record import RECORD, RESUMABLE, SETTINGS, required
 from training.update import decay_steps
 
 POINT_COLUMNS = ("name objective n_layer d_model params tokens flops unique_tokens epochs seed "
                  "val_loss val_bpb train_loss batch lr").split()
 CURVE_COLUMNS = "unique_tokens params objective epochs val_loss".split()
+
+TRAINED = required(RECORD, *RESUMABLE) | {"settings": required(
+    SETTINGS, "tokenizer", "val_share", "unique_tokens", "seed", "batch_size", "lr", "lr_schedule", "decay")}
 
 
 def find_csv(path, out):
@@ -68,7 +71,10 @@ def read_points(folder):
             unique = available
 
         train_losses = smooth_losses(np.array([m["loss"] for m in metrics if "loss" in m]))
-        last = [m for m in metrics if "val_loss" in m][-1]
+        measured = validations(metrics)
+        if not measured:
+            raise ValueError(f"{folder}: the metrics.jsonl of {name} has no validation")
+        last = measured[-1]
         rows.append(dict(
             name=name,
             objective=settings["objective"],
@@ -111,8 +117,8 @@ def read_curves(folder):
     for key in sorted(longest):
         unique, params, objective, _ = key
         record, metrics = longest[key]
-        for m in metrics:
-            if "val_loss" in m and 0 < m["step"] <= decay_start(record):
+        for m in validations(metrics):
+            if 0 < m["step"] <= decay_start(record):
                 losses[unique, params, objective, m["tokens"] / unique].append(m["val_loss"])
     return [dict(zip(CURVE_COLUMNS, (*key, sum(values) / len(values)))) for key, values in losses.items()]
 
@@ -129,16 +135,9 @@ def read_records(folder):
     """(name, newest checkpoint's record, metrics) of every run under `folder`, finished or not."""
     for path in list_folder(folder, "**/settings.json"):
         record = newest_record(path.parent)
-        if record:
+        if record and "converted_from" not in record:
+            check(record, TRAINED, path.parent)
             yield path.parent.name, record, read_metrics(path.parent)
-
-
-def newest_record(folder):
-    """The record of a run's newest checkpoint with today's names, or None. Its files are not checked."""
-    newest = checkpoints(folder)[:1]
-    if not newest:
-        return None
-    return renamed_record(json.loads((newest[0] / "checkpoint.json").read_text(encoding="utf-8")))
 
 
 @functools.cache

@@ -9,7 +9,6 @@ are exact (autograd), positive coefficients are fitted as logarithms, the loss i
 
 import functools
 import itertools
-import json
 import math
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -22,6 +21,7 @@ import torch
 
 from configurator import split_paths
 from corpus.files import list_folder
+from corpus.records import read_json
 from laws.forms import LAWS, Law, coefficient_names, evaluate, to_tensors
 from laws.runs import geometric_mean
 
@@ -280,7 +280,7 @@ def read_fits(path):
     """Read a fits.json; raises ValueError."""
     fits, approach1, about = {}, None, {}
     try:
-        for name, entry in json.loads(Path(path).read_text(encoding="utf-8")).items():
+        for name, entry in read_json(path).items():
             if name == "about":
                 about = entry
             elif name == "approach1":

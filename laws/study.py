@@ -120,11 +120,13 @@ def is_finished(run):
         _, record = open_checkpoint(run.folder)
     except FileNotFoundError:
         return False
+    except (ValueError, OSError) as problem:
+        configurator.fail(problem)
     changes = runner.changed_settings(record["settings"], run.settings)
     if changes:
         configurator.fail(f"{run.folder} was made with other settings ({', '.join(changes)}); "
                           "remove it or choose another --runs")
-    return record["step"] >= record["steps"]
+    return record["step"] >= record.get("steps", run.settings.steps or 1)
 
 
 def shown_command(run, cfg):

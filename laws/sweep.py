@@ -38,10 +38,10 @@ from configurator.ladder import ladder
 from corpus import tokenfiles
 from corpus.files import all_or_none
 from laws import runner
-from laws.collect import CURVE_COLUMNS, POINT_COLUMNS, count_params, newest_record, read_curves, read_points
+from laws.collect import CURVE_COLUMNS, POINT_COLUMNS, count_params, read_curves, read_points
 from laws.runs import write_csv
 from model import ModelConfig
-from training.checkpoint import checkpoints, step_folder, step_of
+from training.checkpoint import checkpoints, newest_record, step_folder, step_of
 from training.log import read_metrics, trim_metrics
 from training.update import decay_steps
 
@@ -102,6 +102,8 @@ class Config:
         for objective in split(self.objectives):
             if objective not in OBJECTIVES:
                 problems.append(f"objectives: '{objective}' is none of {', '.join(OBJECTIVES)}")
+        if not self.out.isprintable():  # it stands in a SLURM script
+            problems.append(f"out={self.out!r}: a folder without control characters, please")
         if self.share and not self.decay:
             problems.append("share=True needs decay: runs branch off where it begins")
         if self.share and self.launch != "run":
@@ -312,9 +314,9 @@ def write_config(run, cfg):
     """Write <out>/configs/<name>.py: all that differs from train.py's defaults; it needs no other file."""
     path = Path(cfg.out) / "configs" / f"{run.name}.py"
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [f"# {run.params:,} parameters, {run.flops:.4g} FLOPs; made by scaling.py sweep from {cfg.base}"]
-    lines += [f"{name} = {value!r}" for name, value in configurator.changed(run.settings).items()]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    comment = f"{run.params:,} parameters, {run.flops:.4g} FLOPs; made by scaling.py sweep from {cfg.base}"
+    text = configurator.override_text(configurator.changed(run.settings), [comment])
+    path.write_text(text, encoding="utf-8")
     return path
 
 

@@ -1,10 +1,11 @@
 """Read prompts: rows of token ids with the mask's id wherever something is to be written."""
 
-import json
 import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+from corpus.records import parse_json
 
 MOST_NEW = 10**6  # tokens of one hole
 HOLE = re.compile(r"(\[MASK(?::\d+)?\])")
@@ -41,7 +42,7 @@ def read_rows(cfg, tokenizer, seq_len, is_causal):
                 prompt = parse_line(line, cfg)
                 rows.append(encode_prompt(prompt, tokenizer, seq_len, cfg.max_length, is_causal))
                 was_changed = was_changed or warn_of_change(prompt, rows[-1], tokenizer)
-            except ValueError as problem:  # json's errors are ValueErrors
+            except ValueError as problem:
                 raise ValueError(f"{cfg.prompts}, line {number}: {problem}") from None
     if not rows:
         raise ValueError(f"{cfg.prompts} holds no prompt")
@@ -63,14 +64,14 @@ def parse_line(line, cfg):
     default = Prompt(suffix=cfg.suffix, length=cfg.length)
     if not cfg.prompts.lower().endswith(".jsonl"):
         return default._replace(prompt=line.rstrip("\r\n"))
-    values = json.loads(line)
+    values = parse_json(line, "it")
     names = set(values) if isinstance(values, dict) else set()
     if not names & {"prompt", "text"} or names - set(Prompt._fields):
         raise ValueError('expected {"prompt": "…"}, also with "suffix" and "length", '
                          'or {"text": "… [MASK:12] …"}')
     length = values.get("length", 0)
     are_texts = all(isinstance(value, str) for name, value in values.items() if name != "length")
-    if not are_texts or not isinstance(length, int) or length < 0:
+    if not are_texts or type(length) is not int or length < 0:
         raise ValueError("prompt, suffix and text are text, length is a whole number of at least 0")
     if "text" not in values:
         return default._replace(**values)

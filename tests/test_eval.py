@@ -209,10 +209,22 @@ def test_each_checkpoint_has_a_report_of_its_own(run_main, run_eval, monkeypatch
     assert json.loads((newest / "eval.json").read_text(encoding="utf-8"))["step"] == 6
 
 
-def test_a_report_that_is_none_is_replaced(run_main, run_eval):
+@pytest.mark.parametrize("text", ("[1]", "", '{"checkpoint": "x", "bound": {"rows": "8"}}'))
+def test_a_report_that_is_none_is_not_replaced(run_main, run_eval, capsys, text):
+    run = run_main("--steps=3")
+    path = run / "eval_00000003/eval.json"
+    path.parent.mkdir()
+    path.write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        run_eval(run, "--rows=8", "--bins=0", out=path.parent)
+    assert stop.value.code == 2 and path.read_text() == text
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"eval.py: {path}") and line.endswith("; move it away, or give --out")
+
+
+def test_the_path_of_a_run_makes_no_difference_to_its_report(run_main, run_eval):
     run = run_main("--steps=3")
     run_eval(run, "--rows=8", "--bins=0")
-    (newest_report(run) / "eval.json").write_text("[1]", encoding="utf-8")
     (run.parent / "elsewhere").mkdir()
     _, report = run_eval(run.parent / "elsewhere" / ".." / run.name, "--rows=8", "--bins=0")
     assert list(report)[:2] == ["checkpoint", "step"]

@@ -12,7 +12,6 @@ code, and a tensor may have been sharded otherwise when it was saved.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -27,11 +26,12 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from configurator.renamed import renamed_record
 from corpus.files import list_folder, sha256_of, sync_path
 from model import ModelConfig, Transformer, shard_like
 from training import update
 from training.distributed import SINGLE, all_gather
+from training.record import read_record, record_digest
+from training.weights import check_dtype, check_weights, read_headers
 
 FILE_BYTES = 5e9  # of weights per file
 
@@ -42,11 +42,6 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 # ------------------------------------------------------------------------------------------------- the record
 
 
-def record_digest(record):
-    """SHA-256 of a checkpoint's JSON record, independent of its layout."""
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
 def read_checkpoint(folder, part=0, parts=1):
     """The record of a checkpoint folder, after checking it and its files by SHA-256; raises ValueError.
 
@@ -55,15 +50,11 @@ def read_checkpoint(folder, part=0, parts=1):
     names.
     """
     folder = Path(folder)
-    damage = (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError, AttributeError,
-              KeyError, TypeError)
     try:
-        record = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
-        if record.pop("record_sha256") != record_digest(record):
-            raise ValueError(f"{folder / 'checkpoint.json'} is damaged")
+        record = read_record(folder)
         check_files(folder, record["sha256"], part, parts)
-        return renamed_record(record)
-    except damage as problem:
+        return record
+    except (FileNotFoundError, NotADirectoryError) as problem:
         name = type(problem).__name__
         raise ValueError(f"{folder} is no complete checkpoint ({name}: {problem})") from None
 
@@ -92,7 +83,7 @@ def step_of(folder):
 
 def checkpoints(run_dir):
     """The checkpoint folders of a run, newest first."""
-    folders = [path for path in Path(run_dir).glob("step_*") if path.name.removeprefix("step_").isdigit()]
+    folders = [path for path in Path(run_dir).glob("step_*") if path.name.removeprefix("step_").isdecimal()]
     return sorted(folders, key=step_of, reverse=True)
 
 
@@ -125,6 +116,14 @@ def load_newest(run_dir, warn, ranks=SINGLE, fit=lambda record: True):
     raise FileNotFoundError(f"no usable checkpoint in '{run_dir}'")
 
 
+def newest_record(run_dir):
+    """The record of a run's newest checkpoint that has one, None without; no other file is looked at."""
+    for folder in checkpoints(run_dir):
+        with contextlib.suppress(ValueError, OSError):
+            return read_record(folder)
+    return None
+
+
 def print_warning(warning):
     """Print one line for the user."""
     print(f"warning: {warning}", file=sys.stderr)
@@ -154,11 +153,13 @@ def weight_files(folder):
 
 def load_model(folder, record, device="cpu"):
     """Build a checkpoint's network and read its weights (safetensors: no code runs); raises ValueError."""
+    config, files = ModelConfig(**record["model"]), weight_files(folder)
+    check_weights(folder, config, files)
     with torch.device("meta"):
-        model = Transformer(ModelConfig(**record["model"]))
+        model = Transformer(config)
     try:
         weights = {}
-        for file in weight_files(folder):
+        for file in files:
             weights |= load_file(file)
         model.to_empty(device="cpu").load_state_dict(weights)
     except (SafetensorError, RuntimeError) as problem:
@@ -175,9 +176,10 @@ def init_weights_from(folder, record, network):
     or, if that has never been seen (an AR model's), the mean of the tokens'. Parameters that the checkpoint
     lacks (a time embedding) stay as they are.
     """
-    old, new = ModelConfig(**record["model"]), network.config
+    old, new, files = ModelConfig(**record["model"]), network.config, weight_files(folder)
+    check_weights(folder, old, files)
     file_of = {}
-    for file in weight_files(folder):
+    for file in files:
         with safe_open(file, "pt") as tensors:
             file_of |= dict.fromkeys(tensors.keys(), file)
     for name, p in network.named_parameters():
@@ -204,6 +206,9 @@ def restore(folder, record, network, optimizer, ranks=SINGLE):
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException  # no Exception by descent
 
+    check_weights(folder, ModelConfig(**record["model"]), weight_files(folder))
+    for name, header in read_headers(list_folder(folder, "optimizer/*.safetensors")).items():
+        check_dtype(folder / "optimizer", name, header.dtype)
     update.init_state(optimizer, record["updates"])
     weights, moments = weight_tensors(network), update.state_tensors(network, optimizer)
     try:

@@ -31,6 +31,7 @@ from training.corpora import (
 )
 from training.distributed import all_gather, on_all_ranks
 from training.log import warn
+from training.record import RESUMABLE
 from training.state import Run
 
 # Fields of ModelConfig that a run takes from the checkpoint whose weights it begins with.
@@ -186,8 +187,9 @@ def find_checkpoint(run):
         return None
     folder, record = load_newest(run.folder, partial(warn, ranks), ranks)
     check_resumable(record, run.model_config, run.corpus_record)
-    restarted = [name for name in ("seed", "unique_tokens") if record["settings"][name] != getattr(cfg, name)]
-    if mixture_of(record["settings"]["corpus"]) != mixture_of(cfg.corpus):
+    saved = record["settings"]
+    restarted = [name for name in ("seed", "unique_tokens") if saved.get(name) != getattr(cfg, name)]
+    if mixture_of(saved["corpus"]) != mixture_of(cfg.corpus):
         restarted.append("mixture")
     if restarted:
         warn(ranks, f"resumed with another {' and '.join(restarted)}: the data order changes here, "
@@ -216,6 +218,9 @@ def check_resumable(record, model_config, corpus_record):
     if "updates" not in record:
         raise ValueError("cannot resume a checkpoint of an older format, which kept the optimizer's state "
                          "otherwise; sample.py reads its weights")
+    missing = [name for name in RESUMABLE if name not in record]
+    if missing:
+        raise ValueError(f"cannot resume a checkpoint whose record lacks {', '.join(missing)}")
     initial = ("dropout", "init_std", "scaled_init", "local_init")  # of no consequence to the weights' shapes
     before = asdict(ModelConfig(**record["model"]))  # with what older checkpoints do not mention
     of_corpora = "corpus", record["corpus"], corpus_record

@@ -47,7 +47,8 @@ class Guard:
         saver.wait()
         try:
             folder, record = checkpoint.load_newest(
-                run.folder, partial(warn, run.ranks), run.ranks, fit=lambda saved: saved["bad_in_a_row"] == 0)
+                run.folder, partial(warn, run.ranks), run.ranks,
+                fit=lambda saved: saved.get("bad_in_a_row") == 0)
         except FileNotFoundError:
             configurator.fail(f"step {step}: {trouble} in {worst} steps in a row, and there is no checkpoint "
                               "from before; lower --lr")

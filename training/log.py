@@ -9,7 +9,6 @@ import json
 import math
 import os
 import sys
-import zipfile
 from collections import deque
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +26,8 @@ import kernels
 import terminal
 from configurator.format import plot_text
 from configurator.renamed import SETTINGS, renamed
+from corpus.files import open_regular
+from corpus.records import check, parse_json, real, whole
 from training import distributed
 from training.flops import expected_share, noisy_share, peak_flops
 from training.transfer import AsyncCopy, seconds_between, timestamp
@@ -115,6 +116,8 @@ class Journal:
         self.path, self.tracker = Path(run_dir) / "metrics.jsonl", tracker
         self.complained = False  # a full disk is said once
         self.torn = False  # the last line was written in part
+        if self.path.exists() and not self.path.is_file():  # opening a pipe waits for its reader
+            raise ValueError(f"{self.path} is no regular file")
         self.file = open(self.path, "ab", buffering=0)
 
     def back_to(self, step):
@@ -197,13 +200,33 @@ def write_rows(path, measured, **about):
 def read_rows(run_dir, name="validation.npz"):
     """(about, sequences, values) as `write_rows` wrote them; None without such a file, or if damaged."""
     try:
-        with np.load(Path(run_dir) / name, allow_pickle=False) as file:
-            about = renamed(json.loads(str(file["about"])), SETTINGS)
-            return about, file["blocks"], file["values"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        with open_regular(Path(run_dir) / name) as raw, np.load(raw, allow_pickle=False) as file:
+            about = renamed(parse_json(str(file["about"]), name), SETTINGS)
+            check(about, ROWS, name)
+            sequences, values = file["blocks"], file["values"]
+    except Exception:  # a damaged archive can raise almost anything
         return None
+    is_fit = sequences.ndim == 1 and sequences.dtype.kind == "i" and values.shape == sequences.shape
+    return (about, sequences, values) if is_fit and values.dtype.kind == "f" else None
 
 
+# a line of metrics.jsonl, as far as anybody reads it
+LINE = {
+    "step": whole(),
+    "tokens?": whole(),
+    **dict.fromkeys(("loss?", "val_loss?", "val_error?", "val_bpb?", "grad_norm?", "tokens_per_s?"), float),
+    "objective?": str,
+    "event?": str,
+}
+# what validation.npz says of its rows
+ROWS = {
+    "step": whole(),
+    "text": str,
+    "seq_len": whole(1),
+    "passes": whole(1),
+    "error": float,
+    "bytes_per_token": real(0),
+}
 # JSON has no numbers for them, so `Journal.write` writes their names.
 NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -215,13 +238,19 @@ def read_metrics(run_dir):
 
 
 def read_lines(path):
-    """(record, line) for each whole line of a metrics.jsonl."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            record = json.loads(line)
-            for name, value in record.items():
+    """(record, line) for each line of a metrics.jsonl that is a whole one; what a power loss left is none."""
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        with contextlib.suppress(ValueError):
+            record = parse_json(line, path)
+            for name, value in record.items() if isinstance(record, dict) else ():
                 record[name] = NOT_FINITE.get(value, value) if isinstance(value, str) else value
+            check(record, LINE, path)
             yield record, line
+
+
+def validations(metrics):
+    """Those of a run's metrics that are validations."""
+    return [m for m in metrics if {"tokens", "objective", "val_loss", "val_bpb"} <= m.keys()]
 
 
 def trim_metrics(path, step, events=True):
@@ -428,8 +457,8 @@ def draw_losses(run_dirs, path):
     axes = figure.subplots()
     for color, run_dir in zip(("tab:blue", "tab:orange"), run_dirs):
         metrics, name = read_metrics(run_dir), plot_text(Path(run_dir).name)
-        train = [(m["tokens"], m["loss"]) for m in metrics if "loss" in m]
-        val = [(m["tokens"], m["val_loss"]) for m in metrics if "val_loss" in m]
+        train = [(m["tokens"], m["loss"]) for m in metrics if {"tokens", "loss"} <= m.keys()]
+        val = [(m["tokens"], m["val_loss"]) for m in validations(metrics)]
         if train:
             axes.plot(*zip(*train), color=color, alpha=0.35, lw=1, label=f"{name}, training")
         if val:
@@ -442,10 +471,10 @@ def draw_losses(run_dirs, path):
 
 def summary_line(run_dir):
     """One line on a finished run's last validation, or None."""
-    validations = [m for m in read_metrics(run_dir) if "val_loss" in m]
-    if not validations:
+    last = validations(read_metrics(run_dir))[-1:]
+    if not last:
         return None
-    m = validations[-1]
+    m = last[0]
     kind = "exact NLL" if m["objective"] == "ar" else "NELBO, an upper bound"
     return (f"{Path(run_dir).name:>20}: {m['val_bpb']:.3f} bits/byte, {m['val_loss']:.4f} nats/token "
             f"({m['objective']}, {kind}; {m['tokens']:,} tokens)")

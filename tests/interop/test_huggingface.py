@@ -372,7 +372,7 @@ LIES = {  # {name: (a change of the folder, what is said)}
     "an architecture as text": (edit_config(architectures="DiffLM"), "does not say which architecture"),
     "no weights": (
         lambda d: (d / "model.safetensors").unlink(), "has no model.safetensors and no pytorch_model.bin"),
-    "an index that is a list": (write_index(["a"]), "index.json can't be read"),
+    "an index that is a list": (write_index(["a"]), "index.json: weight_map is ['a']"),
     "no tokenizer": (drop_tokenizer(tokenizer_name=...), "has no tokenizer.json"),
     "a file elsewhere": (write_index({"a": "../x.safetensors"}), "which is not in its folder"),
 }

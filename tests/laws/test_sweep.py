@@ -25,6 +25,7 @@ from laws import collect, runner, sweep
 from laws.runs import read_csv
 from training.checkpoint import checkpoints
 from training.log import read_metrics
+from training.record import record_digest
 
 BASE = """
 corpus = {corpus!r}
@@ -38,7 +39,7 @@ eval_rows, eval_every, log_every, save_every, keep = 8, 4, 3, 0, 1
 # What a sweep needs of train.py, without torch, so that it starts at once: a config file in, checkpoints and
 # metrics out, a save at SIGTERM.
 STAND_IN = """
-import json, os, runpy, signal, sys, time
+import hashlib, json, os, runpy, signal, sys, time
 from pathlib import Path
 here = Path(__file__).parent
 overrides = {k: v for k, v in runpy.run_path(sys.argv[1]).items() if k[0] != "_"}
@@ -54,7 +55,11 @@ def save(step):
     folder = run / f"step_{step:08d}"
     folder.mkdir(exist_ok=True)
     record = dict(step=step, steps=s["steps"], next_sample=step * s["batch_size"], settings=s)
-    record["model"] = json.loads((here / "model.json").read_text())
+    record |= dict(updates=step, passed_samples=0, bad_in_a_row=0, pending=[], sha256={})
+    record["corpus"] = dict(tokenizer="bytes", n_vocab=257, mask_id=257, eos_id=256)
+    record["model"] = json.loads((here / "model.json").read_text()) | dict(causal=s["objective"] == "ar")
+    text = json.dumps(record, sort_keys=True)
+    record["record_sha256"] = hashlib.sha256(text.encode()).hexdigest()
     (folder / "checkpoint.json").write_text(json.dumps(record))
 rules = json.loads((here / "rules.json").read_text()) if (here / "rules.json").exists() else {}
 with open(run / "metrics.jsonl", "a", buffering=1) as metrics:
@@ -62,7 +67,8 @@ with open(run / "metrics.jsonl", "a", buffering=1) as metrics:
         time.sleep(rules.get("sleep", 0))
         tokens = step * s["batch_size"] * s["seq_len"]
         loss = "nan" if run.name == rules.get("diverges") and step > 4 else 1 / step
-        line = dict(step=step, tokens=tokens, loss=loss, val_loss=loss, val_bpb=2.0)
+        line = dict(step=step, tokens=tokens, loss=loss, val_loss=loss, val_bpb=2.0,
+                    objective=s["objective"])
         metrics.write(json.dumps(line) + "\\n")
         if step == rules.get(run.name):
             sys.exit("out of luck")
@@ -187,8 +193,11 @@ def test_sizes_of_the_ladder(config):
     assert run.settings.model == "106M" and run.settings.shape()["n_layer"] == ladder("106M")["n_layer"]
 
 
-def test_a_config_file_is_the_whole_run(config):
-    cfg = config(objectives="ar", seeds="5")
+@pytest.mark.parametrize("folder", ("plain", "a'b \"c\"\\d", "a\u2028b"))
+def test_a_config_file_is_the_whole_run(config, tmp_path, folder):
+    base = tmp_path / "the\nbase.py"
+    base.write_text(Path(config().base).read_text())
+    cfg = config(objectives="ar", seeds="5", base=str(base), out=str(tmp_path / folder))
     for run in sweep.layout(cfg):
         assert configurator.load(train.Config, [str(sweep.write_config(run, cfg))]) == run.settings
 
@@ -386,10 +395,13 @@ def test_the_folder_of_an_older_sweep_is_finished(config, stand_in):
             .replace("seq_len", "block_len")
             .replace("next_sample", "samples")
         )
+        text = text.replace('"settings": {', '"settings": {"eval_tasks": "mmlu", ')
+        if path.name == "checkpoint.json":
+            record = json.loads(text)
+            del record["record_sha256"]
+            text = json.dumps(record | dict(record_sha256=record_digest(record)))
         path.unlink()  # branches share the trunk's files
-        path.write_text(
-            text.replace('"settings": {', '"settings": {"eval_tasks": "mmlu", '), encoding="utf-8"
-        )
+        path.write_text(text, encoding="utf-8")
     assert configurator.load(train.Config, [str(path)]).seq_len == 16
     assert sweep.run_sweep(cfg).read_text(encoding="utf-8") == points and started(stand_in()) == first
 

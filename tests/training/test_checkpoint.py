@@ -43,9 +43,18 @@ def save(run, model, steps=(1, 2), keep=5):
             model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
         optimizer.step()
         saver = Saver(run, model, optimizer, SINGLE, keep)
-        saver.save(step, dict(model=asdict(model.config)))
+        saver.save(step, record_of(model.config))
         saver.wait()
         assert not saver.failure
+
+
+def record_of(config):
+    """As much of a record as a network's weights need."""
+    objective = "uniform" if config.timed else "masked"
+    settings = dict(objective="ar" if config.causal else objective, loss="elbo", schedule="linear",
+                    seq_len=config.seq_len, corpus="")
+    corpus = dict(tokenizer="bytes", n_vocab=config.n_vocab, mask_id=config.mask_id, eos_id=0)
+    return dict(settings=settings, model=asdict(config), corpus=corpus)
 
 
 def tiny():
@@ -132,8 +141,9 @@ def what_is_wrong(name, harm):
         return f"/{name} is missing or damaged"
     if harm is change_a_number:
         return "/checkpoint.json is damaged"
-    problem = "FileNotFoundError" if harm is remove else "JSONDecodeError"
-    return rf" is no complete checkpoint \({problem}: .+\)"
+    if harm is remove:
+        return r" is no complete checkpoint \(FileNotFoundError: .+\)"
+    return "/checkpoint.json can't be read: JSONDecodeError: .+"
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path):
@@ -259,7 +269,7 @@ def restore_hostile(folder, name):
         checkpoint.restore(folder, record, model, optimizer)
     assert "\n" not in str(caught.value)
     if name == "model.safetensors":
-        with pytest.raises(ValueError, match="weights can't be read"):
+        with pytest.raises(ValueError, match="model.safetensors can't be read"):
             load_model(folder, record)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -227,6 +228,21 @@ def test_metrics_are_cut_back_to_a_step(tmp_path):
     assert read_metrics(tmp_path) == [loss]
 
 
+def test_what_a_power_loss_leaves_is_no_line(tmp_path, capsys):
+    """48006ab: two bad bytes, and the run could not be resumed any more."""
+    good, later = dict(step=10, tokens=5, loss=1.0), dict(step=20, tokens=10, val_loss=math.inf)
+    junk = [b'\0\0\0\0\xff\xfe{"step": 2', b"", b"7", b"[]", b"null", b"{}", b'{"step": "10"}',
+            b'{"step": -1}', b'{"step": true}', b'{"step": 1, "loss": [1]}', b'{"step": 1, "event": 3}',
+            b"[" * 5000, b'{"step": 1' + b"0" * 5000 + b"}", "\u2028".encode(), b"\xed\xa0\x80"]
+    lines = [json.dumps(good).encode(), *junk, b'{"step": 20, "tokens": 10, "val_loss": "inf"}']
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines) + b"\n\xff")
+    assert read_metrics(tmp_path) == [good, later]
+    journal = Journal(tmp_path, None)
+    journal.back_to(15)
+    journal.write(step=16, loss=2.0)
+    assert read_metrics(tmp_path) == [good, dict(step=16, loss=2.0)] and not capsys.readouterr().err
+
+
 def test_what_is_kept_stays_as_it_was_written(tmp_path):
     journal = Journal(tmp_path, None)
     journal.write(step=1, loss=float("inf"), tokens=3)
@@ -283,7 +299,20 @@ def test_a_validation_is_kept_row_by_row(run_main):
     validation = [m for m in read_metrics(run) if "val_loss" in m][-1]
     assert about["step"] == 1 and about["seq_len"] == 32 and about["error"] == validation["val_error"]
     assert len(set(sequences.tolist())) == 13 and np.mean(values) == pytest.approx(validation["val_loss"])
-    (run / "validation.npz").write_bytes(b"damaged")
+    good = (run / "validation.npz").read_bytes()
+    for damaged in (b"damaged", good[: len(good) // 2], b"", good[:-100] + bytes(100)):
+        (run / "validation.npz").write_bytes(damaged)
+        assert read_rows(run) is None
+    for forged in (dict(about, step="1"), dict(about, bytes_per_token=[]), [], "[" * 10_000):
+        text = forged if isinstance(forged, str) else json.dumps(forged)
+        np.savez(run / "validation.npz", blocks=sequences, values=values, about=np.array(text))
+        assert read_rows(run) is None
+    text = np.array(json.dumps(about))
+    for forged in (dict(blocks=sequences.astype(str)), dict(values=values[:-1]), dict(values=values > 0)):
+        np.savez(run / "validation.npz", **dict(blocks=sequences, values=values, about=text) | forged)
+        assert read_rows(run) is None
+    (run / "validation.npz").unlink()
+    os.mkfifo(run / "validation.npz")
     assert read_rows(run) is None
 
 

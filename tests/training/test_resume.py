@@ -240,7 +240,7 @@ def write_bomb(folder, name, kind, signed=True):
 def test_a_hostile_checkpoint_is_refused_and_runs_no_code(run, refused, name, kind):
     bang = write_bomb(run / "step_00000040", name, kind)
     (line,) = refused("--steps=50", "--resume=yes").splitlines()
-    assert line.startswith(f"train.py: {run}/step_00000040 can't be read: ")
+    assert line.startswith(f"train.py: {run}/step_00000040/{name} can't be read: ")
     assert not bang.exists() and last_step(run) == 40
 
 
