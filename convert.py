@@ -39,6 +39,7 @@ from configurator import setting
 from corpus.files import no_empty_parents
 from interop import download, huggingface, megatron, native, verify
 from interop.source import cast_weights
+from training.record import MAX_SIZE
 
 LIMIT = 1e-4  # of --verify, which computes in float32 whatever the weights are
 
@@ -57,7 +58,7 @@ class Config:
     objective: Literal["auto", "masked", "ar"] = setting(
         "auto", "what the source was trained for, where its files don't say")
     mask_id: int = setting(-1, "the mask's id, where neither the source nor its tokenizer knows it", low=-1)
-    seq_len: int = setting(0, "longest sequence (0: as the source says)", low=0)
+    seq_len: int = setting(0, "longest sequence (0: as the source says)", low=0, high=MAX_SIZE)
     dtype: Literal["source", "float32", "bfloat16", "float16"] = setting(
         "source", "of the weights that are written")
     tensor_parallel: int = setting(1, "of Megatron: ranks that share each layer", low=1)

@@ -57,8 +57,9 @@ def schedule(name):
         return Schedule(
             lambda t: np.sin(half * t), lambda t: half * np.cos(half * t), lambda u: np.arcsin(u) / half
         )
-    if name.startswith("poly") and name[4:].isdigit() and int(name[4:]) > 0:
-        n = int(name[4:])
+    power = name.removeprefix("poly")
+    if power != name and power.isdecimal() and len(power) <= 3 and int(power):
+        n = int(power)
         return Schedule(lambda t: t**n, lambda t: n * t ** (n - 1), lambda u: u ** (1 / n))
     if name == "loglinear":  # MDLM's and SEDD's
         raise ValueError("schedule=loglinear, α = 1 − (1 − ε)t, is linear without its ε: choose linear")

@@ -51,7 +51,7 @@ class Config:
     stop: bool = setting(
         True, "a text that nothing follows ends at its first separator of documents; holes get no separator")
     min_length: int = setting(0, "new tokens before it may end", low=0)
-    batch: int = setting(1, "samples of each prompt", low=1)
+    batch: int = setting(1, "samples of each prompt", low=1, high=10**6)
     micro_batch: int = setting(64, "rows decoded at once; makes no difference to any of them", low=1)
     seed: int = setting(0, "of the samples", low=0, high=2**62)
 

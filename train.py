@@ -41,6 +41,7 @@ from training.distributed import (
 from training.guard import Guard
 from training.log import StepLog, draw_losses, open_tracker, print_opening, say, summary_line, warn
 from training.objective import Objective, RankClock, compile_and_wrap, fix_bucket_order
+from training.record import MAX_LAYERS, MAX_SIZE
 from training.state import RunState
 
 # --------------------------------------------------------------------------------------------------- settings
@@ -97,27 +98,28 @@ class Config:
     # the network
     model: str = setting(
         "", "a size of the Quokka ladder such as 124M or 1086M; replaces the six shape settings below")
-    n_layer: int = setting(6, "blocks", low=1)
-    n_head: int = setting(6, "attention heads", low=1)
-    n_kv_head: int = setting(0, "key and value heads (0: n_head)", low=0)
-    head_dim: int = setting(0, "width of a head, even (0: d_model / n_head)", low=0)
-    d_model: int = setting(384, "width of the residual stream", low=1)
-    d_ff: int = setting(0, "width of the SwiGLU (0: 8/3 of d_model, in 64s)", low=0)
-    seq_len: int = setting(256, "tokens per row", low=2)
+    n_layer: int = setting(6, "blocks", low=1, high=MAX_LAYERS)
+    n_head: int = setting(6, "attention heads", low=1, high=MAX_SIZE)
+    n_kv_head: int = setting(0, "key and value heads (0: n_head)", low=0, high=MAX_SIZE)
+    head_dim: int = setting(0, "width of a head, even (0: d_model / n_head)", low=0, high=MAX_SIZE)
+    d_model: int = setting(384, "width of the residual stream", low=1, high=MAX_SIZE)
+    d_ff: int = setting(0, "width of the SwiGLU (0: 8/3 of d_model, in 64s)", low=0, high=MAX_SIZE)
+    seq_len: int = setting(256, "tokens per row", low=2, high=MAX_SIZE)
     tied: bool = setting(True, "the LM head is the embedding")
     rope_base: float = setting(10_000.0, "base of the rotary wavelengths", above=1)
     dropout: float = setting(0.0, "dropout rate", low=0, high=0.99)
-    init_std: float = setting(0.02, "standard deviation of the initial weights", above=0)
+    init_std: float = setting(0.02, "standard deviation of the initial weights", above=0, high=100)
     scaled_init: bool = setting(True, "divide that of residual outputs by √(2·n_layer)")
     local_init: bool = setting(
         False, "heads start out looking at neighbouring positions: small diffusion models learn sooner")
 
     # how long, on what
-    steps: int = setting(0, "optimizer steps; give exactly one of steps, tokens and epochs", low=0)
+    steps: int = setting(
+        0, "optimizer steps; give exactly one of steps, tokens and epochs", low=0, high=1 << 53)
     tokens: float = setting(0.0, "training tokens in all, repeats included", low=0, high=1e15)
     epochs: float = setting(0.0, "passes over the (unique) training tokens", low=0, high=1e9)
     unique_tokens: int = setting(0, "train on a fixed random subset of this many tokens (0: all)", low=0)
-    batch_size: int = setting(64, "rows per optimizer step, over all ranks", low=1)
+    batch_size: int = setting(64, "rows per optimizer step, over all ranks", low=1, high=1 << 31)
     micro_batch: int = neutral(0, "rows per rank and forward pass (0: no gradient accumulation)", low=0)
 
     # the optimizer
@@ -141,7 +143,7 @@ class Config:
         "and past those data; looked at with each line of progress", low=1)
 
     # along the way
-    log_every: int = neutral(10, "steps between lines of progress", low=1)
+    log_every: int = neutral(10, "steps between lines of progress", low=1, high=10**6)
     eval_every: int = neutral(250, "steps between validations (0: only first and last)", low=0)
     eval_rows: int = setting(256, "rows of the validation split (0: all)", low=0)
     save_every: int = neutral(1000, "steps between checkpoints (0: only the last)", low=0)
@@ -178,7 +180,7 @@ class Config:
     dry_run: bool = neutral(
         False, "print what the run will need: memory, time, communication, disk; and stop. "
         "--device=cuda needs no GPU then")
-    gpus: int = neutral(0, "of a dry run: ranks to plan for (0: as many as started)", low=0)
+    gpus: int = neutral(0, "of a dry run: ranks to plan for (0: as many as started)", low=0, high=10**6)
     gpus_per_node: int = neutral(8, "of a dry run: how many of them share a node", low=1)
 
     # a setting, or a value of it → what it needs; the rest is in training/checks.py
@@ -360,10 +362,10 @@ def train(cfg, device, watch):
     if cfg.fp8 and not run.on_gpu:
         warn(ranks, "fp8 is emulated on a CPU, slower than bfloat16; a GPU of compute capability 8.9 has it")
     if cfg.dry_run:
-        print(dryrun.report(run))
+        print(on_all_ranks(ranks, dryrun.report, run))
         return 0
     watch.alive()
-    predicted = dryrun.predict_peak(run) if ranks.rank == 0 and run.on_gpu else None
+    predicted = on_all_ranks(ranks, dryrun.check_memory, run)
 
     # the folder, and the checkpoint in it from which the run goes on
     watch.alive()

@@ -45,7 +45,10 @@ class Config:
 
     def problems(self):
         unknown = sorted(set(configurator.split(self.parts)) - set(PARTS))
-        return [f"parts: choose from {', '.join(PARTS)}, not {', '.join(unknown)}"] if unknown else []
+        if unknown:
+            yield f"parts: choose from {', '.join(PARTS)}, not {', '.join(unknown)}"
+        if self.device == "cuda" and not torch.cuda.is_available():
+            yield "device=cuda, but this machine has no usable GPU; use --device=cpu"
 
 
 # ------------------------------------------------------------------------- the algorithms that others publish

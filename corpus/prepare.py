@@ -78,7 +78,8 @@ class Config:
         "stop", "what to do with text that is not UTF-8: skip the document, or replace the bytes by U+FFFD")
     bad_records: Literal["stop", "skip"] = setting(
         "stop", "what to do with records that are no JSON or have no text")
-    workers: int = neutral(0, "processes that tokenize (0: one per core, none for small inputs)", low=0)
+    workers: int = neutral(
+        0, "processes that tokenize (0: one per core, none for small inputs)", low=0, high=1024)
     shard_tokens: int = setting(1 << 30, "tokens per file", low=1)
     hf_config: str = setting("", "configuration of a Hugging Face dataset")
     hf_split: str = setting("train", "split of a Hugging Face dataset")

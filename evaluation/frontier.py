@@ -64,7 +64,7 @@ class Config:
     # the samples
     length: int = setting(0, "tokens of a sample (0: the smaller of the two contexts)", low=0)
     prompt: int = setting(0, "tokens of held-out text in front of each sample, which are not judged", low=0)
-    samples: int = setting(64, "of each way of decoding", low=2)
+    samples: int = setting(64, "of each way of decoding", low=2, high=10**6)
     seed: int = setting(0, "of the samples", low=0, high=2**62)
     # the machine
     micro_batch: int = setting(64, "rows decoded at once", low=1)

@@ -3,6 +3,8 @@
 training/layouts.py compares the ways to train a model on some GPUs by it.
 """
 
+import os
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +16,7 @@ from model import Transformer
 from training import checkpoint, checks, distributed
 from training.flops import PEAK, expected_share
 from training.log import warn
+from training.update import MOMENTS
 
 # The share of the bf16 peak that computing alone is assumed to reach: 41 % to 50 % are published for H100s,
 # 1B to 8B.
@@ -23,6 +26,7 @@ EFFICIENCY = 0.45
 WITHIN, BETWEEN = 300e9, 40e9
 HIDDEN = 0.9  # share of communication that computing can hide: all but the first gather and last reduction
 H100 = 80e9  # bytes of memory
+MARGIN = 1.25  # a step that is predicted to need so much more than there is is refused
 # Computing added by recomputation: elementwise work; gate and up, too; the forward pass.
 RECOMPUTED = {"no": 0.0, "elementwise": 0.02, "selective": 0.12, "full": 0.33}
 
@@ -45,6 +49,52 @@ def predict_memory(run):
         run.model_config, batch, cfg.loss == "paper", run.dtype, run.on_gpu, cfg.compile, cfg.recompute,
         cfg.fp8, lasting_gradients=accumulating or world > 1 or cfg.cuda_graphs, layout=cfg.layout(),
         shards=shards, accumulating=accumulating)
+
+
+def row_bytes(run):
+    """Bytes, at least, of the numbers of a step's rows: those that train.batches looks up, and a batch's."""
+    return 8 * (64 * run.cfg.batch_size + run.micro_batch * run.cfg.seq_len)
+
+
+def check_rows(run):
+    """Raise ValueError where not even the numbers of a step's rows fit into this machine's memory."""
+    memory = host_memory()
+    if row_bytes(run) > memory:
+        raise ValueError(f"batch_size={run.cfg.batch_size}, micro_batch={run.micro_batch}: the numbers of "
+                         f"their rows alone need {human_bytes(row_bytes(run))} of memory, this machine has "
+                         f"{human_bytes(memory)}")
+
+
+def check_memory(run):
+    """Bytes of memory that a step takes at its peak, None on ranks and machines where that need not be known.
+
+    Raises ValueError where it is more than there is. The prediction takes seconds: on a CPU it is asked only
+    where a lower bound (weights, gradients, moments, and what goes from block to block) is 5 % of the memory.
+    """
+    check_rows(run)
+    cfg, shape = run.cfg, run.model_config
+    with torch.device("meta"):
+        n_params = Transformer(replace(shape, seq_len=1)).n_params()
+    memory = host_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if run.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(run.device).total_memory
+    between_blocks = 2 * run.micro_batch * cfg.seq_len * shape.d_model * shape.n_layer
+    peak = 4 * (2 + MOMENTS) * n_params / run.ranks.world
+    peak += between_blocks
+    predicted = None
+    if peak < memory and run.ranks.rank == 0 and (run.on_gpu or peak > memory / 20):
+        predicted = predict_peak(run)
+        peak = (predicted or 0) / MARGIN
+    if peak > memory:
+        raise ValueError(f"a step needs {human_bytes(predicted or peak)} of memory, and there are "
+                         f"{human_bytes(memory)} (--dry_run says for what): lower micro_batch or the "
+                         "network's size, or use --recompute or --shard")
+    return predicted
+
+
+def host_memory():
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def predict_peak(run):
@@ -114,7 +164,8 @@ def step_seconds(flops, moved, gpus, peak=PEAK["H100"]):
 
 
 def report(run):
-    """The lines of `train.py --dry_run`."""
+    """The lines of `train.py --dry_run`; raises ValueError."""
+    check_rows(run)
     cfg, world, layout = run.cfg, run.cfg.world(), run.cfg.layout()
     with torch.device("meta"):
         network = Transformer(run.model_config)
