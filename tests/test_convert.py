@@ -86,7 +86,7 @@ REFUSED = (  # (source, flags, what is said)
     ("ours", dict(to="megatron", tensor_parallel=3), "4 is no multiple of 3"),
     ("ours", dict(out=""), "give --out"),
     ("ours", dict(tokenizer="gpt2", objective="ar"), "--tokenizer, --objective is for others'"),
-    ("unclear", {}, "can't be understood"),
+    ("unclear", {}, "settings.objective is missing"),
     ("ours", dict(tensor_parallel=2), "are for --to=megatron"),
     ("ours", dict(out="ours/x"), "lies within the source"),
     ("ours/step_00000007/model.safetensors", {}, "a file; name its folder"),

@@ -98,7 +98,8 @@ def load_newest(run_dir, warn, ranks=SINGLE, fit=lambda record: True):
     All ranks choose the same. Raises FileNotFoundError if there is none, OSError if one can't be read, which
     need not be damage.
     """
-    for folder in all_gather(ranks, checkpoints(run_dir))[0]:
+    folders, reason = all_gather(ranks, checkpoints(run_dir))[0], ""
+    for folder in folders:
         record = damage = failure = None
         try:
             record = read_checkpoint(folder, ranks.rank, ranks.world)
@@ -109,11 +110,13 @@ def load_newest(run_dir, warn, ranks=SINGLE, fit=lambda record: True):
         damages, failures = zip(*all_gather(ranks, (damage, failure)))
         if any(failures):
             raise OSError(next(filter(None, failures)))
-        if any(damages):
+        if any(damages) and folder == folders[-1]:
+            reason = f": {next(filter(None, damages))}"
+        elif any(damages):
             warn(f"{next(filter(None, damages))}; falling back to the checkpoint before it")
         elif fit(record):
             return folder, record
-    raise FileNotFoundError(f"no usable checkpoint in '{run_dir}'")
+    raise FileNotFoundError(f"no usable checkpoint in '{run_dir}'{reason}")
 
 
 def newest_record(run_dir):
