@@ -95,10 +95,10 @@ def world():
         prepare_words(folder / "corpora")
         shutil.copyfile("corpora/words.txt", "words.txt")
         rows = [f"{N}M,{D}M,{3 + 1 / N + 1 / D}" for N in (1, 2, 4, 8) for D in (10, 20, 40, 80)]
-        Path("points.csv").write_text("\n".join(["params,tokens,loss", *rows]) + "\n")
+        Path("points.csv").write_text("\n".join(["params,tokens,loss", *rows]) + "\n", encoding="utf-8")
         small = {flag[2:].split("=")[0]: flag.split("=")[1] for flag in TINY}
         Path("base.py").write_text("".join(f"{name} = {value!r}\n" for name, value in small.items())
-                                   + "corpus = 'corpora/words'\n")
+                                   + "corpus = 'corpora/words'\n", encoding="utf-8")
         for name, objective in (("base", "masked"), ("ar", "ar")):
             flags = [*TINY, "--corpus=corpora/words", f"--run_dir=runs/{name}", f"--objective={objective}"]
             assert call(train.main, ["train.py", *flags, "--steps=2"], seconds=60)[0] == 0

@@ -338,19 +338,19 @@ HOSTILE_VALUE = "class C:\n    def __repr__(self):\n        raise KeyError('x')\
 def test_a_file_that_would_end_the_process_is_refused_in_a_line(tmp_path, text, reason):
     """48006ab ended with code 0 and nothing done."""
     path = tmp_path / "x.py"
-    path.write_text(text + "\n")
+    path.write_text(text + "\n", encoding="utf-8")
     (line,) = refused(path)
     assert line.startswith(f"{Path(sys.argv[0]).name}: {path}: ") and reason in line and len(line) < 500
 
 
 def test_an_interrupted_file_is_interrupted(tmp_path):
-    (tmp_path / "x.py").write_text("raise KeyboardInterrupt\n")
+    (tmp_path / "x.py").write_text("raise KeyboardInterrupt\n", encoding="utf-8")
     with pytest.raises(KeyboardInterrupt):
         load(tmp_path / "x.py")
 
 
 def test_a_command_whose_override_file_exits(tmp_path):
-    (tmp_path / "x.py").write_text("import sys\nsys.exit()\n")
+    (tmp_path / "x.py").write_text("import sys\nsys.exit()\n", encoding="utf-8")
     done = subprocess.run([sys.executable, ROOT / "data.py", tmp_path / "x.py", f"--out={tmp_path}"],
                           capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1

@@ -214,10 +214,10 @@ def test_a_report_that_is_none_is_not_replaced(run_main, run_eval, capsys, text)
     run = run_main("--steps=3")
     path = run / "eval_00000003/eval.json"
     path.parent.mkdir()
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(SystemExit) as stop:
         run_eval(run, "--rows=8", "--bins=0", out=path.parent)
-    assert stop.value.code == 2 and path.read_text() == text
+    assert stop.value.code == 2 and path.read_text(encoding="utf-8") == text
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"eval.py: {path}") and line.endswith("; move it away, or give --out")
 

@@ -67,16 +67,16 @@ def corpus_folder(tmp_path_factory):
 @given(data=st.data())
 def test_a_forged_meta_json_is_used_or_refused_in_a_line(corpus_folder, data):
     path = corpus_folder / "meta.json"
-    genuine = path.read_text()
+    genuine = path.read_text(encoding="utf-8")
     try:
-        path.write_text(text_of(data.draw(forgeries(json.loads(genuine)))))
+        path.write_text(text_of(data.draw(forgeries(json.loads(genuine)))), encoding="utf-8")
         for use in (load_corpus, inspect_quietly):
             try:
                 use(corpus_folder)
             except ValueError as problem:
                 assert "\n" not in str(problem)
     finally:
-        path.write_text(genuine)
+        path.write_text(genuine, encoding="utf-8")
 
 
 def inspect_quietly(folder):
@@ -87,7 +87,7 @@ def test_files_outside_of_a_corpus_are_not_its_own(corpus_folder, tmp_path):
     shutil.copytree(corpus_folder, tmp_path / "corpus")
     shutil.move(tmp_path / "corpus/train.bin", tmp_path / "train.bin")
     path = tmp_path / "corpus/meta.json"
-    path.write_text(path.read_text().replace('"train.bin"', '"../train.bin"'))
+    path.write_bytes(path.read_bytes().replace(b'"train.bin"', b'"../train.bin"'))
     with pytest.raises(ValueError, match="train.files.0.name is '../train.bin'"):
         load_corpus(tmp_path / "corpus")
 

@@ -196,7 +196,7 @@ def test_sizes_of_the_ladder(config):
 @pytest.mark.parametrize("folder", ("plain", "a'b \"c\"\\d", "a\u2028b"))
 def test_a_config_file_is_the_whole_run(config, tmp_path, folder):
     base = tmp_path / "the\nbase.py"
-    base.write_text(Path(config().base).read_text())
+    base.write_bytes(Path(config().base).read_bytes())
     cfg = config(objectives="ar", seeds="5", base=str(base), out=str(tmp_path / folder))
     for run in sweep.layout(cfg):
         assert configurator.load(train.Config, [str(sweep.write_config(run, cfg))]) == run.settings

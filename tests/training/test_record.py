@@ -58,11 +58,11 @@ def write_record(folder, record):
     if NESTED not in json.dumps(record):
         digest = record_digest({name: value for name, value in record.items() if name != "record_sha256"})
         text = text_of(dict(record, record_sha256=digest))
-    (folder / "checkpoint.json").write_text(text)
+    (folder / "checkpoint.json").write_text(text, encoding="utf-8")
 
 
 def record_of(folder):
-    return json.loads((folder / "checkpoint.json").read_text())
+    return json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
 
 
 # ---------------------------------------------------------------------------------- whoever uses a checkpoint
@@ -126,14 +126,14 @@ def refusal(use, *arguments):
 def test_a_forged_record_is_used_or_refused_in_a_line(trained, corpus, data):
     """48006ab: of 590 forgeries 123 ended in a traceback."""
     folder = trained / "step_00000002"
-    genuine, other = (folder / "checkpoint.json").read_text(), trained / "step_00000004"
+    genuine, other = (folder / "checkpoint.json").read_text(encoding="utf-8"), trained / "step_00000004"
     other.rename(trained / "away")
     try:
         write_record(folder, data.draw(forgeries(json.loads(genuine))))
         for use in data.draw(st.permutations(USES))[:3]:
             refusal(use, trained, corpus)
     finally:
-        (folder / "checkpoint.json").write_text(genuine)
+        (folder / "checkpoint.json").write_text(genuine, encoding="utf-8")
         (trained / "away").rename(other)
 
 
@@ -142,13 +142,13 @@ def test_a_forged_record_is_used_or_refused_in_a_line(trained, corpus, data):
 @given(data=st.data())
 def test_a_forged_record_is_used_or_refused_in_a_line_by_all(trained, corpus, data):
     folder = trained / "step_00000004"
-    genuine = (folder / "checkpoint.json").read_text()
+    genuine = (folder / "checkpoint.json").read_text(encoding="utf-8")
     try:
         write_record(folder, data.draw(forgeries(json.loads(genuine))))
         for use in USES:
             refusal(use, trained, corpus)
     finally:
-        (folder / "checkpoint.json").write_text(genuine)
+        (folder / "checkpoint.json").write_text(genuine, encoding="utf-8")
 
 
 @pytest.mark.parametrize("use", USES)
