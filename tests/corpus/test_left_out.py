@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, prepared
-from corpus_examples import all_tokens, one_line, stories, write_jsonl
+from corpus_examples import all_tokens, one_line, quick, stories, write_jsonl
+from hypothesis import example, given
+from hypothesis import strategies as st
 from preparations import by_split, contents, task_size, texts_in
 from source_examples import PACKED, compressed, jsonl, write_folder, write_parquet, write_txt
 
-from corpus import prepare, sources
+from corpus import prepare, sources, tasks, workers
 from corpus.files import list_folder
 from corpus.tokenfiles import load_corpus
 
@@ -141,6 +143,24 @@ def test_line_ends_in_separators(tmp_path, size):
             meta = prepared(tmp_path / f"out{number}", source, separator=separator, val=0.3)
         assert texts_in(tmp_path / f"out{number}") == by_split(texts, 0.3)
         assert meta["without_separator"] == []
+
+
+@quick
+@given(st.text(st.sampled_from("a\r\n"), max_size=20), st.integers(1, 9),
+       st.sampled_from([r"\n\n", r"\n", r"\r\n", r"\r", r"\n\r", r"a\n"]))
+@example("a\r\n\r\na", 4, r"\n\n")
+def test_where_tasks_end_separates_nothing(scratch, text, size, separator):
+    """A line's end may be cut in two by the block in which a file is read."""
+    cfg = prepare.Config(separator=separator)
+    found = sources.find_sources([str(write_txt(scratch / "cut.txt", text))], cfg)
+
+    def documents(task_bytes):
+        with task_size(task_bytes):
+            work = tasks.make_tasks(found, tasks.Place(), cfg)
+            results = [result for result, _, _ in workers.tokenize_tasks(work, cfg, n_processes=0)]
+        return [document.digest for result in results for document in result.documents]
+
+    assert documents(size) == documents(1 << 20)
 
 
 def test_a_separator_that_occurs_nowhere_is_named(run_data, data_refuses, tmp_path):
