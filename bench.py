@@ -25,6 +25,7 @@ import kernels
 from benchmarks import cpu, gpu, sampling
 from benchmarks.common import failure, free_memory, machine
 from configurator import setting
+from training import compiler
 
 PARTS = dict(cpu=cpu.PARTS, gpu=gpu.PARTS)
 
@@ -58,6 +59,7 @@ def main():
     cfg = configurator.load(Config, about=__doc__)
     if cfg.out:
         terminal.keep_going()
+    compiler.remove_unfinished_builds()
     device = torch.device("cuda" if cfg.suite == "gpu" and torch.cuda.is_available() else "cpu")
     if cfg.suite == "gpu":
         torch.set_float32_matmul_precision("high")

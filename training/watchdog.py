@@ -184,4 +184,4 @@ class Watchdog:
     def end(self, message):
         speaker = f"train.py: rank {self.ranks.rank}"
         print(f"{speaker}: {message}; ended, continue with --resume=auto", file=sys.stderr, flush=True)
-        shut_down(self.ranks, code=1)
+        leave(STOPPED if self.stop.is_set() else 1)

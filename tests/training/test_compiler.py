@@ -156,7 +156,7 @@ def kill_compilations(corpus, folder, times, rng):
 def main():
     folder = Path(tempfile.mkdtemp())
     corpus, times = prepare_words(folder), int(sys.argv[1])
-    unfinished, damaged = kill_compilations(corpus, folder, times, random.Random(0))
+    unfinished, damaged = kill_compilations(corpus, folder, times, random.Random(times))
     print(f"{times} × SIGKILL amid a compilation: {unfinished} left a build unfinished, {damaged} a damaged "
           "library, and every start after them trained")
     shutil.rmtree(folder)
