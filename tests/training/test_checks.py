@@ -109,5 +109,5 @@ def test_a_token_beyond_the_vocabulary_in_a_corpus_too_large_to_check(
 
 def test_a_run_folder_that_cannot_be_is_one_line(refused, tmp_path):
     (tmp_path / "file").write_text("", encoding="utf-8")
-    error = refused("--steps=3", run="file/run")
+    error = refused("--steps=9", run="file/run")
     assert error.count("\n") == 1 and "Not a directory" in error
