@@ -6,7 +6,6 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from known import KNOWN, PUBLISHED, simulated
 
 from laws.fitting import (
@@ -103,7 +102,7 @@ def test_curves_left_out_together(what, expected):
 
 def rows_of_docs(columns):
     """{law: cells} of the rows with so many columns after a law's name in docs/scaling-laws.md."""
-    text = (ROOT / "docs/scaling-laws.md").read_text(encoding="utf-8").replace("**", "")
+    text = (QUOKKA.parents[1] / "docs/scaling-laws.md").read_text(encoding="utf-8").replace("**", "")
     names = dict(ours="ours") | {f"eq. {k}, refitted": f"eq{k}" for k in (15, 21, 23)}
     rows = [line.strip("| ").split(" | ") for line in text.splitlines()]
     return {names[name]: cells for name, *cells in rows if name in names and len(cells) == columns}
