@@ -1,5 +1,6 @@
 """The command scaling.py: its first words, and that it runs as a program."""
 
+import os
 import subprocess
 import sys
 
@@ -9,14 +10,23 @@ from conftest import ROOT, prepared
 import scaling
 
 
-def command(*argv):
-    done = subprocess.run([sys.executable, "scaling.py", *argv], cwd=ROOT, capture_output=True, text=True)
+def command(*argv, **environment):
+    done = subprocess.run([sys.executable, "scaling.py", *argv], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | environment)
     return done.returncode, done.stdout, done.stderr
 
 
 def test_a_plan():
     code, out, err = command("plan", "--flops=1e21")
     assert (code, err) == (0, "") and "suggested for masked: approach 1" in out
+
+
+def test_a_fit_where_the_locale_knows_ascii_alone(tmp_path):
+    flags = ("--laws=approach1", "--bootstrap=0", "--figures=False", "--leave_out=False", f"--out={tmp_path}")
+    code, out, err = command("fit", *flags, PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", LC_ALL="C")
+    assert (code, err) == (0, "") and "| a | 0.5138 | " in out
+    assert "| a | 0.5138 | – |" in (tmp_path / "fits.md").read_text(encoding="utf-8")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fits.json", "fits.md"]
 
 
 def main(monkeypatch, capsys, *argv):
