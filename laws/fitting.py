@@ -26,6 +26,7 @@ from laws.forms import LAWS, Law, coefficient_names, evaluate, to_tensors
 from laws.runs import geometric_mean
 
 FARTHEST = 100.0  # θ's bounds: what the data leave open would go on for ever
+OPEN = 6.0  # half the 95 % interval in θ, a factor of 400 to either side, from which on nothing is known
 REPEATABLE = 1e-3  # no run repeats its log loss, and no law gives it, to better than this
 
 
@@ -139,21 +140,36 @@ class Regression:
     def principal_axes(self, theta):
         """The axes of Gauss-Newton's covariance at θ as rows, each as long as half its 95 % interval.
 
-        Without the logarithms of coefficients that have vanished: that their term is absent is known.
+        Where a term is absent, its coefficients have no slope. If the data can't tell it from others, these
+        are open, too: that shows with the term as large as at the start. Else it is known to be absent.
         """
+        slopes = self.slopes(theta)
+        absent = np.abs(slopes).max(0) < 1e-6
+        present = self.theta({name: values[-1] for name, values in self.starts.items()})
+        present = np.where(absent, present, theta)
+        ratio = torch.exp(self.residuals(torch.tensor(present)) - self.residuals(torch.tensor(theta))).numpy()
+        axes = self.axes_of(np.where(absent, self.slopes(present) * ratio[:, None], slopes), theta)
+        if np.linalg.norm(axes, axis=1).max() > OPEN:
+            return axes.tolist()
+        slopes[:, absent & ~self.signed.numpy() & (theta < math.log(1e-6))] = math.nan
+        return self.axes_of(slopes, theta).tolist()
+
+    def slopes(self, theta):
+        """The Jacobian of log L̂ by θ: (runs, coefficients)."""
+        return torch.func.jacfwd(self.residuals)(torch.tensor(theta)).numpy()
+
+    def axes_of(self, slopes, theta):
+        """The principal axes from the slopes; a column of nan is no direction."""
         from scipy.stats import t
 
-        theta = torch.tensor(theta)
-        jacobian = torch.func.jacfwd(self.residuals)(theta).numpy()
-        vanished = ~self.signed.numpy() & (np.abs(jacobian).max(0) < 1e-6) & (theta < math.log(1e-6)).numpy()
-        _, singular, directions = np.linalg.svd(jacobian[:, ~vanished], full_matrices=False)
-
-        freedom = max(1, len(jacobian) - len(singular))
-        sigma = math.sqrt(self.residuals(theta).square().sum().item() / freedom)
+        free = np.isfinite(slopes).all(0)
+        _, singular, directions = np.linalg.svd(slopes[:, free], full_matrices=False)
+        freedom = max(1, len(slopes) - len(singular))
+        sigma = math.sqrt(self.residuals(torch.tensor(theta)).square().sum().item() / freedom)
         half = t.ppf(0.975, freedom) * max(sigma, REPEATABLE) / np.maximum(singular, 1e-6 * singular[0])
         axes = np.zeros((len(singular), len(theta)))
-        axes[:, ~vanished] = half[:, None] * directions
-        return axes.tolist()
+        axes[:, free] = half[:, None] * directions
+        return axes
 
 
 def fit_law(law, runs, start=None, jobs=None):

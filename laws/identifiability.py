@@ -16,8 +16,8 @@ import math
 import numpy as np
 
 from configurator.format import human_count
+from laws.fitting import OPEN
 
-OPEN = 6.0  # an axis from which on its direction is unknown: a factor of 400 to either side
 MOVED = 0.2  # how far open axes may move a quantity (as a share of it) before it counts as unknown
 LEVEL = 0.95
 # what runs may have in common, and how that is said
