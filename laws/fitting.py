@@ -21,7 +21,7 @@ import torch
 
 from configurator import split_paths
 from corpus.files import list_folder
-from corpus.records import read_json
+from corpus.records import check, read_record, real, whole
 from laws.forms import LAWS, Law, coefficient_names, evaluate, to_tensors
 from laws.runs import geometric_mean
 
@@ -292,16 +292,26 @@ class FitFile(NamedTuple):
     data: str  # the name of the data
 
 
+# the entries of a fits.json
+ABOUT = {"data?": str, "objective?": str}
+APPROACH1 = {"coefficients": {str: real()}, "draws": [{str: real()}], "range": {str: [float]}}
+FIT = {"coefficients": {str: real()}, "draws": [[real()]], "range": {str: [float]}, "objective": float,
+       "units?": whole(), "axes?": [[float]]}
+
+
 def read_fits(path):
     """Read a fits.json; raises ValueError."""
     fits, approach1, about = {}, None, {}
     try:
-        for name, entry in read_json(path).items():
+        for name, entry in read_record(path, {str: {}}).items():
             if name == "about":
                 about = entry
+                check(about, ABOUT, name)
             elif name == "approach1":
+                check(entry, APPROACH1, name)
                 approach1 = read_approach1(entry)
             else:
+                check(entry, FIT, name)
                 fits[name] = read_fit(name, entry)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         problem = problem.strerror if isinstance(problem, OSError) else problem

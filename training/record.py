@@ -23,6 +23,8 @@ SETTINGS = {
     "seq_len": SIZE,
     "corpus": str,
     "tokenizer?": str,
+    "eos?": str,
+    "eos_opens?": bool,
     "val_share?": real(0, 0.5),
     "unique_tokens?": whole(),
     "seed?": whole(),

@@ -117,7 +117,7 @@ def refusal(use, *arguments):
         assert stop.code == 2
         return "exit 2"
     except (ValueError, OSError) as problem:
-        assert str(problem) and "\n" not in str(problem) and len(str(problem)) < 2000
+        assert str(problem) and "\n" not in str(problem) and len(str(problem)) < 6000
         return str(problem)
 
 
