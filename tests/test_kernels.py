@@ -399,8 +399,9 @@ def test_attention_forms_agree(L, causal, within_documents, monkeypatch):
         assert kernels.attention_backend(q.bfloat16(), causal, within_documents) == name != "math"
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal, compiled", [
+    (False, False), (True, True), pytest.param(True, False, marks=pytest.mark.slow),
+    pytest.param(False, True, marks=pytest.mark.slow)])
 def test_documents_by_flex_attention(compiled, causal, monkeypatch):
     """The GPU's way through a whole model, without graph breaks.
 

@@ -28,7 +28,6 @@ from corpus import tokenizers
 from interop import tokenizer_files
 from training import checkpoint
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 MASK = dict(gpt2=50_257, neox=50_277)
 MEGATRON_ROWS = 50_432  # padded to a multiple of 128 on each of two ranks
 SPECIALS = ["<|mask_token|>", "<|pad_token|>", *(f"<|extra_special_token_{i}>" for i in range(10))]
