@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from tokenizers.pre_tokenizers import ByteLevel
+
 
 def numbers(seed):
     """Endless whole numbers below 2^31 from a seed: the same in every Python."""
@@ -40,7 +42,7 @@ def sum_texts(count):
 
 
 def small_tokenizer():
-    """A byte-level tokenizer.json of letters and a few pieces."""
+    """A byte-level tokenizer.json of letters, a few pieces and the other bytes: it spells any text."""
     letters = [*"abcdefghijklmnopqrstuvwxyz.,0123456789", "Ġ", "Ċ"]
     merges = [
         ("t", "h"),
@@ -53,7 +55,9 @@ def small_tokenizer():
         ("Ġ", "cat"),
         ("o", "g"),
     ]
-    vocab = {piece: i for i, piece in enumerate([*letters, *("".join(pair) for pair in merges)])}
+    others = sorted({*ByteLevel.alphabet()} - {*letters})
+    pieces = [*letters, *("".join(pair) for pair in merges), *others]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
     end = len(vocab)
     level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
     special = dict(
