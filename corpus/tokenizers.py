@@ -173,8 +173,8 @@ class HuggingFaceTokenizer:
         spelled = self.decode(self.encode(self.PROBE))
         if spelled not in (self.PROBE, f" {self.PROBE}"):  # a space in front does no harm
             raise ValueError(f"{self.path}: {self.PROBE!r} comes back from its tokens as {spelled[:99]!r}: "
-                             "they do not spell the text they stand for; a byte-level tokenizer needs all 256 "
-                             "bytes (initial_alphabet, where it is trained)")
+                             "they do not spell the text they stand for; a byte-level tokenizer needs all "
+                             "256 bytes (initial_alphabet, where it is trained)")
 
     def fitting_masks(self, masks, vocab):
         """The ids of those `masks` that are added tokens above the vocabulary proper and the eos."""

@@ -83,6 +83,8 @@ def open_tokenizer(cfg, folder, mask, recorded_name=""):
 
 
 def own_tokenizer(folder, mask, recorded_name):
+    if not isinstance(recorded_name, str):
+        raise ValueError(f"{folder}: its settings can't be understood: tokenizer_name={recorded_name!r}")
     if recorded_name:
         with explain_bad_settings(folder):
             return load_tokenizer(recorded_name, mask=mask)

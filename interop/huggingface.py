@@ -133,8 +133,6 @@ def network_settings(family, settings):
         raise ValueError(f"it does not say {name}") from None
     wrong = [f"{name}={value}" for name, value in (shape | dict(vocab_size=n_rows)).items()
              if type(value) is not int or value < 1]
-    if not isinstance(settings.get("tokenizer_name", ""), str):
-        wrong.append(f"tokenizer_name={settings['tokenizer_name']}")
     if wrong:
         raise ValueError(f"its settings can't be understood: {', '.join(wrong)}")
     for name in ("tie_word_embeddings", "qk_norm", "qkv_bias", "shift"):

@@ -356,7 +356,7 @@ LIES = {  # {name: (a change of the folder, what is said)}
     "a vocabulary of text": (edit_config(vocab_size="384"), "vocab_size=384"),
     "a base of text": (edit_config(rope_theta="abc"), "config.json"),
     "no name of a tokenizer": (
-        drop_tokenizer(tokenizer_name=5), "config.json: its settings can't be understood: tokenizer_name=5"),
+        drop_tokenizer(tokenizer_name=5), "hf: its settings can't be understood: tokenizer_name=5"),
     "far too deep": (lambda d: (d / "config.json").write_bytes(b"[" * 100000), "config.json can't be read"),
     "far more rows than tokens": (set_rows(5000), "not the tokenizer it was trained with"),
     "numbers for names": (replace_weights(), "can't be in 0 tensors"),
