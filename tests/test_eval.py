@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -133,7 +134,11 @@ def test_ordered_likelihoods_and_the_bound(run_main, run_eval):
     assert random["below_bound"] == pytest.approx(difference, abs=1e-9)
     assert confidence["below_bound"] > -4 * confidence["below_bound_error"]
     assert len(left["values"]) == 32 and 0 < left["below_bound_error"] < left["error"] + bound["error"]
-    assert "below their bound" in text or "above their bound" in text
+    for order, line in zip(orders, (left, confidence, random)):
+        side = "below" if line["below_bound"] >= 0 else "above"
+        error = line["below_bound_error"]
+        difference = rf"{abs(line['below_bound']):.4f} ± {error:.4f} {side} their bound"
+        assert re.search(rf"^exact, {order} .* {difference}$", text, re.M)
 
 
 def test_dropout_and_documents_are_as_they_were_trained(run_main, run_eval, monkeypatch):

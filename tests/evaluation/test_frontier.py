@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import eval as evaluation
-from evaluation import frontier, texts
+from evaluation import frontier, likelihood, texts
 from evaluation.frontier import Config, decode_configs
 
 
@@ -57,8 +57,8 @@ def test_figures_of_a_decoding():
     line = frontier.measure_decoding(JUDGE, frontier.Decoding(ROWS, seconds=2.0, passes=2, cache_gap=None), 0)
     assert line["nll"] == pytest.approx(nll.mean())
     assert line["perplexity"] == pytest.approx(math.exp(nll.mean()))
-    student = 4.302653 / 1.959964  # of two degrees of freedom
-    assert line["nll_error"] == pytest.approx(student * np.std(nll, ddof=1) / math.sqrt(3), rel=0.01)
+    student = likelihood.student_factor(2)  # three texts
+    assert line["nll_error"] == pytest.approx(student * np.std(nll, ddof=1) / math.sqrt(3))
     assert line["tokens_per_s"] == 6 and line["tokens_per_pass"] == 2
 
 
