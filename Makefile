@@ -30,10 +30,10 @@ lint: $(VENV)/ready-to-test
 	$(RUN) -m ruff check .
 
 test: $(VENV)/ready-to-test
-	$(RUN) -m pytest -q -n $(JOBS) --dist loadfile -m "not slow" tests
+	$(RUN) -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow" tests
 
 test-all: $(VENV)/ready-to-test
-	$(RUN) -m pytest -q -n $(JOBS) --dist loadfile tests
+	$(RUN) -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder tests
 
 clean:
 	rm -rf $(VENV)

@@ -120,7 +120,7 @@ def map_tokens(path, dtype, count, source, offset=0):
 
     Raises ValueError if it does not hold exactly these; source: the name of what says that it should.
     """
-    size = path.stat().st_size if path.is_file() else 0
+    size = path.stat().st_size if os.path.isfile(path) else 0  # it bears any name that a record gives
     expected = offset + count * dtype.itemsize
     if size != expected or not count:
         raise ValueError(f"{path}: {size} bytes, but {source} says {count} tokens of {dtype.name} "

@@ -2,6 +2,7 @@
 
 import ast
 import sysconfig
+from collections import deque
 from pathlib import Path
 
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}  # folders
@@ -27,10 +28,22 @@ def documents():
 
 def docstrings(tree):
     """All docstrings of a module as one text, each below the name and the arguments of what it describes."""
-    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     texts = [ast.get_docstring(tree) or ""]
-    for node in ast.walk(tree):
-        if isinstance(node, kinds) and ast.get_docstring(node):
+    for node in definitions(tree):
+        if text := ast.get_docstring(node):
             arguments = "" if isinstance(node, ast.ClassDef) else f"({ast.unparse(node.args)})"
-            texts.append(f"{node.name}{arguments}\n{ast.get_docstring(node)}")
+            texts.append(f"{node.name}{arguments}\n{text}")
     return "\n\n".join(text for text in texts if text)
+
+
+def definitions(tree):
+    """Yield the functions and classes of a module in the order of `ast.walk`.
+
+    Expressions hold none and are passed over: they are half of the nodes.
+    """
+    nodes = deque([tree])
+    while nodes:
+        node = nodes.popleft()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node
+        nodes.extend(child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr))

@@ -23,6 +23,19 @@ if (ROOT / "../shared/tiktoken").is_dir():
 
 pytest_plugins = ["corpus_fixtures", "evaluation_fixtures"]
 
+# first the files that take longest, so that no worker is left alone with one at the end
+LONGEST = ["training/test_distributed.py", "training/test_update.py", "training/test_faults.py",
+           "test_kernels.py", "laws/test_fitting.py", "training/test_memory.py", "sampling/test_exactness.py",
+           "test_eval.py", "laws/test_sweep.py", "laws/test_study.py"]
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        name = item.path.relative_to(ROOT / "tests").as_posix()
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
+
 
 def prepared(folder, *names, **settings):
     """Prepare a corpus in this process, as `python data.py NAMES --SETTINGS` does."""
@@ -105,7 +118,7 @@ def refused(run_main, capsys):
     return call
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def group(tmp_path_factory):
     """A group of so many ranks, which do one job after the other: runs.Group."""
     from runs import Group
@@ -122,7 +135,7 @@ def group(tmp_path_factory):
         started.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def train_on(group):
     """Train on so many ranks with the tiny settings, one in this process; returns what rank 0 printed."""
     from runs import TINY

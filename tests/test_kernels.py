@@ -400,8 +400,8 @@ def test_attention_forms_agree(L, causal, within_documents, monkeypatch):
 
 
 @pytest.mark.parametrize("causal, compiled", [
-    (False, False), (True, True), pytest.param(True, False, marks=pytest.mark.slow),
-    pytest.param(False, True, marks=pytest.mark.slow)])
+    (True, True), *(pytest.param(*both, marks=pytest.mark.slow)
+                    for both in ((False, False), (False, True), (True, False)))])
 def test_documents_by_flex_attention(compiled, causal, monkeypatch):
     """The GPU's way through a whole model, without graph breaks.
 

@@ -63,6 +63,15 @@ def corpus_folder(tmp_path_factory):
     return folder / "corpus"
 
 
+def test_a_name_that_no_file_can_bear(corpus_folder, tmp_path):
+    shutil.copytree(corpus_folder, tmp_path / "corpus")
+    path = tmp_path / "corpus/meta.json"
+    path.write_text(path.read_text(encoding="utf-8").replace("train.bin", "x" * 300), encoding="utf-8")
+    with pytest.raises(ValueError, match="x: 0 bytes, but meta.json says") as caught:
+        load_corpus(tmp_path / "corpus")
+    one_line(caught)
+
+
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_a_forged_meta_json_is_used_or_refused_in_a_line(corpus_folder, data):

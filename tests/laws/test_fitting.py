@@ -56,9 +56,10 @@ def test_gradients(name):
 
 
 @pytest.mark.parametrize("name", LAWS)
-def test_fits_find_what_was_put_in(name):
+@pytest.mark.parametrize("points", (10, pytest.param(30, marks=pytest.mark.slow)))
+def test_fits_find_what_was_put_in(name, points):
     """Without noise the losses come back to 1e-4, and the coefficients that the data determine."""
-    runs = simulated(name, 0.0)
+    runs = simulated(name, 0.0, points=points)
     found = fit_law(LAWS[name], runs)
     errors = np.abs(np.log(predict(found, runs.N, runs.U, runs.e) / runs.loss))
     assert errors.max() < (1e-4 if name != "ours" else 3e-3)
@@ -67,9 +68,10 @@ def test_fits_find_what_was_put_in(name):
             assert math.isclose(found.coefficients[k], v, rel_tol=0.02), k
 
 
-def test_leave_out_judges_unseen_curves():
+@pytest.mark.parametrize("points", (8, pytest.param(30, marks=pytest.mark.slow)))
+def test_leave_out_judges_unseen_curves(points):
     """Errors are the noise's on curves of the law, larger for a wrong law; own points don't help."""
-    runs = simulated("eq21", 0.01, seed=3)
+    runs = simulated("eq21", 0.01, seed=3, points=points)
     right, wrong = (fit_law(law, runs, jobs=1) for law in (EQ21, EQ15))
     errors, other_errors = (list(leave_out(fit, runs, jobs=1).values()) for fit in (right, wrong))
     assert len(errors) == 36 and 0.006 < np.mean(errors) < 0.013 < np.mean(other_errors)

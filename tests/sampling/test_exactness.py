@@ -37,10 +37,11 @@ EXACT = [
 ]
 
 
+@pytest.mark.parametrize("seeds", ((0, 1), pytest.param((2, 3, 4), marks=pytest.mark.slow)))
 @pytest.mark.parametrize("settings", EXACT, ids=name)
-def test_samplers_reproduce_the_distribution(settings):
+def test_samplers_reproduce_the_distribution(settings, seeds):
     """Five seeds each: chi-square below its 99.9 % bound."""
-    for seed in range(5):
+    for seed in seeds:
         statistic, bound = chi_square(samples(DecodeConfig(seed=seed, **settings)))
         assert statistic < bound, (settings, seed)
 
@@ -78,7 +79,7 @@ def test_parallel_steps_converge_as_they_grow():
     assert distances[0] > 10 * noise and distances[-1] < 2 * noise, distances
 
 
-@pytest.mark.parametrize("seeds", ((0, 1), pytest.param((2, 3, 4), marks=pytest.mark.slow)))
+@pytest.mark.parametrize("seeds", ((0,), pytest.param((1, 2, 3, 4), marks=pytest.mark.slow)))
 @pytest.mark.parametrize("posterior", (False, True))
 def test_the_uniform_sampler_reproduces_the_distribution(posterior, seeds):
     kind = "posterior" if posterior else "loo"
