@@ -151,6 +151,16 @@ def train_on(group):
 
 
 @pytest.fixture
+def wandb_folder(monkeypatch, tmp_path):
+    """Let wandb write into a folder, without a network; returns it."""
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()  # it reads its environment once in a process
+    for name, value in dict(WANDB_MODE="offline", WANDB_DIR=str(tmp_path), WANDB_SILENT="true").items():
+        monkeypatch.setenv(name, value)
+    return tmp_path / "wandb"
+
+
+@pytest.fixture
 def without_codegen(monkeypatch):
     """Let torch.compile trace, guard and cut graphs apart, but leave out the C++ that takes most of its time.
 

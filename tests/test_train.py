@@ -256,16 +256,12 @@ def test_benchmarks_during_training_are_another_process(refused):
 # ------------------------------------------------------------------------------------------- Weights & Biases
 
 
-def test_wandb_run_is_continued_under_its_id(run_main, monkeypatch, tmp_path):
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    monkeypatch.setenv("WANDB_SILENT", "true")
+def test_wandb_run_is_continued_under_its_id(run_main, wandb_folder):
     run = run_main("--steps=5", "--wandb=test")
     first = (run / "wandb_id.txt").read_text(encoding="utf-8")
     run_main("--steps=10", "--wandb=test", "--resume=auto")
     assert (run / "wandb_id.txt").read_text(encoding="utf-8") == first
-    folders = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
+    folders = [path.name for path in wandb_folder.glob("offline-run-*")]
     assert folders and all(name.endswith(first) for name in folders)
 
 

@@ -256,14 +256,11 @@ def test_a_line_that_comes_too_late_is_not_in_the_trimmed_file(tmp_path, monkeyp
     assert looks == [6] and not scores(tmp_path)
 
 
-def test_the_trainer_s_wandb_run_gets_the_scores(run_main, run_watch, monkeypatch, tmp_path):
-    wandb = pytest.importorskip("wandb")
-    wandb.teardown()  # it reads its environment once in a process
-    for name, value in (("WANDB_MODE", "offline"), ("WANDB_DIR", str(tmp_path)), ("WANDB_SILENT", "true")):
-        monkeypatch.setenv(name, value)
+def test_the_trainer_s_wandb_run_gets_the_scores(run_main, run_watch, wandb_folder):
     run = run_main("--steps=4", "--wandb=test")
+    time.sleep(1)  # wandb names an offline run's folder by the second
     run_watch(run, *QUICK)
-    folders = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
+    folders = [path.name for path in wandb_folder.glob("offline-run-*")]
     assert len(folders) == 2 and all(
         name.endswith((run / "wandb_id.txt").read_text(encoding="utf-8")) for name in folders
     )
