@@ -5,8 +5,10 @@ that the LM head needs is known before the step. The network receives a `Batch`:
 that are scored, their targets and their weights. Every weight already holds the objective's factor and the
 mean over the *global* batch, so a step's loss is a plain sum over all of its batches.
 
-Symbols (docs/math.md): t time, r(t) noise ratio, α = 1 − r, L tokens of a row, k corrupted positions,
-V text tokens, x clean tokens, z noisy tokens.
+Symbols (docs/math.md): t time, r(t) noise ratio, α = 1 − r, L tokens of a row, M blocks of a row, k corrupted
+positions of a block, V text tokens, x clean tokens, z noisy tokens.
+
+A cell is a block of a row: what has a noise level of its own. Without block diffusion a row is one block.
 """
 
 import functools
@@ -69,7 +71,7 @@ def schedule(name):
 # ----------------------------------------------------------------------------------- counter-based randomness
 
 # Independent streams of random bits.
-MASK, REPLACE, LEVEL, OFFSET, LENGTH, ORDER, TOKEN, CHANGE, START, SIGHT = range(10)
+MASK, REPLACE, LEVEL, OFFSET, LENGTH, ORDER, TOKEN, CHANGE, START, SIGHT, PLACE = range(11)
 
 
 def mix(x):
@@ -129,15 +131,33 @@ class Process(NamedTuple):
     time: str = "uniform"  # uniform (stratified), iid or moving_gaussian; cube measures the uniform bound
     time_sigma: float = 0.2
     time_correction: bool = False  # divide by the density of moving_gaussian's t
+    block: int = 0  # tokens of a block, the last of a row may have fewer (docs/math.md §12); 0: the whole row
+
+    @property
+    def block_size(self):
+        return self.block or self.seq_len
+
+    @property
+    def n_blocks(self):
+        return -(-self.seq_len // self.block_size)
+
+    @property
+    def has_noise(self):
+        """Whether a row's loss depends on chance: not where each token is predicted from all before it."""
+        is_chain = self.objective == "masked" and self.block == 1 and self.estimator == "count"
+        return self.objective != "ar" and not is_chain
 
 
 class NoiseLevels(NamedTuple):
-    """Noise levels of all N rows of one optimizer step; micro-batches take theirs by `microbatch_rows`."""
+    """Noise levels of all cells of one optimizer step, M blocks in each of N rows.
+
+    Micro-batches take theirs by `microbatch_rows`.
+    """
 
     sample: np.ndarray  # (N,) global sample index
-    t: np.ndarray  # (N,) time in (0, 1]
-    n_eligible: np.ndarray  # (N,) positions of the row that count
-    count: np.ndarray  # (N,) k = ⌈r(t)·n_eligible⌉ of them are corrupted
+    t: np.ndarray  # (N, M) time in (0, 1]
+    n_eligible: np.ndarray  # (N, M) positions of the block that count
+    count: np.ndarray  # (N, M) k = ⌈r(t)·n_eligible⌉ of them are corrupted
     mean: float  # of moving_gaussian's t at this step
 
     def microbatch_rows(self, part, parts):
@@ -148,23 +168,43 @@ class NoiseLevels(NamedTuple):
 def noise_levels(p, first_sample, n_rows, progress=0.0, n_eligible=None):
     """Noise levels for one step of n_rows rows whose first is sample `first_sample`; progress ∈ [0, 1].
 
-    One lattice over all rows of the step: u_j = (j + offset)/N, j = 0…N−1 (docs/math.md §3). n_eligible (N,):
-    how many positions of each row count (None: all).
+    One lattice over all cells of the step (docs/math.md §3, §12): row i's are u = (i + N·σ + offset)/(N·M),
+    σ a random order of 0 … M − 1. So a level tells nothing of the block's place in its row, and every strided
+    micro-batch is a lattice itself. n_eligible (N, M): how many positions of each cell count; or (N,): of
+    each row, which counts from its first position on (None: all of it).
     """
-    sample = first_sample + np.arange(n_rows, dtype=np.int64)
+    sample, M = first_sample + np.arange(n_rows, dtype=np.int64), p.n_blocks
     if p.time == "iid":
-        u = unit(random_bits(p.seed, LEVEL, sample, 1)[:, 0])
+        u = unit(random_bits(p.seed, LEVEL, sample, M))
     else:
-        u = (np.arange(n_rows) + unit(random_bits(p.seed, OFFSET, sample[:1], 1)[0, 0])) / n_rows
+        order = np.argsort(random_bits(p.seed, PLACE, sample, M), axis=1) if M > 1 else 0
+        offset = unit(random_bits(p.seed, OFFSET, sample[:1], 1)[0, 0])
+        u = (np.arange(n_rows)[:, None] + n_rows * order + offset) / (n_rows * M)
     t = time_quantile(p, u, progress)
     if n_eligible is None:
         n_eligible = np.full(n_rows, p.seq_len)
+    if np.ndim(n_eligible) == 1:
+        n_eligible = np.clip(n_eligible[:, None] - p.block_size * np.arange(M), 0, p.block_size)
     return NoiseLevels(sample, t, n_eligible, noisy_count(p, t, n_eligible), progress)
 
 
 def noisy_count(p, t, n_eligible):
-    """k = ⌈r(t)·n_eligible⌉, at least 1."""
-    return np.clip(np.ceil(schedule(p.schedule).r(t) * n_eligible), 1, n_eligible).astype(np.int64)
+    """k = ⌈r(t)·n_eligible⌉, at least 1 where anything counts."""
+    count = np.maximum(np.ceil(schedule(p.schedule).r(t) * n_eligible), 1)
+    return np.minimum(count, n_eligible).astype(np.int64)
+
+
+def by_block(p, positions, fill=0):
+    """Rows cut into blocks, a shorter last one filled up: (B, L) → (B·M, block_size)."""
+    missing = p.n_blocks * p.block_size - p.seq_len
+    if missing:
+        positions = np.pad(positions, ((0, 0), (0, missing)), constant_values=fill)
+    return positions.reshape(-1, p.block_size)
+
+
+def at_positions(p, cells):
+    """What each position has from its cell: (B, M) → (B, L), or (B, 1) where a row is one block."""
+    return cells if p.n_blocks == 1 else np.repeat(cells, p.block_size, axis=1)[:, : p.seq_len]
 
 
 def time_quantile(p, u, mean):
@@ -214,15 +254,17 @@ def gaussian_cdf(z):
 def capacity(p, n_rows, spacing=None):
     """Positions that any micro-batch of n_rows rows can mask: known before compiling (docs/math.md §3).
 
-    A micro-batch's levels lie `spacing` apart (1/n_rows where it divides the step evenly), so its i-th is at
-    most (i + 1)·spacing; r and the quantile of t increase in u, so the maximum is reached there. Counts
-    that are drawn (ratio and time form) get ten standard deviations more; `pack` refuses what would not fit.
+    A micro-batch's rows lie `spacing` apart (1/n_rows where it divides the step evenly), so the levels of its
+    i-th are at most ((i + 1)·spacing + σ)/M, σ = 0 … M − 1; r and the quantile of t increase in u, so the
+    maximum is reached there. Counts that are drawn (ratio and time form) get ten standard deviations more;
+    `pack` refuses what would not fit.
     """
     top = np.minimum(1.0, (np.arange(n_rows) + 1) * (spacing or 1 / n_rows))
-    t = time_quantile(p, np.ones(n_rows) if p.time == "iid" else top, 1.0)
-    most = int(noisy_count(p, t, np.full(n_rows, p.seq_len)).sum())
+    top = (top[:, None] + np.arange(p.n_blocks)) / p.n_blocks
+    t = time_quantile(p, np.ones_like(top) if p.time == "iid" else top, 1.0)
+    most = int(noisy_count(p, t, np.full(t.shape, p.block_size)).sum())
     if p.estimator != "count":
-        most += int(10 * math.sqrt(n_rows * p.seq_len / 4)) + n_rows
+        most += int(10 * math.sqrt(n_rows * p.seq_len / 4)) + t.size
     return min(-(-most // 64) * 64, n_rows * p.seq_len)
 
 
@@ -236,12 +278,13 @@ class Batch(NamedTuple):
     targets: np.ndarray  # (C,)
     weights: np.ndarray  # (C, P) fp32: P parts of the loss, each Σ weight·(nats at the position)
     index: np.ndarray | None = None  # (C,) positions in the flattened batch
-    time: np.ndarray | None = None  # (B,) for networks with a time embedding
+    time: np.ndarray | None = None  # (B, M) for networks with a time embedding
     documents: np.ndarray | None = None  # (B, L) ids; attention stays within equal ones. Padding: −1
     noisy: np.ndarray | None = None  # (C,) z, for the uniform bound only
     beta: np.ndarray | None = None  # (C,) Vα/(1−α), likewise
     positions: np.ndarray | None = None  # (B, L) for the rotary encoding, if they start again in documents
     visible: np.ndarray | None = None  # (L, L) what positions (rows) attend to, while that is annealed
+    clean: np.ndarray | None = None  # (B, L) x, of which a block reads what precedes it: block diffusion
 
 
 def make_batch(p, x, levels, rows, eligible=None, valid=None, spacing=None, documents=None):
@@ -264,8 +307,11 @@ def make_batch(p, x, levels, rows, eligible=None, valid=None, spacing=None, docu
     if p.objective == "masked":
         noisy, weight = masked_weights(p, levels, rows, bits, eligible)
         weight = weight / (levels.count.sum() if p.loss == "maskgit" else total)
-        return pack(p, x, noisy, scored * weight[:, None], documents, capacity(p, B, spacing))
-    return uniform_batch(p, x, levels, rows, bits, eligible, scored, documents)
+        weights = scored * at_positions(p, weight)
+        batch = pack(p, x, noisy, weights, documents, capacity(p, B, spacing))
+    else:
+        batch = uniform_batch(p, x, levels, rows, bits, eligible, scored, documents)
+    return batch._replace(clean=x) if p.block else batch
 
 
 def uniform_batch(p, x, levels, rows, bits, eligible, scored, documents):
@@ -277,47 +323,58 @@ def uniform_batch(p, x, levels, rows, bits, eligible, scored, documents):
     if p.loss == "paper":  # ½(noisy + clean): inferred from the paper's figures (docs/math.md §6)
         noisy, weight = masked_weights(p, levels, rows, bits, eligible)
         clean_total = max(1, (levels.n_eligible - levels.count).sum())
-        parts = scored * noisy * weight[:, None] / total, scored * ~noisy / clean_total
+        parts = scored * noisy * at_positions(p, weight) / total, scored * ~noisy / clean_total
         weights = stack_weights(*(part / 2 for part in parts))
         return Batch(np.where(noisy, drawn, x), targets, weights, time=time, documents=documents)
     s = schedule(p.schedule)
     ratio = s.r(t)
     alpha = np.maximum(1 - ratio, 1e-6)  # the integrand is O(α) there; the floors keep its factors finite
-    noisy = (unit(bits) <= ratio[:, None]) & eligible
+    noisy = (unit(bits) <= at_positions(p, ratio)) & eligible
     z = np.where(noisy, drawn, x)
     weight = s.dr(t) / (p.n_vocab * alpha) / (total * time_density(p, t, levels.mean))
-    weights = stack_weights(scored * weight[:, None])
-    beta = np.repeat(p.n_vocab * alpha / np.maximum(ratio, 1e-9), L).astype(np.float32)
+    weights = stack_weights(scored * at_positions(p, weight))
+    beta = at_positions(p, p.n_vocab * alpha / np.maximum(ratio, 1e-9))
+    beta = np.broadcast_to(beta, x.shape).reshape(-1).astype(np.float32)
     return Batch(z, targets, weights, time=time, documents=documents, noisy=z.reshape(-1), beta=beta)
 
 
 def masked_weights(p, levels, rows, bits, eligible):
-    """Draw the corrupted positions (B, L) and give each row's weight per corrupted position (B,).
+    """Draw the corrupted positions (B, L) and give each cell's weight per corrupted position (B, M).
 
-    Σ over a row of weight·CE estimates n × NELBO/token, n its eligible positions (`maskgit`: all are 1):
+    Σ over a cell of weight·CE estimates n × NELBO/token, n its eligible positions (`maskgit`: all are 1):
     time form   i.i.d. positions, w(t) = r′/r;
     ratio form  the same positions, r′·n/k for the realized k, one position forced where k = 0
                 (so it estimates (n·NELBO + C₁)/(n + 1), C₁ the cross-entropy of a single mask);
     count form  exactly k, 1/(k·P(k)), P(k) = F(r⁻¹(k/n)) − F(r⁻¹((k−1)/n)).
     """
-    t, n, count = levels.t[rows], levels.n_eligible[rows], levels.count[rows]
-    s = schedule(p.schedule)
+    t, s = levels.t[rows], schedule(p.schedule)
+    n, count = (np.maximum(cells[rows], 1) for cells in (levels.n_eligible, levels.count))  # no 0/0
     if p.estimator == "count" or p.loss != "elbo":
-        noisy = exactly(bits, count, eligible)
+        noisy = draw_positions(p, bits, count, eligible)
         if p.loss == "maskgit":
-            return noisy, np.ones(len(t))
+            return noisy, np.ones_like(t)
         upper, lower = (time_cdf(p, s.inverse(k / n), levels.mean) for k in (count, count - 1))
         return noisy, 1 / (count * (upper - lower))
-    noisy = (unit(bits) <= s.r(t)[:, None]) & eligible
+    noisy = (unit(bits) <= at_positions(p, s.r(t))) & eligible
     density = time_density(p, t, levels.mean)
     if p.estimator == "time":
         return noisy, s.dr(t) / (s.r(t) * density)
-    noisy |= exactly(bits, np.ones_like(count), eligible)  # the smallest draw: masked anyway unless none is
-    return noisy, s.dr(t) * n / (noisy.sum(1) * density)
+    noisy |= draw_positions(p, bits, np.ones_like(count), eligible)  # the smallest: masked unless none is
+    realized = np.maximum(by_block(p, noisy).sum(1).reshape(t.shape), 1)
+    return noisy, s.dr(t) * n / (realized * density)
+
+
+def draw_positions(p, bits, count, eligible):
+    """`exactly` count (B, M) of the eligible positions of each block. bits, eligible (B, L) → bool (B, L)."""
+    drawn = exactly(by_block(p, bits), count.reshape(-1), by_block(p, eligible))
+    return drawn.reshape(len(bits), -1)[:, : p.seq_len]
 
 
 def exactly(bits, count, eligible):
-    """A uniformly random set of count[b] of the eligible positions. bits, eligible (B, L) → bool (B, L)."""
+    """A uniformly random set of count[b] of the eligible positions. bits, eligible (B, L) → bool (B, L).
+
+    All of them where there are fewer.
+    """
     L = bits.shape[1]
     low = np.uint64((1 << max(1, (L - 1).bit_length())) - 1)
     keys = (bits & ~low) | np.arange(L, dtype=np.uint64)  # the position breaks ties, so the count is exact

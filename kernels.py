@@ -15,6 +15,7 @@ ever spent on them.
 import contextlib
 import functools
 import platform
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -520,8 +521,10 @@ PLAIN_ATTENTION_UP_TO = {
 
 
 def attention(q, k, v, mask, causal, dropout):
-    """Softmax attention. q, k, v (B, H, L, head_dim), mask from `document_mask` or None → as q."""
+    """Softmax attention. q, k, v (B, H, L, head_dim), mask of one of the functions below or None → as q."""
     L = q.shape[-2]
+    if isinstance(mask, TwoParts):
+        return attention_in_two_parts(q, k, v, mask)
     if isinstance(mask, BlockMask):
         # outside a compiled model it must be compiled by itself: else it forms all the scores
         flex = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
@@ -561,6 +564,85 @@ def document_mask(documents, causal, dropout):
     if not causal:
         return same
     return same & torch.ones(L, L, dtype=torch.bool, device=documents.device).tril()
+
+
+# Block diffusion (docs/math.md §12): rows are [z | x], the noisy tokens and the clean ones, of `length` each.
+
+
+def sees(i, j, length, block):
+    """Whether token i of [z | x] sees token j: its own block in its own half, and earlier blocks of x."""
+    block_i, block_j = i % length // block, j % length // block
+    is_clean_i, is_clean_j = i >= length, j >= length
+    return ((block_i == block_j) & (is_clean_i == is_clean_j)) | ((block_j < block_i) & is_clean_j)
+
+
+TWO_PARTS_UP_TO = 512
+
+
+class TwoParts(NamedTuple):
+    """The mask of block diffusion in two parts: a row's tokens against x, and each block of z against itself.
+
+    Half of the scores of [z | x] against itself. Whole blocks must fill the row.
+    """
+
+    clean: torch.Tensor  # (B or 1, 1, Q, L) which tokens of x each of Q queries sees
+    own: torch.Tensor  # (B or 1, 1, M, block, block) which of its own block a token of z sees
+
+
+def block_diffusion_masks(length, block, device, documents=None, dropout=0.0):
+    """Make the masks of [z | x]: for all of it, and for queries of z alone.
+
+    documents (B, length) ids: attention stays within equal ones. FlexAttention on a GPU, as in
+    `document_mask`; TwoParts on a CPU.
+    """
+    if device.type == "cuda" and not dropout:
+
+        def is_visible(b, h, i, j):
+            visible = sees(i, j, length, block)
+            return visible if documents is None else visible & same_document(b, i, j)
+
+        def same_document(b, i, j):
+            return documents[b, i % length] == documents[b, j % length]
+
+        B = None if documents is None else len(documents)
+        return tuple(create_block_mask(is_visible, B, None, n, 2 * length, device=device)
+                     for n in (2 * length, length))
+    token = torch.arange(2 * length, device=device)
+    mask = sees(token[:, None], token, length, block)[None, None]
+    if documents is not None:
+        twice = documents.repeat(1, 2)
+        mask = mask & (twice[:, None, :, None] == twice[:, None, None, :])
+    if dropout or length % block or length > TWO_PARTS_UP_TO:
+        return mask, mask[:, :, :length]
+    squares = mask[..., :length, :length].unflatten(2, (-1, block)).unflatten(4, (-1, block))
+    own = squares.diagonal(dim1=2, dim2=4).movedim(-1, 2)  # (B, 1, M, block, block)
+    clean = mask[..., length:]
+    return TwoParts(clean, own), TwoParts(clean[:, :, :length], own)
+
+
+def attention_in_two_parts(q, k, v, mask):
+    """`attention` by TwoParts. q (B, H, 2L or L, head_dim), k and v (B, H, 2L, head_dim) → as q."""
+    L = k.shape[-2] // 2
+    (k_noisy, k_clean), (v_noisy, v_clean) = k.split(L, dim=2), v.split(L, dim=2)
+    M, block = mask.own.shape[2:4]
+    q = q * q.shape[-1] ** -0.5
+    by_clean = (q @ k_clean.transpose(-1, -2)).masked_fill(~mask.clean, float("-inf"))  # (B, H, Q, L)
+    own = q[:, :, :L].unflatten(2, (M, block)) @ k_noisy.unflatten(2, (M, block)).transpose(-1, -2)
+    own = own.masked_fill(~mask.own, float("-inf")).flatten(2, 3)  # (B, H, L, block)
+
+    p = torch.cat((own, by_clean[:, :, :L]), dim=-1).softmax(-1).to(v.dtype)
+    p_own, p_clean = p.split((block, L), dim=-1)
+    y = (p_own.unflatten(2, (M, block)) @ v_noisy.unflatten(2, (M, block))).flatten(2, 3)
+    if q.shape[2] == L:
+        return y + p_clean @ v_clean
+    p_clean = torch.cat((p_clean, by_clean[:, :, L:].softmax(-1).to(v.dtype)), dim=2)
+    return F.pad(y, (0, 0, 0, L)) + p_clean @ v_clean
+
+
+def block_causal_mask(length, block, device):
+    """The mask of clean rows: each token sees its own block and earlier ones. (1, 1, length, length) bool."""
+    of = torch.arange(length, device=device) // block
+    return (of[:, None] >= of)[None, None]
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from kernels import attention, document_mask, fp8_linear
+from kernels import attention, block_causal_mask, block_diffusion_masks, document_mask, fp8_linear
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class ModelConfig:
     qkv_bias: bool = False
     rope_stretch: tuple = ()  # Llama 3.1's: factor, low and high frequency factor, original length
     shift: bool = False  # position i is predicted from i − 1, as an AR model's would be (Dream, DiffuLLaMA)
+    diffusion_block: int = 0  # tokens of a block, which sees itself and what precedes it; 0: sees everything
 
     def __post_init__(self):
         object.__setattr__(self, "rope_stretch", tuple(self.rope_stretch))  # JSON has lists only
@@ -83,7 +84,10 @@ def joint_linear(x, *layers, fp8=False):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions. x (B, L, D) → as x, or (C, D) at `index` (C,)."""
+    """Grouped-query attention with rotary positions. x (B, L, D) → as x, or (C, D) at `index` (C,).
+
+    Of fewer queries, the first `n_queries` of L, only these have results; the others' keys and values count.
+    """
 
     fp8 = False  # set by `Transformer.use`
 
@@ -97,22 +101,34 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x, cos, sin, mask, index, cache=None):
-        B, L, _ = x.shape
-        c = self.c
-        qkv = joint_linear(x, self.q_proj, self.k_proj, self.v_proj, fp8=self.fp8)
-        if c.qkv_bias:
-            qkv = qkv + torch.cat((self.q_proj.bias, self.k_proj.bias, self.v_proj.bias)).to(qkv.dtype)
-        q, k, v = qkv.view(B, L, -1, c.head_dim).split((c.n_head, c.n_kv_head, c.n_kv_head), dim=2)
+    def forward(self, x, cos, sin, mask, index, cache=None, n_queries=None):
+        B, c = len(x), self.c
+        Q = n_queries or x.shape[1]
+        q, k, v = self.project(x, Q)
         q, k, v = (x.transpose(1, 2) for x in (self.q_norm(q), self.k_norm(k), v))  # (B, H, L, head_dim)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotate(q, cos[..., :Q, :], sin[..., :Q, :]), rotate(k, cos, sin)
         if cache is not None:
             y = grouped_attention(q, *cache.update(k, v), mask)
         else:
             if c.n_kv_head < c.n_head:
                 k, v = (t.repeat_interleave(c.n_head // c.n_kv_head, dim=1) for t in (k, v))
             y = attention(q, k, v, mask, c.causal, c.dropout if self.training else 0.0)
-        return joint_linear(pick(y.transpose(1, 2).reshape(B, L, -1), index), self.o_proj, fp8=self.fp8)
+        return joint_linear(pick(y.transpose(1, 2).reshape(B, Q, -1), index), self.o_proj, fp8=self.fp8)
+
+    def project(self, x, n_queries):
+        """Queries of the first n_queries positions, keys and values of all: (B, ·, heads, head_dim) each."""
+        c = self.c
+        heads, layers = (c.n_head, c.n_kv_head, c.n_kv_head), (self.q_proj, self.k_proj, self.v_proj)
+
+        def joint(x, part):
+            y = joint_linear(x, *layers[part], fp8=self.fp8)
+            if c.qkv_bias:
+                y = y + torch.cat([layer.bias for layer in layers[part]]).to(y.dtype)
+            return y.unflatten(-1, (-1, c.head_dim)).split(heads[part], dim=2)
+
+        if n_queries == x.shape[1]:
+            return joint(x, slice(3))
+        return *joint(x[:, :n_queries], slice(1)), *joint(x, slice(1, 3))
 
 
 def grouped_attention(q, k, v, mask):
@@ -223,7 +239,10 @@ RECOMPUTE = {  # options of `checkpoint`
 
 
 class Block(nn.Module):
-    """Attention and MLP, each after a norm, added to x (B, L, D) → as x, or (C, D) at `index` (C,)."""
+    """Attention and MLP, each after a norm, added to x (B, L, D) → as x, or (C, D) at `index` (C,).
+
+    With n_queries of the first so many positions alone; the others are there to be seen.
+    """
 
     recompute = "no"  # set by `Transformer.use`
 
@@ -233,19 +252,20 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = RMSNorm(c.d_model, c.norm_eps), MLP(c)
         self.drop = nn.Dropout(c.dropout)
 
-    def forward(self, x, cos, sin, mask, index=None, cache=None):
+    def forward(self, x, cos, sin, mask, index=None, cache=None, n_queries=None):
+        arguments = x, cos, sin, mask, index, cache, n_queries
         if self.recompute == "no" or not torch.is_grad_enabled():
-            return self.compute(x, cos, sin, mask, index, cache)
-        settings = RECOMPUTE[self.recompute]
-        return checkpoint(self.compute, x, cos, sin, mask, index, use_reentrant=False, **settings)
+            return self.compute(*arguments)
+        return checkpoint(self.compute, *arguments, use_reentrant=False, **RECOMPUTE[self.recompute])
 
-    def compute(self, x, cos, sin, mask, index, cache=None):
-        x = pick(x, index) + self.drop(self.attn(self.attn_norm(x), cos, sin, mask, index, cache))
+    def compute(self, x, cos, sin, mask, index, cache, n_queries):
+        y = self.drop(self.attn(self.attn_norm(x), cos, sin, mask, index, cache, n_queries))
+        x = pick(x if n_queries is None else x[:, :n_queries], index) + y
         return x + self.drop(self.mlp(self.mlp_norm(x)))
 
 
 class TimeEmbedding(nn.Module):
-    """Embed t ∈ [0, 1] by sinusoidal features and a two-layer MLP. (B,) → (B, 1, D)."""
+    """Embed t ∈ [0, 1] by sinusoidal features and a two-layer MLP. (B, n) → (B, n, D)."""
 
     def __init__(self, d_model, features=256):
         super().__init__()
@@ -254,9 +274,9 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t):
         half = torch.arange(self.features // 2, device=t.device, dtype=torch.float32)
-        angle = 1000 * t[:, None].float() * torch.exp(-math.log(10_000) * half / len(half))
+        angle = 1000 * t[..., None].float() * torch.exp(-math.log(10_000) * half / len(half))
         features = torch.cat((angle.cos(), angle.sin()), dim=-1).to(self.up.weight.dtype)
-        return self.down(F.silu(self.up(features)))[:, None]
+        return self.down(F.silu(self.up(features)))
 
 
 def shard_like(values, parameter):
@@ -357,13 +377,14 @@ class Transformer(nn.Module):
     def head(self):
         return self.embed.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(self, ids, t=None, documents=None, index=None, positions=None, visible=None):
+    def forward(self, ids, t=None, documents=None, index=None, positions=None, visible=None, clean=None):
         """Hidden states after the last norm: (B, L, D), or (C, D) at `index` (C,) of the flattened batch.
 
-        ids (B, L); t (B,) where timed; documents (B, L) ids: attention stays within equal ones; positions
-        (B, L) if not 0 … L − 1; visible (L, L) bool: what each position (row) attends to, if not what the
-        network always does. With `index` only these positions are computed after the last attention. A
-        shifted network's states are those that predict the positions.
+        ids (B, L); t (B, M) where timed, a time for each block; documents (B, L) ids: attention stays within
+        equal ones; positions (B, L) if not 0 … L − 1; visible (L, L) bool: what each position (row) attends
+        to, if not what the network always does; clean (B, L): of block diffusion, the tokens that later
+        blocks see in place of ids. With `index` only these positions are computed after the last attention.
+        A shifted network's states are those that predict the positions.
         """
         L, all_positions = ids.shape[1], index is None
         if self.config.shift:
@@ -372,20 +393,30 @@ class Transformer(nn.Module):
             index = predecessors(index, L, documents)
         x = self.embed_ids(ids, t)
         cos, sin = self.rotary(L, positions)
-        x = self.run_blocks(x, cos, sin, self.attention_mask(documents, visible), index)
+        if clean is None:
+            x = self.run_blocks(x, cos, sin, self.attention_mask(documents, visible, L, ids.device), index)
+        else:  # one pass over both, [z | x]
+            no_noise = None if t is None else torch.zeros_like(t[:, :1])
+            x = torch.cat((x, self.embed_ids(clean, no_noise)), dim=1)
+            cos, sin = (torch.cat((table, table), dim=-2) for table in (cos, sin))
+            dropout = self.config.dropout if self.training else 0.0
+            masks = block_diffusion_masks(L, self.config.diffusion_block, ids.device, documents, dropout)
+            x = self.run_blocks(x, cos, sin, masks[0], index, last_mask=masks[1], n_queries=L)
         return x.view(*ids.shape, -1) if all_positions else x
 
     def forward_cached(self, ids, cache, columns, is_stored=None, index=None, positions=None, is_token=None,
-                       n_keys=None):
+                       n_keys=None, t=None, block_numbers=None):
         """Hidden states of `columns` (B, W), which hold ids (B, W), as `forward` returns them.
 
         Keys and values of all other columns come from the KVCache `cache`. is_stored (B, W): whose keys and
         values are stored in it (None: all). index as in `forward`; positions (B, W) if they are not the
         columns; is_token (B, L): False where a column is padding (None: nowhere). n_keys: how many columns
-        are seen, from the first on (None: all); a causal network sees none after its own anyway.
+        are seen, from the first on (None: all); a causal network sees none after its own anyway. Of block
+        diffusion, block_numbers (B, L): the block that each column is in; none sees a later one. t (B, W)
+        where timed.
         """
         n_keys = n_keys or cache.length
-        x = self.embed_ids(ids)
+        x = self.embed_ids(ids, t)
         cos, sin = self.rotary(n_keys, columns if positions is None else positions)
         key, query, mask = torch.arange(n_keys, device=ids.device), columns[:, None, :, None], None
         if is_token is not None:  # padding sees itself, so that no row is without a key
@@ -393,14 +424,21 @@ class Transformer(nn.Module):
         if self.config.causal and (columns.shape[1] > 1 or n_keys == cache.length):
             is_past = key <= query  # (B, 1, W, n_keys)
             mask = is_past if mask is None else mask & is_past
+        if block_numbers is not None:
+            own = block_numbers.gather(1, columns)[:, None, :, None]
+            is_past = block_numbers[:, None, None, :n_keys] <= own
+            mask = is_past if mask is None else mask & is_past
         stored_at = columns if is_stored is None else torch.where(is_stored, columns, cache.length)
         return self.run_blocks(x, cos, sin, mask, index, cache.layers(stored_at, n_keys))
 
     def embed_ids(self, ids, t=None):
-        """The residual stream before the first block. ids (B, L), t (B,) where timed → (B, L, D)."""
+        """The residual stream before the first block. ids (B, L), t (B, 1, M or L) → (B, L, D)."""
         x = self.embed(ids)
         if self.time is not None:
-            x = x + self.time(t).to(x.dtype)
+            time = self.time(t).to(x.dtype)
+            if 1 < time.shape[1] < ids.shape[1]:
+                time = time.repeat_interleave(self.config.diffusion_block, dim=1)[:, : ids.shape[1]]
+            x = x + time
         if torch.is_autocast_enabled(x.device.type):  # in bf16, too: half the traffic (Megatron's way)
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return self.drop(x)
@@ -411,21 +449,27 @@ class Transformer(nn.Module):
             return self.cos[:length], self.sin[:length]
         return self.cos[positions][:, None], self.sin[positions][:, None]  # (B, 1, L, head_dim/2)
 
-    def attention_mask(self, documents, visible):
+    def attention_mask(self, documents, visible, length, device):
         """The mask for `attention`; None where the network's own, causal or full, is enough."""
         c = self.config
+        if c.diffusion_block and visible is None:
+            visible = block_causal_mask(length, c.diffusion_block, device)[0, 0]
         if documents is None:
             return None if visible is None else visible[None, None]
         if visible is None:
             return document_mask(documents, c.causal, c.dropout if self.training else 0.0)
         return visible & (documents[:, :, None] == documents[:, None, :])[:, None]
 
-    def run_blocks(self, x, cos, sin, mask, index, caches=None):
-        """All blocks and the last norm; the last block computes only `index` after its attention."""
+    def run_blocks(self, x, cos, sin, mask, index, caches=None, last_mask=None, n_queries=None):
+        """All blocks and the last norm; the last block computes only `index` after its attention.
+
+        With last_mask and n_queries its attention has only so many queries.
+        """
         caches = caches or [None] * len(self.blocks)
         for block, cache in zip(self.blocks[:-1], caches):
             x = block(x, cos, sin, mask, cache=cache)
-        return self.norm(self.blocks[-1](x, cos, sin, mask, index, caches[-1]))
+        last_mask = mask if last_mask is None else last_mask
+        return self.norm(self.blocks[-1](x, cos, sin, last_mask, index, caches[-1], n_queries))
 
     def use(self, recompute="no", fp8=False):
         """Choose how to train. Returns self.
@@ -462,5 +506,9 @@ class Transformer(nn.Module):
         matrices = sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2)
         last = self.blocks[-1]
         picked = sum(p.numel() for p in (last.attn.o_proj.weight, *last.mlp.parameters()))
-        attention = 12 * c.n_layer * c.n_head * c.head_dim * c.seq_len * (0.5 if causal else 1)
-        return 6 * (matrices - picked + share * (picked + c.padded_vocab * c.d_model)) + attention
+        full, pairs = matrices - picked, c.n_layer * c.seq_len * (0.5 if causal else 1)
+        if c.diffusion_block:  # rows are [z | x], but for the last block's queries
+            full = 2 * full - last.attn.q_proj.weight.numel()
+            pairs = (c.n_layer - 0.5) * (c.seq_len + c.diffusion_block)
+        attention = 12 * c.n_head * c.head_dim * pairs
+        return 6 * (full + share * (picked + c.padded_vocab * c.d_model)) + attention

@@ -121,7 +121,7 @@ def make_batches(process, rows, n_batches, short_rows=0.0):
         batches.append(
             data.read_batch(settings, None, process, sequences, ids, levels, np.arange(rows), eligible))
         is_masked = process.objective == "masked"
-        shares.append(float(levels.count.mean()) / process.seq_len if is_masked else 1.0)
+        shares.append(float(levels.count.sum(1).mean()) / process.seq_len if is_masked else 1.0)
     return batches, shares
 
 

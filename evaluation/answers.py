@@ -98,9 +98,16 @@ class ScoredRow(NamedTuple):
     columns: np.ndarray  # (n,)
     targets: np.ndarray  # (n,)
     weights: np.ndarray  # (n,): Σ weight·nats over an answer's rows is −log p, or its bound
-    time: np.float32 | None = None  # of uniform models, as the next two
+    clean: np.ndarray | None = None  # (T,) of block diffusion: what later blocks read in place of tokens
+    time: np.ndarray | None = None  # (M,) of uniform models, as the next two
     noisy: np.ndarray | None = None  # (n,)
     beta: np.ndarray | None = None  # (n,)
+
+    @property
+    def input(self):
+        """What the network reads, as a key: rows of equal inputs are one."""
+        parts = self.tokens, self.clean, self.time
+        return tuple(None if part is None else part.tobytes() for part in parts)
 
 
 def hash_to_seed(key):
@@ -148,35 +155,56 @@ def answer_rows(scorer, context, answer, key):
 
 
 def masked_rows(scorer, ids, first, key):
-    """Copies of `ids` with masks in the answer, which begins at column `first`."""
-    n = len(ids) - first
-    few = n < 30 and 2**n - 1 <= scorer.masks
-    masks, weights = every_mask(n) if few else sampled_masks(n, scorer.masks, key)
+    """Copies of `ids` with masks in the answer, which begins at column `first`.
+
+    Of block diffusion every copy has masks in all of the answer's blocks, which do not see each other's.
+    """
+    parts = []  # of each block: (the columns that are masked, their weight) in one copy after the other
+    for number, (start, stop) in enumerate(answer_blocks(scorer.process, first, len(ids))):
+        n = stop - start
+        few = n < 30 and 2**n - 1 <= scorer.masks
+        block_key = f"{key} {number}" if number else key
+        masks, weights = every_mask(n) if few else sampled_masks(n, scorer.masks, block_key)
+        parts.append([(start + np.flatnonzero(mask), weight) for mask, weight in zip(masks, weights)])
+
     rows = []
-    for mask, weight in zip(masks, weights):
-        columns = first + np.flatnonzero(mask)
+    for copies in itertools.zip_longest(*parts, fillvalue=(np.zeros(0, np.int64), 0.0)):
+        columns = np.concatenate([columns for columns, _ in copies])
+        weights = np.concatenate([np.full(len(columns), weight) for columns, weight in copies])
         tokens = ids.copy()
         tokens[columns] = scorer.process.mask_id
-        rows.append(ScoredRow(tokens, columns, ids[columns], np.full(len(columns), weight)))
+        clean = ids if scorer.process.block else None
+        rows.append(ScoredRow(tokens, columns, ids[columns], weights, clean))
     return rows
+
+
+def answer_blocks(process, first, length):
+    """(start, stop) of the answer's columns `first` … `length` in each block; without blocks one pair."""
+    size = process.block or length
+    borders = [first, *range((first // size + 1) * size, length, size), length]
+    return list(itertools.pairwise(borders))
 
 
 def uniform_rows(scorer, ids, first, key):
     """Copies of `ids` at noise levels of one lattice; the answer alone, from column `first` on, is noised."""
     n, samples = len(ids) - first, scorer.masks
     process = validation_process(scorer.process, scorer.process.schedule)
-    process = process._replace(seq_len=n, seed=hash_to_seed(key))
-    levels = diffusion.noise_levels(process, 0, samples)
-    sequence = np.concatenate((ids[:1], ids[first:]))  # make_batch wants a token before the row
-    batch = diffusion.make_batch(process, np.tile(sequence, (samples, 1)), levels, np.arange(samples))
+    start = 0 if process.block else first  # blocks count from the context's first token
+    process = process._replace(seq_len=len(ids) - start, seed=hash_to_seed(key))
+    eligible = np.tile(np.arange(start, len(ids)) >= first, (samples, 1))
+    counts = diffusion.by_block(process, eligible).sum(1).reshape(samples, -1)
+    levels = diffusion.noise_levels(process, 0, samples, n_eligible=counts)
+    sequence = np.concatenate((ids[:1], ids[start:]))  # make_batch wants a token before the row
+    batch = diffusion.make_batch(
+        process, np.tile(sequence, (samples, 1)), levels, np.arange(samples), eligible)
     columns = np.arange(first, len(ids))
+    targets, weights, noisy, beta = (part.reshape(samples, -1)[:, first - start :] for part in (
+        batch.targets, batch.weights.astype(np.float64) * n, batch.noisy, batch.beta))
     rows = []
     for s in range(samples):
-        part = slice(s * n, (s + 1) * n)
-        tokens = np.concatenate((ids[:first], batch.tokens[s]))
-        weights = batch.weights[part, 0].astype(np.float64) * n
-        rows.append(ScoredRow(tokens, columns, batch.targets[part], weights,
-                              batch.time[s], batch.noisy[part], batch.beta[part]))
+        tokens = np.concatenate((ids[:start], batch.tokens[s]))
+        rows.append(ScoredRow(tokens, columns, targets[s], weights[s], ids if process.block else None,
+                              batch.time[s], noisy[s], beta[s]))
     return rows
 
 
@@ -206,7 +234,7 @@ def make_batches(scorer, pieces):
                 yield assemble(rows, entries, finished)
                 rows, row_number, entries = [], {}, []
                 n_positions = finished = 0
-            number = row_number.setdefault((row.tokens.tobytes(), row.time), len(rows))
+            number = row_number.setdefault(row.input, len(rows))
             if number == len(rows):
                 rows.append(row)
             entries.append((number, owner, row))
@@ -232,8 +260,9 @@ def assemble(rows, entries, finished):
     tokens = np.zeros((len(rows), width), np.int64)
     for i, row in enumerate(rows):
         tokens[i, : len(row.tokens)] = row.tokens
+    clean = None if rows[0].clean is None else np.stack([row.clean for row in rows])
     uniform = rows[0].time is not None
-    time = np.array([row.time for row in rows], np.float32) if uniform else None
+    time = np.stack([row.time for row in rows]) if uniform else None
     noisy = np.concatenate([row.noisy for _, _, row in entries]) if uniform else None
     beta = np.concatenate([row.beta for _, _, row in entries]) if uniform else None
 
@@ -241,7 +270,8 @@ def assemble(rows, entries, finished):
     targets = np.concatenate([row.targets for _, _, row in entries])
     weights = np.concatenate([row.weights for _, _, row in entries])
     owner = np.concatenate([np.full(len(row.columns), owner) for _, owner, row in entries])
-    batch = diffusion.Batch(tokens, targets, weights[:, None], index, time, noisy=noisy, beta=beta)
+    batch = diffusion.Batch(
+        tokens, targets, weights[:, None], index, time, noisy=noisy, beta=beta, clean=clean)
     return ScoredBatch(batch, owner, weights, finished)
 
 
@@ -347,10 +377,14 @@ def equal_lengths(scorer, pieces):
 
 
 def surest_token(scorer, ids, masked):
-    """(column of the surest masked position, whether its likeliest token is true), (B,), of rows (B, T)."""
+    """(column of the surest masked position, whether its likeliest token is true), (B,), of rows (B, T).
+
+    Of block diffusion, too, whose blocks do not wait for each other here: all that is written is true.
+    """
     index = np.flatnonzero(masked)
     z = np.where(masked, scorer.process.mask_id, ids)
-    batch = diffusion.Batch(z, ids.reshape(-1)[index], None, index)
+    clean = ids if scorer.process.block else None
+    batch = diffusion.Batch(z, ids.reshape(-1)[index], None, index, clean=clean)
     _, likeliest, probability = forward_pass(scorer, batch, True)
     confidence, tokens = np.full(masked.size, -1.0), np.zeros(masked.size, np.int64)
     confidence[index], tokens[index] = probability.float().cpu().numpy(), likeliest.cpu().numpy()

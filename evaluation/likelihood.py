@@ -65,11 +65,16 @@ class RowScorer(NamedTuple):
 
 
 class RowLosses(NamedTuple):
-    """The loss of each of N rows in each pass, in order of the noise level, by its P parts."""
+    """The loss of each of N rows in each pass, in order of the noise level, by its M blocks and P parts."""
 
-    values: np.ndarray  # (passes, N, P) fp64, nats per token
+    cells: np.ndarray  # (passes, N, M, P) fp64: what a block adds to its row's nats per token
     ids: np.ndarray  # (passes, N) the number of each row's sequence
     levels: list  # of diffusion.NoiseLevels, one per pass
+
+    @property
+    def values(self):
+        """The loss of each row by its parts, (passes, N, P) nats per token."""
+        return self.cells.sum(2)
 
     @property
     def parts(self):
@@ -98,30 +103,30 @@ def evaluate(scorer, process, n_rows, passes=1, on_progress=lambda done, total: 
     shared = scorer.micro_batch * scorer.ranks.world
     n_batches = -(-n_rows // shared) * scorer.ranks.world
     total = passes * n_batches // scorer.ranks.world
-    all_values, all_ids, all_levels = [], [], []
+    all_cells, all_ids, all_levels = [], [], []
 
     with eval_mode(scorer.objective):
         for number in range(passes):
             levels = diffusion.noise_levels(process, number * n_rows, n_rows)
             ids = data.validation_ids(n_rows, scorer.sequences.available, number)
-            values = None
+            cells = None
             for batch in range(scorer.ranks.rank, n_batches, scorer.ranks.world):
                 rows = levels.microbatch_rows(batch, n_batches)
                 losses = batch_losses(scorer, process, ids, levels, rows, n_batches / n_rows)
-                if values is None:
-                    values = np.zeros((n_rows, losses.shape[1]))
-                values[rows] = n_rows * losses
+                if cells is None:
+                    cells = np.zeros((n_rows, *losses.shape[1:]))
+                cells[rows] = n_rows * losses
                 on_progress((number * n_batches + batch) // scorer.ranks.world + 1, total)
-            all_values.append(sum_over_ranks(scorer.ranks, values))
+            all_cells.append(sum_over_ranks(scorer.ranks, cells))
             all_ids.append(ids)
             all_levels.append(levels)
 
-    return RowLosses(np.stack(all_values), np.stack(all_ids), all_levels)
+    return RowLosses(np.stack(all_cells), np.stack(all_ids), all_levels)
 
 
 def batch_losses(scorer, process, ids, levels, rows, spacing):
-    """The parts of the loss of one pass's `rows` in a batch filled up to micro_batch: (len(rows), P) fp64."""
-    micro = scorer.micro_batch
+    """The losses of one pass's `rows`, in a batch filled up to micro_batch: (len(rows), M, P) fp64."""
+    micro, M = scorer.micro_batch, process.n_blocks
     valid = np.arange(micro) < len(rows)
     filled = np.concatenate((rows, np.full(micro - len(rows), len(ids) - 1)))
     batch = scorer.read(process, scorer.sequences, ids[filled], levels, filled, valid=valid, spacing=spacing)
@@ -131,9 +136,9 @@ def batch_losses(scorer, process, ids, levels, rows, spacing):
         nats = scorer.objective.nats_at_positions(tensors)
     nats = nats.double().cpu().numpy()
     position = np.arange(micro * process.seq_len) if batch.index is None else batch.index
-    row = position // process.seq_len
-    losses = [np.bincount(row, nats * weight, micro) for weight in batch.weights.T]
-    return np.stack(losses, axis=1)[: len(rows)]
+    cell = position // process.seq_len * M + position % process.seq_len // process.block_size
+    losses = [np.bincount(cell, nats * weight, micro * M) for weight in batch.weights.T]
+    return np.stack(losses, axis=1).reshape(micro, M, -1)[: len(rows)]
 
 
 def sum_over_ranks(ranks, values):
@@ -262,18 +267,19 @@ class Bin(NamedTuple):
 
 
 def noise_curve(losses, process, bins):
-    """The loss against the noise ratio r in `bins` equal bins: {bin: Bin} of those that have rows.
+    """The loss against the noise ratio r in `bins` equal bins: {bin: Bin} of those that have blocks of rows.
 
     For masked models the mean cross-entropy of masked tokens, for uniform ones the bound's integrand over r.
     Its integral over r is the bound.
     """
-    values = losses.values.sum(2).flatten()
+    n = np.stack([levels.n_eligible for levels in losses.levels])  # (passes, N, M)
+    values = (losses.cells.sum(3) * (process.seq_len / n)).flatten()  # nats per token of the block
     if process.objective == "masked":
-        count = np.concatenate([levels.count for levels in losses.levels])
-        return bin_means(count / process.seq_len, values, bins)
+        count = np.stack([levels.count for levels in losses.levels])
+        return bin_means((count / n).flatten(), values, bins)
 
-    t = np.concatenate([levels.t for levels in losses.levels])
-    r = diffusion.schedule(process.schedule).r(t)
+    t = np.stack([levels.t for levels in losses.levels])
+    r = diffusion.schedule(process.schedule).r(t).flatten()
     curve = {}
     for k, point in bin_means(r, values, bins).items():
         # r was drawn with a density. What a bin adds to the bound is known from all rows; the integrand near
@@ -289,17 +295,19 @@ def cross_entropy_curves(losses, process, bins):
     Returns two curves against the noise ratio, as `noise_curve` does. The parts' weights are undone:
     1/(count·P(count)) and 1/Σ clean.
     """
-    L = process.seq_len
-    count = np.stack([levels.count for levels in losses.levels])  # (passes, N)
+    count, n = (np.stack([getattr(levels, name) for levels in losses.levels])  # (passes, N, M)
+                for name in ("count", "n_eligible"))
     inverse = diffusion.schedule(process.schedule).inverse
-    noisy = 2 * losses.values[..., 0] * L * (inverse(count / L) - inverse((count - 1) / L))
-    with np.errstate(divide="ignore", invalid="ignore"):  # rows without a clean token
-        clean = 2 * losses.values[..., 1] * (L - count).mean(1, keepdims=True) / (L - count)
+    probability = inverse(count / n) - inverse((count - 1) / n)
+    noisy = 2 * losses.cells[..., 0] * process.seq_len * probability
+    n_clean = (n - count).sum((1, 2), keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):  # blocks without a clean token
+        clean = 2 * losses.cells[..., 1] * (n_clean / count.shape[1]) / (n - count)
 
     curves = []
     for values in (noisy, clean):
         finite = np.isfinite(values)
-        curves.append(bin_means(count[finite] / L, values[finite], bins))
+        curves.append(bin_means((count / n)[finite], values[finite], bins))
     return curves
 
 
@@ -322,10 +330,12 @@ ORDERS = ("left_to_right", "confidence", "random")
 
 @torch.no_grad()
 def chain_rule(objective, x, order, mask_id, autocast=contextlib.nullcontext, seed=0, row_numbers=None,
-               documents=None, positions=None, on_progress=lambda done, total: None):
+               documents=None, positions=None, block=0, on_progress=lambda done, total: None):
     """−log p of each token of the rows x (B, L) by the chain rule in an order: L passes of a masked network.
 
-    Returns (B, L) nats by position: the exact likelihood of the sampler that writes in that order.
+    Returns (B, L) nats by position: the exact likelihood of the sampler that writes in that order. Of block
+    diffusion the order is within blocks; all go on at once, each given the clean ones before it: as many
+    passes as a `block` has tokens.
 
     order:
         left_to_right
@@ -337,37 +347,44 @@ def chain_rule(objective, x, order, mask_id, autocast=contextlib.nullcontext, se
     documents, positions: (B, L), as in the batches of models that attend within documents.
     """
     B, L = x.shape
+    size = block or L
     z = torch.full_like(x, mask_id)
     nats = torch.zeros(B, L, dtype=torch.float64, device=x.device)
-    left_to_right = torch.arange(L, device=x.device).expand(B, L)
-    turns = left_to_right
-    masked = left_to_right  # of `confidence`: the columns that are still masked, (B, L − step)
+    turns = np.arange(-(-L // size) * size).reshape(-1, size)  # the columns of each block, in order
+    turns = np.broadcast_to(turns, (B, *turns.shape))
     if order == "random":
         row_numbers = np.arange(B) if row_numbers is None else row_numbers
         keys = diffusion.random_bits(seed, diffusion.ORDER, row_numbers, L)
-        turns = torch.from_numpy(np.argsort(keys, axis=1)).to(x.device)
+        missing = ((0, 0), (0, turns[0].size - L))  # the last block's, which come last
+        keys = np.pad(keys, missing, constant_values=~np.uint64(0)).reshape(turns.shape)
+        turns = np.take_along_axis(turns, np.argsort(keys, axis=2, kind="stable"), 2)
+    masked = turns = torch.tensor(turns, device=x.device)  # (B, M, size)
 
     def score(columns, with_confidence=False):
-        return score_columns(objective, z, x, columns, autocast, documents, positions, with_confidence)
+        return score_columns(objective, z, x, columns, autocast, documents, positions, block, with_confidence)
 
     with eval_mode(objective):
-        for step in range(L):
+        for step in range(size):
+            M = -(-(L - step) // size)  # the last block may have no more columns
             if order == "confidence":
-                all_nats, confidence = score(masked, with_confidence=True)
-                surest = (confidence * 4096).round().argmax(1, keepdim=True)
-                column, column_nats = masked.gather(1, surest), all_nats.gather(1, surest)
-                others = torch.arange(L - step, device=x.device) != surest
-                masked = masked[others].view(B, L - step - 1)
+                masked = masked[:, :M]  # the columns that are still masked, (B, M, size − step)
+                all_nats, confidence = (part.view_as(masked) for part in score(
+                    masked.flatten(1).clamp_max(L - 1), with_confidence=True))
+                confidence = (confidence * 4096).round().masked_fill(masked >= L, -1)
+                surest = confidence.argmax(2, keepdim=True)
+                columns, column_nats = (part.gather(2, surest)[:, :, 0] for part in (masked, all_nats))
+                others = torch.arange(size - step, device=x.device) != surest
+                masked = masked[others].view(B, M, size - step - 1)
             else:
-                column = turns[:, step : step + 1]
-                column_nats = score(column)
-            nats.scatter_(1, column, column_nats.double())
-            z = z.scatter(1, column, x.gather(1, column))
-            on_progress(step + 1, L)
+                columns = turns[:, :M, step]
+                column_nats = score(columns)
+            nats.scatter_(1, columns, column_nats.double())
+            z = z.scatter(1, columns, x.gather(1, columns))
+            on_progress(step + 1, size)
     return nats.cpu().numpy()
 
 
-def score_columns(objective, z, x, columns, autocast, documents, positions, with_confidence=False):
+def score_columns(objective, z, x, columns, autocast, documents, positions, block, with_confidence=False):
     """−log p of the tokens x at `columns` (B, n), given the noisy rows z (B, L): (B, n) nats.
 
     With `with_confidence` also the probability of the likeliest token there, (B, n).
@@ -376,7 +393,8 @@ def score_columns(objective, z, x, columns, autocast, documents, positions, with
     first = torch.arange(B, device=z.device)[:, None] * L
     index = (first + columns).flatten()
     targets = x.gather(1, columns).flatten()
-    batch = diffusion.Batch(z, targets, None, index, documents=documents, positions=positions)
+    batch = diffusion.Batch(z, targets, None, index, documents=documents, positions=positions,
+                            clean=x if block else None)
     with autocast():
         scores = objective.nats_at_positions(batch, likeliest=with_confidence)
     if not with_confidence:

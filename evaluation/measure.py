@@ -92,7 +92,7 @@ def measure_bound(cfg, subject):
     """
     generator, validation, ranks = subject.generator, subject.validation, subject.ranks
     settings, sequences = validation.settings, validation.sequences
-    exact = generator.objective == "ar"
+    exact = not generator.process.has_noise
     passes = 1 if exact else cfg.passes
     rows = cfg.rows or settings.eval_rows or -1
     rows = sequences.available if rows < 0 else min(rows, sequences.available)
@@ -185,7 +185,8 @@ def ordered_nats(cfg, subject, order, ids, row_numbers, on_progress):
         documents = torch.as_tensor(documents, device=device)
     x = torch.as_tensor(tokens[:, 1:], dtype=torch.int64, device=device)
     nats = likelihood.chain_rule(subject.objective, x, order, generator.tokenizer.mask_id, generator.autocast,
-                                 cfg.seed, row_numbers, documents, positions, on_progress)
+                                 cfg.seed, row_numbers, documents, positions, generator.process.block,
+                                 on_progress)
     return nats.mean(1)
 
 

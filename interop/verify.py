@@ -52,7 +52,7 @@ def native_logits(config, weights, ids):
     network.init_tables()
     x = weights["embed.weight"].read()[ids].float()
     if config.timed:
-        x = x + load_module(network.time, weights, "time.")(torch.full((B,), 0.5))
+        x = x + load_module(network.time, weights, "time.")(torch.full((B, 1), 0.5))
     for i in range(config.n_layer):
         block = load_module(network.blocks[0], weights, f"blocks.{i}.")
         x = block(x, network.cos, network.sin, None)

@@ -65,7 +65,7 @@ class Network(torch.nn.Module):
         self.config = SimpleNamespace(n_vocab=V, mask_id=V, causal=False, timed=kind != "masked")
         self.embed, self.head = torch.nn.Embedding(1, 1), torch.eye(V)
 
-    def forward(self, z, t=None, documents=None, index=None, positions=None, visible=None):
+    def forward(self, z, t=None, documents=None, index=None, positions=None, visible=None, clean=None):
         p_seen = self.p_seen[self.place, z]  # (B, L, components)
         if self.kind == "masked":
             weight = (self.log_share + self.trust * p_seen.log().sum(1)).softmax(-1)
@@ -157,7 +157,7 @@ def coverage(L, name, repeats, row_numbers=ROWS):
                 values, ids = measurement.repeats(rows, max(PASSES))
             for one in values:
                 for passes in PASSES:
-                    losses = likelihood.RowLosses(one[:passes, :, None], ids[:passes], [])
+                    losses = likelihood.RowLosses(one[:passes, :, None, None], ids[:passes], [])
                     error, _ = likelihood.standard_error(losses, exact=name == "ar")
                     assert math.isfinite(error), "an error was not stated"
                     hits[passes] += abs(sum(losses.parts) - truth) < 1.96 * error

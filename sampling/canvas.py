@@ -79,17 +79,21 @@ class Block(NamedTuple):
         return self.number << 20
 
 
-def split_into_blocks(canvas, cfg):
+def split_into_blocks(canvas, cfg, diffusion_block=0):
     """The Blocks of a canvas, cfg.block columns wide from each row's first new position on (0: one block).
 
-    A row's steps are spread over its blocks by their new tokens. Orders that unmask a fixed number of tokens
-    per step get no more steps than tokens.
+    Those of a network of block diffusion are as in training, diffusion_block wide from a row's first token
+    on; the first also has its prompt's last tokens. A row's steps are spread over its blocks by their new
+    tokens. Orders that unmask a fixed number of tokens per step get no more steps than tokens.
     """
     is_new, L = canvas.is_new, canvas.is_new.shape[1]
     column, n_new = np.arange(L), is_new.sum(1)
     begin = np.where(n_new > 0, is_new.argmax(1), L)
     end = np.where(n_new > 0, L - is_new[:, ::-1].argmax(1), L)
-    width = cfg.block or L
+    width = diffusion_block or cfg.block or L
+    if diffusion_block:
+        place = np.take_along_axis(canvas.positions(), np.minimum(begin, L - 1)[:, None], 1)[:, 0]
+        begin = np.where(n_new > 0, begin - place % diffusion_block, L)
     counts_tokens = cfg.order in ("first_hitting", "threshold")  # takes as many steps as it needs
     blocks, n_before = [], np.zeros(len(is_new), int)
     for number in range(-(-int((end - begin).max()) // width)):

@@ -104,7 +104,8 @@ def read_canvas(z, canvas, eos_id):
 def decode_masked(predictor, schedule, on_step):
     """Unmask every new position of a masked model's canvas, block after block. Returns z (B, L)."""
     canvas, cfg, mask_id = predictor.canvas, predictor.cfg, predictor.mask_id
-    z, blocks, n_masked = canvas.ids, split_into_blocks(canvas, cfg), []
+    z, n_masked = canvas.ids, []
+    blocks = split_into_blocks(canvas, cfg, predictor.config.diffusion_block)
     for block in blocks:
         predictor.start_block(block)
         if cfg.remask == "confidence":
@@ -114,13 +115,18 @@ def decode_masked(predictor, schedule, on_step):
             z = follow_plan(predictor, z, block, unmask, remask, on_step)
         else:
             z = unmask_by_confidence(predictor, z, block, on_step)
-        if cfg.stop and block is not blocks[-1]:  # after a separator nothing is left to write
-            ended = ((z == predictor.eos_id) & ~predictor.cannot_end.view_as(z)).cumsum(1) > 0
-            z = torch.where(ended & (z == mask_id), predictor.eos_id, z)
+        if cfg.stop and block is not blocks[-1]:
+            z = fill_ended(predictor, z, z == mask_id)
             n_masked.append(AsyncCopy((z == mask_id).sum()))
             if any(copy.ready() and not copy.values for copy in n_masked):
                 break
     return z
+
+
+def fill_ended(predictor, z, is_left):
+    """Separators at the positions that are left to write, (B, L), after the one that ends a text. → (B, L)"""
+    ends = (z == predictor.eos_id) & ~is_left & ~predictor.cannot_end.view_as(z)
+    return torch.where((ends.cumsum(1) > 0) & is_left, predictor.eos_id, z)
 
 
 def noise_ratios(steps, schedule):
@@ -371,23 +377,37 @@ def remask_by_confidence(predictor, z, block, schedule, on_step):
 def decode_uniform(predictor, schedule, posterior, on_step):
     """Denoise the new positions of a uniform model's canvas, at first uniform noise. Returns z (B, L)."""
     canvas, cfg, V = predictor.canvas, predictor.cfg, predictor.config.n_vocab
-    n_new = canvas.is_new.sum(1)
-    steps = np.where(n_new > 0, cfg.steps or n_new, 0)
+    noise = np.ceil(canvas.uniforms(cfg.seed, START, 1 << 39)[..., 0] * V).astype(np.int64) - 1
+    is_left = predictor.to_tensor(canvas.is_new)
+    z, n_left = torch.where(is_left, predictor.to_tensor(noise), canvas.ids), []
+    plain = cfg._replace(order="ancestral", block=0)
+    blocks = split_into_blocks(canvas, plain, predictor.config.diffusion_block)
+    for block in blocks:
+        predictor.start_block(block)
+        z = denoise_block(predictor, z, block, schedule, posterior, on_step)
+        is_left = is_left & ~predictor.to_tensor(block.is_new)
+        if cfg.stop and block is not blocks[-1]:
+            z, before = fill_ended(predictor, z, is_left), z
+            is_left = is_left & (z == before)
+            n_left.append(AsyncCopy(is_left.sum()))
+            if any(copy.ready() and not copy.values for copy in n_left):
+                break
+    return z
+
+
+def denoise_block(predictor, z, block, schedule, posterior, on_step):
+    """Denoise the new positions of a Block, from ratio 1 to 0. Returns z (B, L)."""
+    canvas, cfg, steps = predictor.canvas, predictor.cfg, block.steps
     predictor.row_passes += predictor.to_tensor(steps)
     ratios = noise_ratios(steps, schedule)  # (B, S + 1)
-    index = np.flatnonzero(canvas.is_new)
+    index = np.flatnonzero(block.is_new)
     row, positions = index // canvas.is_new.shape[1], predictor.to_tensor(index)
-
-    u = canvas.uniforms(cfg.seed, START, 1 << 39)[..., 0].reshape(-1)[index]
-    noise = np.ceil(u * V).astype(np.int64) - 1
-    z = canvas.ids.flatten().scatter(0, positions, predictor.to_tensor(noise)).view_as(canvas.ids)
-
     for i in range(ratios.shape[1] - 1):
         time = np.clip(1 - i / np.maximum(steps, 1), 0, 1).astype(np.float32)
         ratio, next_ratio = (predictor.to_tensor(ratios[row, j].astype(np.float32)) for j in (i, i + 1))
-        u = [canvas.uniforms(cfg.seed, stream, i) for stream in (TOKEN, CHANGE, START)]
+        u = [canvas.uniforms(cfg.seed, stream, block.first_step + i) for stream in (TOKEN, CHANGE, START)]
         u = np.concatenate(u, axis=2)  # (B, L, 6)
-        t = predictor.to_tensor(time).repeat(predictor.copies)
+        t = predictor.to_tensor(time[:, None]).repeat(predictor.copies, 1)
         hidden = predictor.hidden(z, positions, t=t)
         old, u = z.flatten()[positions], predictor.to_tensor(u.reshape(-1, 6)[index])
         new = []

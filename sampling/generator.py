@@ -27,7 +27,7 @@ class Generator:
         self.posterior = settings["loss"] == "paper"  # a uniform model whose logits are not leave-one-out
         self.schedule = diffusion.schedule(settings["schedule"])
         self.process = diffusion.Process(self.objective, tokenizer.n_vocab, tokenizer.mask_id, self.seq_len,
-                                         schedule=settings["schedule"])
+                                         schedule=settings["schedule"], block=shape.get("diffusion_block", 0))
 
     @classmethod
     def from_checkpoint(cls, path, device="auto", dtype="auto"):

@@ -44,10 +44,14 @@ class Predictor:
             self.cannot_end = self.to_tensor(~canvas.may_end(cfg.min_length)).flatten()
         self.is_unrestricted = not cfg.stop and not cfg.suppress_tokens and not cfg.guidance
 
-        # the network, and its cache
+        # the network, and its cache, without which a block of block diffusion would see none before it
         self.forward, self.cache = maybe_compile(model, cfg), None
         self.cache_age = None  # passes since all columns were stored; None: they never were
-        if cfg.cache != "no":
+        self.block_size, self.block_numbers = self.config.diffusion_block, None
+        if self.block_size:
+            numbers = self.to_tensor(canvas.positions() // self.block_size)
+            self.block_numbers = numbers.repeat(self.copies, 1)
+        if cfg.cache != "no" or self.block_size:
             dtype = self.autocast_dtype or torch.float32
             self.cache = KVCache(self.config, self.copies * self.B, self.L, self.device, dtype)
             self.forward_cached = maybe_compile(model.forward_cached, cfg)
@@ -64,6 +68,8 @@ class Predictor:
 
     def start_block(self, block):
         """Let the next passes be about a Block; with a cache they compute a window of columns around it."""
+        if self.block_size:
+            return self.start_diffusion_block(block)
         self.cache_age = None
         if self.cache is None:
             return
@@ -73,25 +79,69 @@ class Predictor:
         else:
             width = int((block.last - block.first).max()) if dual else self.L - int(block.first.min())
         self.width = min(self.L, width)
-        start = np.minimum(block.first, self.L - self.width)
-        window = start[:, None] + np.arange(self.width)
+        window = self.set_window(block.first)
         is_stored = window >= block.first[:, None]
         if dual:
             is_stored &= window < block.last[:, None]
-        self.window_start = self.to_tensor(start)  # (B,)
-        self.window = self.to_tensor(window).repeat(self.copies, 1)  # (B or 2B, width) columns
         self.is_stored = self.to_tensor(is_stored).repeat(self.copies, 1)  # their keys and values, each pass
+
+    def set_window(self, first):
+        """Let passes compute self.width columns from `first` (B,) on; returns them, (B, width)."""
+        start = np.clip(first, 0, self.L - self.width)
+        window = start[:, None] + np.arange(self.width)
+        self.window_start = self.to_tensor(start)  # (B,)
+        self.window = self.to_tensor(window).repeat(self.copies, 1)  # (B or 2B, width)
+        return window
+
+    def start_diffusion_block(self, block):
+        """`start_block` of block diffusion, whose cache is exact: no token sees a later block.
+
+        The pass that opens a block also stores the keys and values of the block before, now finished, or at
+        first of the whole prompt; the block's other passes compute its own columns alone.
+        """
+        is_first = self.cache_age is None
+        self.block, self.cache_age = block, 0
+        numbers = self.canvas.positions() // self.block_size
+        self.own_number = np.where(block.is_new, numbers, 0).max(1)  # (B,)
+        self.n_keys = self.L if self.cfg.compile else int(block.last.max())
+        self.width = self.n_keys if is_first else min(2 * self.block_size, self.L)
+        self.set_window(0 * block.first if is_first else block.first - self.block_size)
+
+    def hidden_in_block(self, z, index, t):
+        """`hidden` of block diffusion."""
+        if self.cfg.cache == "no":
+            self.width = self.n_keys
+            self.set_window(0 * self.block.first)
+        elif self.cache_age == 1:
+            self.width = min(self.block_size, self.L)
+            self.set_window(self.block.first)
+        self.cache_age += 1
+        if t is not None:  # what is finished has none
+            number = self.to_tensor(self.own_number[:, None]).repeat(self.copies, 1)
+            t = torch.where(self.block_numbers.gather(1, self.window) == number, t, 0.0)
+        positions = None if self.positions is None else self.positions.gather(1, self.window)
+        return self.run(self.forward_cached, self.place_in_window(index), z.gather(1, self.window),
+                        self.cache, self.window, positions=positions, is_token=self.is_token,
+                        n_keys=self.n_keys, t=t, block_numbers=self.block_numbers)
+
+    def place_in_window(self, index):
+        """The places of the positions index (C,) among the window's, (C,). Nothing masked is outside."""
+        row, column = index // self.L, index % self.L
+        place = column - self.window_start[row % self.B]
+        return row * self.width + place.clamp(0, self.width - 1)
 
     def hidden(self, z, index, probe_slice=slice(0), t=None):
         """The hidden states of z (B, L) at index (C,): (C, D).
 
         With guidance (2C, D), the second half with the prompt masked. probe_slice: the part of index that is
-        of the row `self.probe.row`. t (B,), with guidance (2B,): the time of a timed network.
+        of the row `self.probe.row`. t (B, 1), with guidance (2B, 1): the time of a timed network.
         """
         if self.copies == 2:
             z = torch.cat((z, torch.where(self.is_prompt, self.mask_id, z)))
             index = torch.cat((index, index + self.B * self.L))
         self.n_passes += self.copies
+        if self.block_size:
+            return self.hidden_in_block(z, index, t)
         if self.cache is None:
             return self.run(self.forward, index, z, t, self.documents, positions=self.positions)
         if self.cache_age is None or 0 < self.cfg.refresh <= self.cache_age:
@@ -102,12 +152,10 @@ class Predictor:
 
         # only the window's columns
         self.cache_age += 1
-        row, column = index // self.L, index % self.L
-        place = column - self.window_start[row % self.B]
-        place = place.clamp(0, self.width - 1)  # nothing masked is outside
         positions = None if self.positions is None else self.positions.gather(1, self.window)
-        hidden = self.run(self.forward_cached, row * self.width + place, z.gather(1, self.window), self.cache,
-                          self.window, self.is_stored, positions=positions, is_token=self.is_token)
+        hidden = self.run(self.forward_cached, self.place_in_window(index), z.gather(1, self.window),
+                          self.cache, self.window, self.is_stored, positions=positions,
+                          is_token=self.is_token)
         self.probe.add(z, index[probe_slice], hidden[probe_slice])
         return hidden
 

@@ -31,33 +31,44 @@ class Denoiser(torch.nn.Module):
     """Stands in for the network: hidden states are the optimal log-probabilities, the head is the identity.
 
     kind: masked; loo (uniform, leave one out) or posterior (uniform, the position's own token seen).
-    mistake: how wrong it is, in a fixed way. clean (B, L): the positions that it knows to be clean.
+    mistake: how wrong it is, in a fixed way. clean (B, L): the positions that it knows to be clean. block: of
+    block diffusion, the positions of a block; of later ones it knows nothing.
     """
 
-    def __init__(self, kind, schedule="linear", mistake=0.0, clean=None):
+    def __init__(self, kind, schedule="linear", mistake=0.0, clean=None, block=0):
         super().__init__()
         self.kind, self.schedule, self.mistake = kind, diffusion.schedule(schedule), mistake
         self.clean = torch.zeros(1, L, dtype=torch.bool) if clean is None else torch.from_numpy(clean)
-        self.config = SimpleNamespace(n_vocab=V, mask_id=M, causal=False, timed=kind != "masked")
+        self.config = SimpleNamespace(n_vocab=V, mask_id=M, causal=False, timed=kind != "masked",
+                                      diffusion_block=block)
         self.embed = torch.nn.Embedding(1, 1)
         self.head = torch.eye(V, dtype=torch.float64)
 
     def logits(self, hidden):
         return hidden
 
-    def forward(self, z, t=None, documents=None, index=None, positions=None, visible=None):
+    def likelihood(self, z, t):
+        """p(z_i | x_i) for each of the states x: (B, 27, L)."""
+        equal = z[:, None, :] == torch.tensor(STATES)[None]
+        if self.kind == "masked":
+            return torch.where(z[:, None, :] == M, 1.0, equal.double())
+        ratio = torch.tensor(self.schedule.r(t.double().numpy()))  # (B, M)
+        if ratio.shape[1] > 1:
+            ratio = ratio.repeat_interleave(self.config.diffusion_block, 1)[:, :L]
+        ratio = ratio[:, None, :] * ~self.clean[:, None, :]
+        return (1 - ratio) * equal + ratio / V
+
+    def forward(self, z, t=None, documents=None, index=None, positions=None, visible=None, clean=None):
         """log p(x_i = v | what is known), (B, L, V) or (C, V): enumeration over all states."""
         states, prior = torch.tensor(STATES), torch.tensor(P)
-        equal = z[:, None, :] == states[None]  # (B, 27, L)
-        if self.kind == "masked":
-            likelihood = torch.where(z[:, None, :] == M, 1.0, equal.double())
-        else:
-            ratio = torch.tensor(self.schedule.r(t.double().numpy()))[:, None, None]
-            ratio = ratio * ~self.clean[:, None, :]
-            likelihood = (1 - ratio) * equal + ratio / V
+        likelihood, block = self.likelihood(z, t), self.config.diffusion_block
         chances = torch.zeros(len(z), L, V, dtype=torch.float64)
         for i in range(L):
             others = likelihood.clone()
+            if block:  # the blocks before are known, those after are not
+                start = i // block * block
+                others[:, :, :start] = (clean[:, None, :] == states[None])[:, :, :start].double()
+                others[:, :, start + block :] = 1.0
             if self.kind != "posterior":  # leave one out; for masked positions it makes no difference
                 others[:, :, i] = 1.0
             weight = others.prod(-1) * prior  # (B, 27)
@@ -72,7 +83,7 @@ class Denoiser(torch.nn.Module):
 
 def loss_of(network, batch, posterior=False):
     """The loss of a network on a batch of tensors."""
-    hidden = network(batch.tokens, batch.time, batch.documents, batch.index)
+    hidden = network(batch.tokens, batch.time, batch.documents, batch.index, clean=batch.clean)
     return diffusion.loss_figures(hidden, network.head, batch, network.config.n_vocab, posterior)["loss"]
 
 

@@ -425,7 +425,7 @@ def test_padding_covers_a_mask_id_beyond_the_text():
 @torch.no_grad()
 def test_time_embedding_tells_times_apart():
     model, ids = build(timed=True), tokens(1, 16).repeat(9, 1)
-    times = torch.tensor([0.0, 0.001, 0.01, 0.1, 0.25, 0.5, 0.75, 0.999, 1.0])
+    times = torch.tensor([0.0, 0.001, 0.01, 0.1, 0.25, 0.5, 0.75, 0.999, 1.0])[:, None]
     hidden = model(ids, times)
     apart = torch.cdist(hidden.flatten(1), hidden.flatten(1)) / math.sqrt(hidden[0].numel())
     assert apart[~torch.eye(9, dtype=torch.bool)].min() > 0.01
@@ -443,7 +443,7 @@ def test_time_features_are_sinusoids_with_periods_from_2_pi_thousandths():
     features = torch.cat((wave.real, wave.imag), 1).float()
     truth = F.silu(features @ model.up.weight.T) @ model.down.weight.T
     # angles reach 1000, where fp32 has steps of 6e-5
-    torch.testing.assert_close(model(t), truth[:, None], rtol=0, atol=3e-4 * truth.abs().max().item())
+    torch.testing.assert_close(model(t[None])[0], truth, rtol=0, atol=3e-4 * truth.abs().max().item())
 
 
 @torch.no_grad()
@@ -455,7 +455,7 @@ def test_an_untimed_network_ignores_time():
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16))
 def test_a_timed_network_runs_in_any_dtype(dtype):
-    assert build(timed=True, dtype=dtype)(tokens(2, 16), torch.tensor([0.1, 0.9])).dtype == dtype
+    assert build(timed=True, dtype=dtype)(tokens(2, 16), torch.tensor([[0.1], [0.9]])).dtype == dtype
 
 
 # ------------------------------------------------------------------------------------------------- local_init

@@ -43,7 +43,7 @@ SHAPE = ("n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "d_ff", "tied"
 
 def setting_problems(cfg):
     """Settings that do not go together, one line each, beyond the table train.Config.NEEDS."""
-    problems = [*budget_problems(cfg), *shape_problems(cfg), *machine_problems(cfg)]
+    problems = [*budget_problems(cfg), *shape_problems(cfg), *block_problems(cfg), *machine_problems(cfg)]
     for parse in (lambda: check_unique_tokens(cfg), lambda: diffusion.schedule(cfg.schedule), cfg.kept_steps):
         try:
             parse()
@@ -95,6 +95,16 @@ def shape_problems(cfg):
         if getattr(cfg, name) != getattr(defaults, name):
             source = f"init_from={cfg.init_from}" if name == "model" else named
             yield f"{name}={getattr(cfg, name)} contradicts {source}; give one of the two"
+
+
+def block_problems(cfg):
+    """What is wrong with the blocks of block diffusion."""
+    if cfg.diffusion_block > cfg.seq_len:
+        yield f"diffusion_block={cfg.diffusion_block} is more than a row of seq_len={cfg.seq_len}"
+    for name, otherwise in dict(shift="no", anneal=0).items():
+        if cfg.diffusion_block and getattr(cfg, name) not in ("auto", otherwise):
+            yield (f"{name}={getattr(cfg, name)} is not for diffusion_block: an AR model goes on in blocks "
+                   f"as it is; leave {name} out")
 
 
 def machine_problems(cfg):
@@ -252,11 +262,12 @@ def build_run(cfg, ranks, device, initial=None):
 
     process = diffusion.Process(
         cfg.objective, meta["n_vocab"], meta["mask_id"], cfg.seq_len, cfg.seed, cfg.loss, cfg.estimator,
-        cfg.schedule, cfg.time, cfg.time_sigma, cfg.time_correction)
+        cfg.schedule, cfg.time, cfg.time_sigma, cfg.time_correction, block_of(cfg))
     model_config = ModelConfig(
         **shape_and_shift(cfg, initial, meta), n_vocab=meta["n_vocab"], mask_id=meta["mask_id"],
         seq_len=cfg.seq_len, causal=cfg.objective == "ar", timed=cfg.objective == "uniform",
-        dropout=cfg.dropout, init_std=cfg.init_std, scaled_init=cfg.scaled_init, local_init=cfg.local_init)
+        dropout=cfg.dropout, init_std=cfg.init_std, scaled_init=cfg.scaled_init, local_init=cfg.local_init,
+        diffusion_block=block_of(cfg))
 
     eval_rows = min(cfg.eval_rows or val_sequences.available, val_sequences.available)
     scored = validation_ids(eval_rows, val_sequences.available)
@@ -276,6 +287,11 @@ def build_run(cfg, ranks, device, initial=None):
     if cfg.compile != "no" and not cfg.dry_run:
         compiler.check(device)
     return run
+
+
+def block_of(cfg):
+    """Tokens of a block of block diffusion; 0 where the whole row is one."""
+    return cfg.diffusion_block % cfg.seq_len
 
 
 def check_length(cfg, ranks, steps):
@@ -301,7 +317,8 @@ def shape_and_shift(cfg, initial, meta):
                          f"corpus '{meta['tokenizer']}' of {meta['n_vocab']}; prepare the corpus with the "
                          "checkpoint's own (convert.py puts it beside the weights)")
     was_shifted = old.causal or old.shift
-    shift = cfg.objective == "masked" and (cfg.shift == "yes" or cfg.shift == "auto" and was_shifted)
+    may_shift = cfg.objective == "masked" and not block_of(cfg)
+    shift = may_shift and (cfg.shift == "yes" or cfg.shift == "auto" and was_shifted)
     return {name: getattr(old, name) for name in SHAPE} | dict(shift=shift)
 
 

@@ -25,7 +25,7 @@ def noisy_share(process, first_sample=0, n_rows=4096, progress=0.5, lengths=None
     if process.objective != "masked":
         return 1.0
     levels = diffusion.noise_levels(process, first_sample, n_rows, progress, lengths)
-    return float(levels.count.mean()) / process.seq_len
+    return float(levels.count.sum(1).mean()) / process.seq_len
 
 
 def expected_share(run):

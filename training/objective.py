@@ -31,9 +31,8 @@ class Objective(nn.Module):
 
     def hidden(self, batch):
         """The network's hidden states for a batch."""
-        return self.network(
-            batch.tokens, batch.time, batch.documents, batch.index, batch.positions, batch.visible
-        )
+        return self.network(batch.tokens, batch.time, batch.documents, batch.index, batch.positions,
+                            batch.visible, batch.clean)
 
     def forward(self, batch):
         n_vocab = self.network.config.n_vocab

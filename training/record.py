@@ -48,6 +48,7 @@ MODEL = {
     "mask_id": whole(0, MAX_SIZE),
     **dict.fromkeys(("causal", "tied?", "timed?", "scaled_init?", "local_init?", "qk_norm?", "qkv_bias?",
                      "shift?"), bool),
+    "diffusion_block?": whole(0, MAX_SIZE),
     "dropout?": real(0, 0.99),
     "rope_base?": real(0),
     "norm_eps?": real(0, 1),
@@ -121,6 +122,10 @@ def check_consistency(record, path):
     if len(shape.get("rope_stretch", ())) not in (0, 4):
         raise ValueError(f"{path}: model.rope_stretch has {len(shape['rope_stretch'])} numbers, and should "
                          "have 4, or none")
+    block = shape.get("diffusion_block", 0)
+    if block and (block >= shape["seq_len"] or shape["causal"] or shape.get("shift")):
+        raise ValueError(f"{path}: model.diffusion_block is {block}, and should be less than the row, of a "
+                         "model that is neither causal nor shifted")
     objective = settings["objective"]
     expected = dict(causal=objective == "ar", timed=objective == "uniform", seq_len=settings["seq_len"])
     if expected != dict(timed=False) | {name: shape[name] for name in expected if name in shape}:

@@ -124,7 +124,7 @@ class Known(Denoiser):
         super().__init__("loo")
         self.known = known
 
-    def forward(self, z, t=None, documents=None, index=None, positions=None, visible=None):
+    def forward(self, z, t=None, documents=None, index=None, positions=None, visible=None, clean=None):
         states, prior = torch.tensor(STATES), torch.tensor(P)
         hit = (z[:, None, :] == states[None]).double()
         ratio = torch.tensor(self.schedule.r(t.double().numpy()))[:, None, None]

@@ -95,7 +95,7 @@ def test_error_bars_cover_the_truth_at_their_rate(kind, passes, n):
     for seed in range(200):
         if kind == "ar":  # no noise: each row's own exact NLL
             values = -np.log(P)[[NUMBER[tuple(s)] for s in Text(seed, n).states.tolist()]] / L
-            losses = likelihood.RowLosses(values[None, :, None], np.arange(n)[None], [])
+            losses = likelihood.RowLosses(values[None, :, None, None], np.arange(n)[None], [])
         else:
             losses = measure(denoiser, "masked" if kind == "wrong" else kind, seed, n, passes,
                              posterior=kind == "posterior")
@@ -113,7 +113,7 @@ def simulated_losses(seed, N, passes, noise):
     text, ids = rng.standard_normal(N), rng.permuted(np.tile(np.arange(N), (passes, 1)), axis=1)
     level = (np.arange(N) + rng.random((passes, 1))) / N
     values = text[ids] + 2 * level + noise * rng.standard_normal((passes, N))
-    return likelihood.RowLosses(values[:, :, None], ids, [])
+    return likelihood.RowLosses(values[:, :, None, None], ids, [])
 
 
 @pytest.mark.parametrize("noise", (0.3, 3.0))
@@ -160,7 +160,7 @@ def test_the_noise_alone_has_its_own_error():
 class Steep(Denoiser):
     """Hard where much is masked, easy elsewhere, hardly any chance in it."""
 
-    def forward(self, z, t=None, documents=None, index=None, positions=None, visible=None):
+    def forward(self, z, t=None, documents=None, index=None, positions=None, visible=None, clean=None):
         logits = torch.zeros(*z.shape, V, dtype=torch.float64)
         logits[..., 0] = 3.0 * (3 - (z == M).sum(1))[:, None]
         return logits if index is None else logits.flatten(0, 1)[index]
