@@ -572,8 +572,8 @@ def document_mask(documents, causal, dropout):
 def sees(i, j, length, block):
     """Whether token i of [z | x] sees token j: its own block in its own half, and earlier blocks of x."""
     block_i, block_j = i % length // block, j % length // block
-    is_clean_i, is_clean_j = i >= length, j >= length
-    return ((block_i == block_j) & (is_clean_i == is_clean_j)) | ((block_j < block_i) & is_clean_j)
+    half_i, half_j = i // length, j // length  # 0: z, 1: x
+    return ((block_i == block_j) & (half_i == half_j)) | ((block_j < block_i) & (half_j == 1))
 
 
 TWO_PARTS_UP_TO = 512
