@@ -224,7 +224,7 @@ def open_inputs(cfg, generator, ranks, tasks=None):
 
     Raises OSError, and ValueError, also if the settings don't suit the checkpoint.
     """
-    check_objective(cfg, generator.objective)
+    check_objective(cfg, generator)
     needs_validation = cfg.bound or cfg.ordered or (cfg.samples or cfg.texts) and cfg.match
     validation = measure.open_validation(generator, cfg.corpus) if needs_validation else None
     judge = texts.open_judge(cfg.judge, cfg.device, generator) if cfg.judge else None
@@ -256,8 +256,12 @@ MEANINGLESS = {
 }
 
 
-def check_objective(cfg, objective):
-    """Raise ValueError for settings that mean nothing for a model of this objective."""
+def check_objective(cfg, generator):
+    """Raise ValueError for settings that mean nothing for the model."""
+    objective = generator.objective
+    if cfg.block and generator.process.block:
+        raise ValueError(f"block={cfg.block} has no meaning for a model of block diffusion: it writes in "
+                         f"blocks of its own, {generator.process.block} tokens each")
     if cfg.ordered and objective == "uniform":
         raise ValueError("ordered: a uniform model has no chain rule: "
                          "every position stays uncertain to the end")

@@ -595,7 +595,8 @@ def block_diffusion_masks(length, block, device, documents=None, dropout=0.0):
     documents (B, length) ids: attention stays within equal ones. FlexAttention on a GPU, as in
     `document_mask`; TwoParts on a CPU.
     """
-    if device.type == "cuda" and not dropout:
+    token = torch.arange(2 * length, device=device)
+    if has_flex(token) and not dropout:
 
         def is_visible(b, h, i, j):
             visible = sees(i, j, length, block)
@@ -607,7 +608,6 @@ def block_diffusion_masks(length, block, device, documents=None, dropout=0.0):
         B = None if documents is None else len(documents)
         return tuple(create_block_mask(is_visible, B, None, n, 2 * length, device=device)
                      for n in (2 * length, length))
-    token = torch.arange(2 * length, device=device)
     mask = sees(token[:, None], token, length, block)[None, None]
     if documents is not None:
         twice = documents.repeat(1, 2)

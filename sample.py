@@ -84,7 +84,7 @@ class Config:
     # how fast
     cache: Literal["auto", "no", "prefix", "dual"] = setting(
         "auto", "keep keys and values of what is before the block, or of all but it (approximate; "
-        "AR: exact, and auto)")
+        "AR and block diffusion: exact, and auto)")
     refresh: int = setting(0, "passes after which a cache is written anew (0: at each block)", low=0)
     compile: bool = setting(False, "torch.compile the passes: pays for long outputs")
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
@@ -159,23 +159,28 @@ MEANINGLESS = {
 }
 
 
-def check_objective(cfg, objective, is_shifted):
-    """Raises ValueError if a setting means nothing to a model of this objective."""
-    configurator.check_meaning(cfg, MEANINGLESS[objective], objective)
+def check_objective(cfg, generator):
+    """Raises ValueError if a setting means nothing to the model."""
+    objective, size = generator.objective, generator.process.block
+    configurator.check_meaning(cfg, MEANINGLESS[objective] - ({"cache"} if size else set()), objective)
+    if size and (cfg.block or cfg.refresh or cfg.cache == "dual"):
+        name = "block" if cfg.block else "refresh" if cfg.refresh else "cache"
+        raise ValueError(f"{name}={getattr(cfg, name)} has no meaning for a model of block diffusion: it "
+                         f"writes in blocks of its own, {size} tokens each, and its cache is exact")
     if objective == "ar" and cfg.cache == "dual":
         raise ValueError("cache=dual has no meaning for objective=ar: nothing follows after a new token")
-    if objective == "masked" and cfg.cache == "prefix" and not cfg.block:
+    if objective == "masked" and cfg.cache == "prefix" and not cfg.block and not size:
         raise ValueError("cache=prefix needs block: what is before it is kept")
-    if is_shifted and cfg.cache not in ("auto", "no"):
+    if generator.is_shifted and cfg.cache not in ("auto", "no"):
         raise ValueError(f"cache={cfg.cache} is not for a shifted model, whose predictions stand one position"
                          " before what is written; leave it out")
 
 
-def decode_config(cfg, objective):
-    """The DecodeConfig of sample.py's settings."""
+def decode_config(cfg, generator):
+    """The DecodeConfig of sample.py's settings for a Generator."""
     values = {name: getattr(cfg, name) for name in DecodeConfig._fields if hasattr(cfg, name)}
     if cfg.cache == "auto":
-        values["cache"] = "prefix" if objective == "ar" else "no"
+        values["cache"] = generator.exact_cache
     return DecodeConfig(**values)
 
 
@@ -183,8 +188,8 @@ def open_run(cfg):
     """Open the Generator of cfg.run_dir and the rows of the prompts; exit with a line if one can't be."""
     try:
         generator = Generator.from_checkpoint(cfg.run_dir, cfg.device, cfg.dtype)
-        check_objective(cfg, generator.objective, generator.is_shifted)
-        rows = read_rows(cfg, generator.tokenizer, generator.seq_len, generator.is_causal)
+        check_objective(cfg, generator)
+        rows = read_rows(cfg, generator.tokenizer, generator.seq_len, generator.block)
         if cfg.compile:
             compiler.check(generator.device)
         return generator.load_weights(), rows
@@ -234,7 +239,7 @@ def main():
     if cfg.out or cfg.gif or cfg.html:
         terminal.keep_going()
     generator, prompt_rows = open_run(cfg)
-    tokenizer, decoding = generator.tokenizer, decode_config(cfg, generator.objective)
+    tokenizer, decoding = generator.tokenizer, decode_config(cfg, generator)
     rows = [row for row in prompt_rows for _ in range(cfg.batch)]
     recording = film.Recording(rows[0], tokenizer) if cfg.show or cfg.gif or cfg.html else None
 

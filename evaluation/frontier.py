@@ -110,7 +110,7 @@ def are_numbers(text, kind, fits):
 # ------------------------------------------------------------------------------------------- ways of decoding
 
 
-def decode_configs(cfg, objective, n):
+def decode_configs(cfg, objective, n, diffusion_block=0):
     """The ways of decoding n tokens that the settings ask for: {name: DecodeConfig}; raises ValueError."""
     shared = DecodeConfig(top_k=cfg.top_k, top_p=cfg.top_p, seed=cfg.seed, compile=cfg.compile)
     temperatures = [float(part) for part in split(cfg.temperatures)]
@@ -126,12 +126,16 @@ def decode_configs(cfg, objective, n):
     if objective == "uniform" and (orders != ["ancestral"] or cfg.block):
         raise ValueError("a uniform model decodes in its reverse process only: "
                          "orders=ancestral, without block")
+    if diffusion_block and (cfg.block or "dual" in split(cfg.caches)):
+        raise ValueError("a model of block diffusion writes in blocks of its own, and its cache is exact: "
+                         "leave block and caches out")
+    caches = ["prefix"] if diffusion_block else split(cfg.caches)
     configs = {}
     for name in orders:
         order, _, remask = name.partition(":")
         config = shared._replace(
             order=order, fallback=cfg.fallback, remask=remask or "no", eta=cfg.eta, block=cfg.block)
-        for cache in split(cfg.caches):
+        for cache in caches:
             for t in temperatures:
                 for budget, config_of_budget in with_budgets(cfg, config, n).items():
                     full_name = name_of(name, budget, cache, t, several)
@@ -300,7 +304,7 @@ def open_inputs(cfg):
         if set(split(cfg.caches)) - {"no"} and generator.is_shifted:
             raise ValueError("caches are not for a shifted model, whose predictions stand one position "
                              "before what is written")
-        configs = decode_configs(cfg, generator.objective, n)
+        configs = decode_configs(cfg, generator.objective, n, generator.process.block)
         held_out = held_out_rows(cfg, generator, cfg.prompt + n)
         if cfg.compile:
             compiler.check(generator.device)

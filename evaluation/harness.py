@@ -56,11 +56,9 @@ class NanoQuokka(TemplateLM):
         self.generator, self.tokenizer = generator, None
         self.scorer = Scorer(objective, generator.process, generator.device, generator.autocast, ranks,
                              int(masks), int(tokens) or default_tokens, int(seed))
-        config = DecodeConfig(steps=int(steps), seed=int(seed), stop=True)
+        config = DecodeConfig(steps=int(steps), seed=int(seed), stop=True, cache=generator.exact_cache)
         if generator.objective == "masked":
             config = config._replace(order=order, block=int(block))
-        elif generator.objective == "ar":
-            config = config._replace(cache="prefix")
         self.decode_config, self.max_gen_toks = config, int(max_gen_toks)
         self._device = generator.device  # TemplateLM's name
 

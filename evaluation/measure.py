@@ -249,7 +249,7 @@ def write_texts(cfg, generator, length):
     """Write cfg.samples texts of `length` tokens: a list of texts.Text."""
     config = DecodeConfig(order="ancestral" if cfg.order == "auto" else cfg.order, steps=cfg.steps,
                           block=cfg.block, temperature=cfg.temperature, seed=cfg.seed,
-                          cache="prefix" if generator.objective == "ar" else "no")
+                          cache=generator.exact_cache)
     rows = []
     for first in range(0, cfg.samples, cfg.micro_batch):
         count = min(cfg.micro_batch, cfg.samples - first)

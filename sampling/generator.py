@@ -23,11 +23,18 @@ class Generator:
         self.record, self.tokenizer, self.model, self.folder = record, tokenizer, model, folder
         self.device, self.bf16 = device, bf16
         self.objective, self.seq_len = settings["objective"], shape["seq_len"]
-        self.is_causal, self.is_shifted = shape["causal"], shape.get("shift", False)
+        self.is_shifted = shape.get("shift", False)
+        # tokens that see each other while they are written, and nothing after; 0: the whole row
+        self.block = 1 if shape["causal"] else shape.get("diffusion_block", 0)
         self.posterior = settings["loss"] == "paper"  # a uniform model whose logits are not leave-one-out
         self.schedule = diffusion.schedule(settings["schedule"])
         self.process = diffusion.Process(self.objective, tokenizer.n_vocab, tokenizer.mask_id, self.seq_len,
                                          schedule=settings["schedule"], block=shape.get("diffusion_block", 0))
+
+    @property
+    def exact_cache(self):
+        """DecodeConfig's cache that changes nothing but the time: where no token sees a later block."""
+        return "prefix" if self.block else "no"
 
     @classmethod
     def from_checkpoint(cls, path, device="auto", dtype="auto"):

@@ -20,17 +20,17 @@ class Prompt(NamedTuple):
     text: str = ""  # with [MASK] or [MASK:12] for one or twelve new tokens
 
 
-def read_rows(cfg, tokenizer, seq_len, is_causal):
+def read_rows(cfg, tokenizer, seq_len, block):
     """One row of ids for each prompt that sample.py's settings name. Raises ValueError or OSError.
 
-    is_causal: the model writes left to right, so nothing may follow a new token.
+    block: tokens that the model writes at once and before those after them; 1 if autoregressive, 0: all.
     """
     if not cfg.prompts:
         prompt = cfg.prompt
         if cfg.prompt_file:
             prompt = Path(cfg.prompt_file).read_text(encoding="utf-8-sig")
         prompt = Prompt(prompt, cfg.suffix, cfg.length, cfg.text)
-        row = encode_prompt(prompt, tokenizer, seq_len, cfg.max_length, is_causal)
+        row = encode_prompt(prompt, tokenizer, seq_len, cfg.max_length, block)
         warn_of_change(prompt, row, tokenizer)
         return [row]
     rows, was_changed = [], False
@@ -40,7 +40,7 @@ def read_rows(cfg, tokenizer, seq_len, is_causal):
                 continue
             try:
                 prompt = parse_line(line, cfg)
-                rows.append(encode_prompt(prompt, tokenizer, seq_len, cfg.max_length, is_causal))
+                rows.append(encode_prompt(prompt, tokenizer, seq_len, cfg.max_length, block))
                 was_changed = was_changed or warn_of_change(prompt, rows[-1], tokenizer)
             except ValueError as problem:
                 raise ValueError(f"{cfg.prompts}, line {number}: {problem}") from None
@@ -80,7 +80,7 @@ def parse_line(line, cfg):
     return Prompt(text=values["text"])
 
 
-def encode_prompt(prompt, tokenizer, seq_len, max_length, is_causal):
+def encode_prompt(prompt, tokenizer, seq_len, max_length, block):
     """The row of ids of a Prompt; raises ValueError if it has none, or is too long.
 
     max_length: tokens of the whole row (0: seq_len).
@@ -93,9 +93,14 @@ def encode_prompt(prompt, tokenizer, seq_len, max_length, is_causal):
                              f"more than the model's context of {seq_len}")
     else:
         ids = encode_between(prompt, tokenizer, seq_len, max_length)
-    tail = ids[ids.index(mask_id) :]
-    if is_causal and any(token != mask_id for token in tail):
-        raise ValueError("an autoregressive model can't fill holes before other text; put [MASK] at the end")
+    next_block = (ids.index(mask_id) // block + 1) * block if block else len(ids)
+    if any(token != mask_id for token in ids[next_block:]):
+        if block == 1:
+            raise ValueError("a model that writes token by token can't fill holes before other text; "
+                             "put [MASK] at the end")
+        raise ValueError(f"the model writes in blocks of {block} tokens and sees nothing after a block: text "
+                         f"from token {next_block + 1} on would not count for the hole before it; "
+                         "put [MASK] at the end")
     return ids
 
 

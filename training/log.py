@@ -419,6 +419,8 @@ class StepLog:
         run, step = self.run, self.state.step
         loss = sum(measured.parts)
         bits = loss / math.log(2) / run.bytes_per_token
+        if run.process.block and not run.process.has_noise:
+            figures = figures | dict(exact=True)
         self.write(step, objective=run.cfg.objective, val_loss=loss, val_error=error, val_bpb=bits, **figures)
         if self.journal:
             self.journal.write_rows(measured, step=step, text=run.corpus_record["val_sha256"], passes=1,
@@ -426,7 +428,7 @@ class StepLog:
         text = f"step {step:>6}  validation {loss:.4f}"
         text += f" ± {error:.4f}" if math.isfinite(error) else ""
         text += f" nats/token  {bits:.4f} bits/byte"
-        text += "".join(f"  {name[4:]} {value:.4f}" for name, value in figures.items())
+        text += "".join(f"  {name[4:]} {value:.4f}" for name, value in figures.items() if name != "exact")
         say(run.ranks, text)
 
     def compare_ranks(self, clock):
@@ -475,6 +477,6 @@ def summary_line(run_dir):
     if not last:
         return None
     m = last[0]
-    kind = "exact NLL" if m["objective"] == "ar" else "NELBO, an upper bound"
+    kind = "exact NLL" if m.get("exact", m["objective"] == "ar") else "NELBO, an upper bound"
     return (f"{Path(run_dir).name:>20}: {m['val_bpb']:.3f} bits/byte, {m['val_loss']:.4f} nats/token "
             f"({m['objective']}, {kind}; {m['tokens']:,} tokens)")

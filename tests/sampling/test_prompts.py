@@ -17,9 +17,9 @@ def settings(**values):
     return SimpleNamespace(**defaults | values)
 
 
-def rows(is_causal=False, **values):
+def rows(block=0, **values):
     """The rows as text, with * for new tokens, in a context of 12."""
-    read = read_rows(settings(**values), ByteTokenizer(), 12, is_causal)
+    read = read_rows(settings(**values), ByteTokenizer(), 12, block)
     return ["".join("*" if i == MASK else chr(i) for i in row) for row in read]
 
 
@@ -35,7 +35,8 @@ def test_holes_anywhere():
     ids = encode_holes("ab[MASK:4]cd[MASK]ef", ByteTokenizer())
     assert ids.count(MASK) == 5 and len(ids) == 11
     assert rows(text="[MASK:2]ab[MASK]") == ["**ab*"]
-    assert rows(text="ab[MASK:2]", is_causal=True) == ["ab**"]
+    assert rows(text="ab[MASK:2]", block=1) == ["ab**"]
+    assert rows(text="abc[MASK]de[MASK]", block=6) == ["abc*de*"]
 
 
 def test_files_of_prompts(tmp_path):
@@ -76,8 +77,9 @@ def test_bad_lines(tmp_path, line, message):
     (dict(text="a[MASK:-1]"), "[MASK:-1]: '-1' is not a number"),
     (dict(text="a[MASK:0]"), "[MASK:0]: a hole has between 1 and a million tokens"),
     (dict(text="a[MASK:99999999999]"), "a hole has between 1 and a million tokens"),
-    (dict(text="a[MASK]b", is_causal=True), "can't fill holes before other text"),
-    (dict(prompt="a", suffix="b", length=2, is_causal=True), "can't fill holes before other text"),
+    (dict(text="a[MASK]b", block=1), "can't fill holes before other text"),
+    (dict(prompt="a", suffix="b", length=2, block=1), "can't fill holes before other text"),
+    (dict(text="a[MASK]bcd", block=3), "of 3 tokens and sees nothing after a block: text from token 4"),
 ))
 def test_bad_prompts(values, message):
     with pytest.raises(ValueError) as raised:
