@@ -139,6 +139,10 @@ def network_settings(family, settings):
         if not isinstance(settings.get(name), bool | None):
             raise ValueError(f"{name}={settings[name]!r} is neither true nor false")
 
+    block = settings.get("diffusion_block") or 0
+    if type(block) is not int or not 0 <= block < shape["seq_len"]:
+        raise ValueError(f"diffusion_block={block!r} is no number of tokens below the model's context")
+
     rope = settings.get("rope_parameters") or {}
     eps = settings.get("rms_norm_eps")
     tied = settings.get("tie_word_embeddings")
@@ -153,6 +157,7 @@ def network_settings(family, settings):
         shape |= dict(
             qk_norm=settings.get("qk_norm", True), qkv_bias=settings.get("qkv_bias", False),
             shift=settings.get("shift", False), rope_stretch=tuple(map(float, stretch)),
+            diffusion_block=settings.get("diffusion_block") or 0,
             causal=settings.get("attn_mask_type") == "causal")
     return shape | FAMILIES[family]
 
@@ -291,7 +296,8 @@ def config_json(config, objective, eos_id):
         return dict(
             architectures=["DiffLM"], model_type="nanoquokka", auto_map=classes, vocab_size=c.padded_vocab,
             text_tokens=c.n_vocab, mask_token_id=c.mask_id, attn_mask_type="bidirectional", qk_norm=c.qk_norm,
-            qkv_bias=c.qkv_bias, shift=c.shift, rope_stretch=list(c.rope_stretch) or None) | settings
+            qkv_bias=c.qkv_bias, shift=c.shift, diffusion_block=c.diffusion_block,
+            rope_stretch=list(c.rope_stretch) or None) | settings
     if c.rope_stretch:
         factor, low, high, length = c.rope_stretch
         settings["rope_scaling"] = dict(

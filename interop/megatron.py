@@ -304,7 +304,8 @@ def check_writable(config, n_tensor, n_pipeline):
         if n % n_ranks:
             raise ValueError(f"{rule}: {n} is no multiple of {n_ranks}")
     unsupported = {
-        "time embedding": c.timed, "such rotary positions": c.rope_stretch, "shifted diffusion": c.shift}
+        "time embedding": c.timed, "such rotary positions": c.rope_stretch, "shifted diffusion": c.shift,
+        "block diffusion": c.diffusion_block}
     for feature, is_there in unsupported.items():
         if is_there:
             raise ValueError(f"Megatron has no {feature}")

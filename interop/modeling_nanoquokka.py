@@ -5,8 +5,8 @@
     ids = model.generate(**inputs, max_new_tokens=64, sample_steps=64)
 
 The network is Qwen3's dense block with bidirectional attention: RMSNorm, rotary positions, SwiGLU; QK-norm,
-biases of query, key and value, and predictions shifted by one position as config.json says. This file stands
-alone; it was written by nanoquokka's convert.py.
+biases of query, key and value, predictions shifted by one position, and blocks that see themselves and what
+precedes them as config.json says. This file stands alone; it was written by nanoquokka's convert.py.
 """
 
 import math
@@ -22,7 +22,7 @@ class DiffLMConfig(PretrainedConfig):
     """The architecture, under Qwen's names where it has them.
 
     text_tokens: ids from here on are never predicted. rope_stretch: Llama 3.1's factor, low and high
-    frequency factor, and original length.
+    frequency factor, and original length. diffusion_block: tokens of a block of block diffusion, 0: none.
     """
 
     model_type = "nanoquokka"
@@ -32,7 +32,7 @@ class DiffLMConfig(PretrainedConfig):
         intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=None,
         head_dim=None, max_position_embeddings=2048, rms_norm_eps=1e-6, rope_theta=10000.0, rope_stretch=None,
         qk_norm=True, qkv_bias=False, shift=False, attn_mask_type="bidirectional", tie_word_embeddings=True,
-        initializer_range=0.02, **others,
+        initializer_range=0.02, diffusion_block=0, **others,
     ):
         self.vocab_size = vocab_size
         self.text_tokens = text_tokens or mask_token_id
@@ -52,6 +52,7 @@ class DiffLMConfig(PretrainedConfig):
         self.qkv_bias = qkv_bias
         self.shift = shift
         self.attn_mask_type = attn_mask_type
+        self.diffusion_block = diffusion_block
         self.initializer_range = initializer_range
         super().__init__(tie_word_embeddings=tie_word_embeddings, **others)
 
@@ -187,6 +188,10 @@ class DiffLM(PreTrainedModel):
             is_text = attention_mask.bool()
             # padding sees padding: a row without any key would become NaN
             mask = (is_text[:, None, :] == is_text[:, :, None])[:, None]
+        if self.config.diffusion_block:
+            number = position_ids // self.config.diffusion_block
+            is_past = (number[:, None, :] <= number[:, :, None])[:, None]
+            mask = is_past if mask is None else mask & is_past
         for layer in self.model.layers:
             x = layer(x, cos, sin, mask)
         x = self.model.norm(x)
@@ -209,6 +214,7 @@ class DiffLM(PreTrainedModel):
     ):
         """Write max_new_tokens after each prompt, in blocks from left to right, in sample_steps steps in all.
 
+        A model of block diffusion has blocks of its own, which begin with the prompt's first token.
         remasking: low_confidence writes at each step the likeliest tokens, random writes anywhere.
         temperature: 0 takes the likeliest token of a position. cfg = w: un + (w + 1)·(cond − un), un with the
         prompt masked. attention_mask (B, L): 0 is padding, on the left. Returns ids (B, L + max_new_tokens).
@@ -229,7 +235,9 @@ class DiffLM(PreTrainedModel):
             prompt = torch.empty(1, 0, dtype=torch.long, device=self.device)
         B, L = prompt.shape
         n_new = self.n_new_tokens(L, max_new_tokens, max_length, generation_config)
-        block, steps = split_into_blocks(n_new, inference_block_size, sample_steps)
+        if self.config.diffusion_block and inference_block_size is not None:
+            raise ValueError(f"the model has blocks of its own, {self.config.diffusion_block} tokens each; "
+                             "leave inference_block_size out")
 
         mask_id = self.config.mask_token_id
         x = torch.cat((prompt, prompt.new_full((B, n_new), mask_id)), dim=1)
@@ -237,30 +245,38 @@ class DiffLM(PreTrainedModel):
         if attention_mask is not None:
             attention_mask = F.pad(attention_mask, (0, n_new), value=1)
             is_prompt &= attention_mask.bool()
-        for start in range(L, L + n_new, block):
-            window = slice(start, start + block)
-            for step in range(steps):
-                n_tokens = block // steps + (step < block % steps)
-                logits = self(x, attention_mask=attention_mask).logits[:, window]
-                if cfg:
-                    without_prompt = torch.where(is_prompt, mask_id, x)
-                    unconditional = self(without_prompt, attention_mask=attention_mask).logits[:, window]
-                    guided = unconditional + (cfg + 1) * (logits - unconditional)
-                    logits = torch.where(logits == float("-inf"), logits, guided)
-                probs = logits.double().softmax(-1)
-                confidence, tokens = probs.max(-1)
-                if temperature:
-                    tokens = draw(logits, temperature, top_p, top_k, generator)
-                    confidence = probs.gather(-1, tokens[..., None])[..., 0]
-                if remasking == "random":
-                    confidence = torch.rand(confidence.shape, device=confidence.device, generator=generator)
-                is_masked = x[:, window] == mask_id
-                chosen = confidence.masked_fill(~is_masked, float("-inf")).topk(n_tokens, dim=-1).indices
-                x[:, window].scatter_(1, chosen, tokens.gather(1, chosen))  # into a view of x
-                if verbose:
-                    n_masks = int((x == mask_id).sum())
-                    print(f"block {(start - L) // block + 1}/{n_new // block}, step {step + 1}/{steps}: "
-                          f"{n_masks} masks left", flush=True)
+        if self.config.diffusion_block:
+            n_prompt = is_prompt[:, :L].sum(1, keepdim=True)
+            steps = own_blocks(n_prompt, n_new, self.config.diffusion_block, sample_steps)
+        else:
+            steps = equal_blocks(n_new, inference_block_size, sample_steps)
+        place = torch.arange(n_new, device=x.device)  # among the new tokens
+        for first, last, counts in steps:
+            is_open = (place >= first) & (place < last) & (x[:, L:] == mask_id)  # (B or 1, n_new)
+            columns = is_open.any(0).nonzero()
+            if not len(columns):
+                continue
+            window = slice(L + int(columns[0]), L + int(columns[-1]) + 1)
+            is_open = is_open[:, window.start - L : window.stop - L]
+            logits = self(x, attention_mask=attention_mask).logits[:, window]
+            if cfg:
+                without_prompt = torch.where(is_prompt, mask_id, x)
+                unconditional = self(without_prompt, attention_mask=attention_mask).logits[:, window]
+                guided = unconditional + (cfg + 1) * (logits - unconditional)
+                logits = torch.where(logits == float("-inf"), logits, guided)
+            probs = logits.double().softmax(-1)
+            confidence, tokens = probs.max(-1)
+            if temperature:
+                tokens = draw(logits, temperature, top_p, top_k, generator)
+                confidence = probs.gather(-1, tokens[..., None])[..., 0]
+            if remasking == "random":
+                confidence = torch.rand(confidence.shape, device=confidence.device, generator=generator)
+            confidence = confidence.masked_fill(~is_open, float("-inf"))
+            rank = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+            chosen = is_open & (rank < counts)
+            x[:, window] = torch.where(chosen, tokens, x[:, window])
+            if verbose:
+                print(f"{int((x == mask_id).sum())} masks left", flush=True)
         return x
 
     def n_new_tokens(self, n_prompt, max_new_tokens, max_length, generation_config):
@@ -276,8 +292,11 @@ class DiffLM(PreTrainedModel):
         return n_new
 
 
-def split_into_blocks(n_new, block, sample_steps):
-    """(tokens of a block, steps of a block) for the arguments of `generate`; raises ValueError."""
+def equal_blocks(n_new, block, sample_steps):
+    """Yield (first, last, tokens to write) for each step of `generate` in equal blocks; raises ValueError.
+
+    first and last: what new tokens its block has, counted from 0.
+    """
     block = n_new if block is None else block
     if block < 1 or n_new % block:
         raise ValueError(f"max_new_tokens={n_new} must be a multiple of inference_block_size={block}")
@@ -285,7 +304,30 @@ def split_into_blocks(n_new, block, sample_steps):
     steps = n_new if sample_steps is None else sample_steps
     if steps < 1 or steps % n_blocks:
         raise ValueError(f"sample_steps={steps} must be a multiple of the {n_blocks} blocks")
-    return block, min(steps // n_blocks, block)
+    steps = min(steps // n_blocks, block)
+    for first in range(0, n_new, block):
+        for step in range(steps):
+            yield first, first + block, block // steps + (step < block % steps)
+
+
+def own_blocks(n_prompt, n_new, block, sample_steps):
+    """`equal_blocks` of block diffusion, for prompts of n_prompt (B, 1) tokens: each row has its own borders.
+
+    A row's steps are spread over its blocks by their new tokens.
+    """
+    steps = n_new if sample_steps is None else sample_steps
+    if steps < 1:
+        raise ValueError(f"sample_steps={steps} must be at least 1")
+    first, last = torch.zeros_like(n_prompt), block - n_prompt % block  # (B, 1)
+    while bool((first < n_new).any()):
+        last = last.clamp(max=n_new)
+        n = last - first
+        before, after = ((steps * border / n_new).round().long() for border in (first, last))
+        own_steps = torch.minimum((after - before).clamp(min=1), n)
+        for step in range(int(own_steps.max())):
+            own = own_steps.clamp(min=1)
+            yield first, last, (n // own + (step < n % own)) * (step < own_steps)
+        first, last = last, last + block
 
 
 def shift_states(x, attention_mask):

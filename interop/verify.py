@@ -10,6 +10,7 @@ import torch
 
 from interop import huggingface, megatron
 from interop.source import cast_weights, meta_network
+from kernels import block_causal_mask
 
 
 @torch.no_grad()
@@ -50,12 +51,13 @@ def native_logits(config, weights, ids):
     network = meta_network(one_block)
     network.cos, network.sin = (torch.empty(L, config.head_dim // 2) for _ in range(2))
     network.init_tables()
+    mask = block_causal_mask(L, config.diffusion_block, ids.device) if config.diffusion_block else None
     x = weights["embed.weight"].read()[ids].float()
     if config.timed:
         x = x + load_module(network.time, weights, "time.")(torch.full((B, 1), 0.5))
     for i in range(config.n_layer):
         block = load_module(network.blocks[0], weights, f"blocks.{i}.")
-        x = block(x, network.cos, network.sin, None)
+        x = block(x, network.cos, network.sin, mask)
     norm = load_module(network.norm, weights, "norm.")
     return norm(x) @ head_weight(config, weights).T
 
@@ -84,7 +86,8 @@ def transformers_logits(config, weights, ids):
         raise ValueError("--verify of a Hugging Face folder needs: pip install '.[hf]'") from None
     # no stock class has QK-norm and biases for query, key and value only: Qwen3's fourth bias is set to zero
     has_both = config.qk_norm and config.qkv_bias
-    stock = dataclasses.replace(config, causal=True, shift=False, qkv_bias=config.qkv_bias and not has_both)
+    stock = dataclasses.replace(
+        config, causal=True, shift=False, diffusion_block=0, qkv_bias=config.qkv_bias and not has_both)
     settings = huggingface.config_json(stock, "ar", None)
     settings |= dict(attention_bias=has_both, vocab_size=1, num_hidden_layers=1)
     class_name = settings["architectures"][0]
@@ -99,6 +102,8 @@ def transformers_logits(config, weights, ids):
     may_attend = torch.ones(L, L, dtype=torch.bool)
     if config.causal:
         may_attend = may_attend.tril()
+    if config.diffusion_block:
+        may_attend = block_causal_mask(L, config.diffusion_block, ids.device)[0, 0]
     mask = torch.zeros(L, L).masked_fill(~may_attend, torch.finfo(torch.float32).min).expand(B, 1, -1, -1)
     x = weights["embed.weight"].read()[ids].float()
     for i in range(config.n_layer):

@@ -52,6 +52,39 @@ def test_generates_what_sample_does(monkeypatch, tmp_path, shape, guidance):
     assert tokenizer.mask_token_id == 257 and tokenizer.decode(inputs["input_ids"][0]) == "Ab, "
 
 
+@pytest.mark.parametrize("guidance, steps", ((0.0, 0), (0.0, 9), (1.5, 6)))
+def test_a_block_model_generates_what_sample_does(monkeypatch, tmp_path, guidance, steps):
+    """In blocks of its own, from prompts of different lengths; and it comes back with its blocks."""
+    network = make_run(tmp_path / "ours", diffusion_block=6, init_std=0.5)
+    convert_ok(tmp_path / "ours", tmp_path / "hf", verify=True)
+    convert_ok(tmp_path / "hf", tmp_path / "back", verify=True)
+    _, record = checkpoint.open_checkpoint(tmp_path / "back")
+    assert record["model"]["diffusion_block"] == 6
+    load_model = transformers.AutoModelForCausalLM.from_pretrained
+    model = load_model(tmp_path / "hf", trust_remote_code=True, dtype="auto").eval()
+    x = torch.randint(257, (2, 32))
+    z = torch.where(torch.arange(32) < 24, x, 257)
+    with torch.no_grad():
+        torch.testing.assert_close(model(z).logits[..., :257], network.logits(network(z)), atol=1e-4, rtol=0)
+
+    prompts = ["Ab, ", "The cat"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    inputs = tokenizer(prompts, return_tensors="pt", padding_side="left", padding=True)
+    ids = model.generate(
+        **inputs, temperature=0.0, cfg=guidance, sample_steps=steps or None, max_new_tokens=17)
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
+    flags = dict(run_dir=tmp_path / "ours", prompts=tmp_path / "prompts.txt", length=17, temperature=0,
+                 guidance=guidance, order="low_confidence", steps=steps, stop=False,
+                 out=tmp_path / "out.jsonl")
+    monkeypatch.setattr(sys, "argv", ["sample.py", *(f"--{name}={value}" for name, value in flags.items())])
+    sample.main()
+    lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
+    for row, mask, line in zip(ids, inputs["attention_mask"], lines, strict=True):
+        assert row[int((mask == 0).sum()) :].tolist() == json.loads(line)["ids"]
+    with pytest.raises(ValueError, match="blocks of its own, 6 tokens each"):
+        model.generate(**inputs, inference_block_size=8, max_new_tokens=16)
+
+
 def test_the_example_of_the_docs(tmp_path):
     """The program in docs/checkpoints.md, for a model with the quickstart's context; it asks nothing."""
     make_run(tmp_path / "ours", seq_len=64)
