@@ -348,7 +348,7 @@ class Transformer(nn.Module):
         return self
 
     def point_heads_at_neighbours(self, generator=None):
-        """Let head h begin by attending to one relative position: −1, +1, −2, +2, … (causal: −1, −2, …).
+        """Let head h begin by attending to one relative position: −1, +1, −2, +2, … or, causal, −1, −2, …
 
         A masked position learns nothing from itself; until some head finds the neighbours, a bidirectional
         model stays at unigram statistics, and from N(0, σ) small models stay there for a long time. So every
@@ -360,7 +360,8 @@ class Transformer(nn.Module):
         shared = F.normalize(torch.randn(c.d_model, generator=generator), dim=0)
         self.embed.weight += shard_like((size * shared).expand(c.padded_vocab, -1), self.embed.weight)
         head = torch.arange(c.n_head)
-        offset = -(head + 1) if c.causal else (head // 2 + 1) * (2 * (head % 2) - 1)
+        looks_back = c.causal or c.diffusion_block == 1
+        offset = -(head + 1) if looks_back else (head // 2 + 1) * (2 * (head % 2) - 1)
         frequency = c.rope_base ** (-torch.arange(0, c.head_dim, 2) / c.head_dim)
         near = (frequency > 1 / 32).float()  # slower waves can't tell neighbours apart
         angle = offset[:, None] * frequency

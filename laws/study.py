@@ -6,9 +6,9 @@
     python scaling.py study kernel --draw               only the table and the panels, of what is there
     python scaling.py study kernel --runs=runs/short -- --tokens=5e4      flags after -- go to every run
 
-The studies: kernel, schedule, time, loss, batch, lr, weight_decay. Every run is train.py with files of
-configurator/quokka/ (shown); studies share runs. Finished ones are skipped, interrupted ones go on with the
-same command.
+The studies: kernel, schedule, time, loss, batch, lr, weight_decay; and block, which is not the paper's.
+Every run is train.py with files of configurator/quokka/ (shown); studies share runs. Finished ones are
+skipped, interrupted ones go on with the same command.
 """
 
 import os
@@ -55,7 +55,7 @@ class Row(NamedTuple):
     """Runs that the paper compares in one row of panels; the differences are to the first."""
 
     title: str
-    figure: int  # the paper's
+    figure: int  # the paper's; 0: it has none
     kind: str  # of model, as in ablation_final_values.csv
     runs: dict  # {name of the paper's curve: words that override_files understands}
 
@@ -80,6 +80,8 @@ STUDIES = {
         *both_kinds((12, 13), dict(wd="", no_wd="no_decay"), ", 1 epoch"),
         *both_kinds((14, 15), dict(wd="@96_epochs", no_wd="@96_epochs no_decay"), ", 96 epochs"),
     ],
+    "block": [Row("tokens of a block, from AR to full diffusion", 0, "DLM", {
+        "AR": "ar", "1": "block_1", "4": "block_4", "16": "block_16", "row": ""})],
 }
 
 

@@ -90,8 +90,9 @@ def write_table(study, rows, cfg, runs, how):
     notes = []
     for row in rows:
         ours = {curve: final_values(read_metrics(runs[words].folder)) for curve, words in row.runs.items()}
-        theirs = {curve: paper[row.figure, row.kind, curve] for curve in row.runs}
-        lines += ["", f"## {row.title} (the paper's Figure {row.figure})", ""]
+        theirs = {curve: paper.get((row.figure, row.kind, curve), {}) for curve in row.runs}
+        source = f"the paper's Figure {row.figure}" if row.figure else "not in the paper"
+        lines += ["", f"## {row.title} ({source})", ""]
         lines += write_rows(row, runs, ours, theirs, cfg)
         first = next(iter(ours))
         for curve in row.runs:
@@ -106,16 +107,19 @@ def write_rows(row, runs, ours, theirs, cfg):
             "parameter norm", "HellaSwag", "MMLU"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     differing, first = describe_settings(row, runs), next(iter(row.runs))
-    judged = "val_loss_c4" if "val_loss_c4" in theirs[first] else "train_loss"
+    judged = "val_loss_c4" if "val_loss_c4" in theirs[first] or not row.figure else "train_loss"
     for curve, words in row.runs.items():
         cells = [curve, differing[words]]
         for name in ("train_loss", "val_loss_c4"):
             cells.append(format_pair(ours[curve], theirs[curve], name))
         if curve != first and judged in ours[curve] and judged in ours[first]:
             change = ours[curve][judged] - ours[first][judged]
-            their_change = theirs[curve][judged] - theirs[first][judged]
-            cells.append(f"{change:+.3f} / {their_change:+.3f}")
-            cells.append(describe_direction(change, their_change, cfg.noise))
+            if row.figure:
+                their_change = theirs[curve][judged] - theirs[first][judged]
+                cells.append(f"{change:+.3f} / {their_change:+.3f}")
+                cells.append(describe_direction(change, their_change, cfg.noise))
+            else:
+                cells += [f"{change:+.3f}", ""]
         else:
             cells += ["", ""]
         for name in ("params_norm", "hellaswag", "mmlu_val"):

@@ -27,7 +27,7 @@ FILES = sorted((ROOT / "configurator" / "quokka").glob("*.py"))
 ORIGINALS = ROOT / "../shared/paper"
 SCALES = ("tiny", "gpu", "paper")
 WORDS = sorted({words for name in study.STUDIES for words in study.words_of(name)})
-ALL_RUNS = 2 + 3 + 2 + 2 + 6 + 6 + 8  # of all studies, those that they share counted again
+ALL_RUNS = 2 + 3 + 2 + 2 + 6 + 6 + 8 + 5  # of all studies, those that they share counted again
 NEUTRAL = configurator.neutral_settings(train.Config)
 SHORT = ["--tokens=4096", "--n_layer=1", "--n_head=2", "--d_model=32", "--compile=no", "--eval_rows=8",
          "--device=cpu"]  # fmt: skip
@@ -84,6 +84,9 @@ CHANGES = {
     "no_decay": dict(weight_decay=0.0),
     "@96_epochs": dict(unique_tokens=10**9, lr_schedule="wsd", decay=1000.0),
     "@96_epochs no_decay": dict(unique_tokens=10**9, lr_schedule="wsd", weight_decay=0.0, decay=1000.0),
+    "block_1": dict(diffusion_block=1),
+    "block_4": dict(diffusion_block=4),
+    "block_16": dict(diffusion_block=16),
     "": {},
 }
 AR_TOO = ("", "@batch_4x", "@batch_16x", "@lr_half", "@lr_double", "no_decay", "@96_epochs",
@@ -118,7 +121,7 @@ def test_the_studies_are_all_of_the_papers():
     assert set(WORDS) == set(CHANGES)
     rows = [row for rows in study.STUDIES.values() for row in rows]
     assert sum(len(row.runs) for row in rows) == ALL_RUNS
-    curves = {(row.figure, row.kind, curve) for row in rows for curve in row.runs}
+    curves = {(row.figure, row.kind, curve) for row in rows if row.figure for curve in row.runs}
     assert curves == study_report.paper_values().keys()  # every curve of the paper, and only those
 
 
@@ -200,7 +203,18 @@ def cells(text):
     return rows
 
 
-@pytest.mark.parametrize("name", study.STUDIES)
+def test_a_study_that_the_paper_has_not_compares_ours_alone(tmp_path):
+    cfg = study.Config(runs=str(tmp_path))
+    runs = runs_of("block", cfg)
+    for i, run in enumerate(runs.values()):
+        write_metrics(run.folder, val=2.5 + i / 10)
+    text = study_report.write_table("block", study.STUDIES["block"], cfg, runs, "command")
+    assert "## tokens of a block, from AR to full diffusion (not in the paper)" in text
+    row = next(line for line in text.splitlines() if line.startswith("| 4 |"))
+    assert "diffusion_block=4" in row and "| 2.700 / — | +0.200 |" in row
+
+
+@pytest.mark.parametrize("name", [name for name in study.STUDIES if name != "block"])
 def test_the_table_holds_the_papers_values(tmp_path, name):
     cfg = study.Config(runs=str(tmp_path))
     runs = runs_of(name, cfg)
@@ -451,8 +465,8 @@ def test_launch_prints_what_runs(name, tmp_path, monkeypatch, here):
 
 @pytest.mark.parametrize("argv, line", [
     (["kernl"],
-     "there is no study 'kernl'; choose from kernel, schedule, time, loss, batch, lr, weight_decay"),
-    ([], "which study?; choose from kernel, schedule, time, loss, batch, lr, weight_decay"),
+     "there is no study 'kernl'; choose from kernel, schedule, time, loss, batch, lr, weight_decay, block"),
+    ([], "which study?; choose from kernel, schedule, time, loss, batch, lr, weight_decay, block"),
     (["lr", "--scale=big"], "--scale=big: choose from tiny, gpu, paper"),
     (["lr", "--", "--lrr=3"], "--lrr=3: unknown setting 'lrr'; did you mean 'lr'?"),
 ])
