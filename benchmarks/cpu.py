@@ -4,6 +4,7 @@ Each has a text for the report and a function of bench.py's settings and the dev
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import subprocess
@@ -114,6 +115,28 @@ def bf16(cfg, device):
         faster = "" if name == "bf16" else speedup(t, times["bf16"])
         lines.append([name, spread(t, 0), f"{rows * seq_len / np.median(t):.1f}", faster])
     return table(["type", "ms", "K tokens/s", "bf16 is faster by"], lines)
+
+
+BLOCKS_TEXT = (
+    "A step of block diffusion, which reads every row twice, against one of full diffusion at equal rows: "
+    "nanoGPT's CPU shape (4 layers of 128, 12 rows of 64), and rows of 256.")
+
+
+def blocks(cfg, device):
+    """Time steps of block diffusion in blocks of several sizes."""
+    lines = []
+    for seq_len, rows in ((32, 4),) if cfg.smoke else ((64, 12), (256, 6)):
+        config = model_shape(4, 4, 128, 256, seq_len, causal=False)
+        rivals = {}
+        for size in (0, 4, 16):
+            own = dataclasses.replace(config, diffusion_block=size)
+            rivals[size] = TrainingStep(own, "masked", rows, device, torch.float32)
+        times = take_turns(rivals, device, cfg.rounds, 1 if cfg.smoke else 10)
+        for size, t in times.items():
+            slower = speedup(t, times[0]) if size else ""
+            speed = f"{rows * seq_len / np.median(t):.1f}"
+            lines.append([f"{rows} × {seq_len}", size or "the row", spread(t, 1), speed, slower])
+    return table(["rows", "block", "ms", "K tokens/s", "of full diffusion's time"], lines)
 
 
 CHOICES_TEXT = "The choice in kernels.py that holds on a CPU: attention by plain products for short rows."
@@ -314,6 +337,7 @@ PARTS = dict(
     shakespeare=Part(shakespeare, SHAKESPEARE_TEXT),
     gathered=Part(gathered, GATHERED_TEXT),
     bf16=Part(bf16, BF16_TEXT),
+    blocks=Part(blocks, BLOCKS_TEXT),
     choices=Part(choices, CHOICES_TEXT),
     host=Part(host, HOST_TEXT),
     loading=Part(loading, LOADING_TEXT),

@@ -3,6 +3,7 @@
 Each has a text for the report and a function of bench.py's settings and the device (`PARTS`).
 """
 
+import dataclasses
 import gc
 import inspect
 import itertools
@@ -360,6 +361,8 @@ STEPS = [
     ("413M", "masked", 32, dict(short_rows=0.01)),
     ("135M", "masked", 16, {}),
     ("135M", "masked", 16, dict(plain_loss=True, compile="no")),
+    ("135M", "masked", 32, dict(diffusion_block=16)),
+    ("1.7B", "masked", 16, dict(diffusion_block=32, compile="blocks")),
     ("1.7B", "ar", 16, {}),
     ("413M", "ar", 32, {}),
     ("135M", "ar", 32, {}),
@@ -422,16 +425,22 @@ def steps(cfg, device):
     return table(header, lines)
 
 
+def with_block(config, settings):
+    """The ModelConfig with the block that settings ask for, and the others, which are TrainingStep's."""
+    others = dict(settings)
+    return dataclasses.replace(config, diffusion_block=others.pop("diffusion_block", 0)), others
+
+
 def described(settings, otherwise):
     return ", ".join(f"{name}={value}" for name, value in settings.items()) or otherwise
 
 
 def step_line(cfg, device, name, objective, rows, settings):
     """A line of the steps table. Raises RuntimeError if a loss is not finite."""
-    c = model_of(name, objective == "ar")
+    c, of_step = with_block(model_of(name, objective == "ar"), settings)
 
     # Time the steps
-    step = TrainingStep(c, objective, rows, device, torch.bfloat16, **settings)
+    step = TrainingStep(c, objective, rows, device, torch.bfloat16, **of_step)
     for _ in range(cfg.warmup):
         step()
     gc.collect()

@@ -68,7 +68,8 @@ class TrainingStep:
     def __init__(self, config, objective, rows, device, dtype, compile="whole", full_head=False,
                  plain_loss=False, n_batches=4, cuda_graphs=False, short_rows=0.0, **use):
         torch.manual_seed(0)
-        process = diffusion.Process(objective, config.n_vocab, config.mask_id, config.seq_len)
+        process = diffusion.Process(
+            objective, config.n_vocab, config.mask_id, config.seq_len, block=config.diffusion_block)
         batches, shares = make_batches(process, rows, n_batches, short_rows)
         if full_head or plain_loss:
             batches, shares = [at_every_position(batch) for batch in batches], [1.0] * n_batches

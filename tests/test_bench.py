@@ -17,7 +17,7 @@ from benchmarks import common, gpu, sampling, training
 from model import Transformer
 from training import transfer
 
-PART_NAMES = "shakespeare, gathered, bf16, choices, host, loading, prepare"
+PART_NAMES = "shakespeare, gathered, bf16, blocks, choices, host, loading, prepare"
 MISSING_ON_CPU = "(cudnn|efficient)_attention|varlen"
 
 
@@ -196,7 +196,7 @@ def test_every_model_of_the_steps_table_exists():
     assert len(set(labels)) == len(labels)
     all_settings = {str(settings): settings for _, _, _, settings in gpu.STEPS}
     for settings in all_settings.values():  # each step can be built, small
-        config = gpu.model_of("tiny", False)
+        config, settings = gpu.with_block(gpu.model_of("tiny", False), settings)
         training.TrainingStep(config, "masked", 4, common.CPU, torch.bfloat16, **settings)
 
 
