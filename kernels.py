@@ -630,13 +630,18 @@ def attention_in_two_parts(q, k, v, mask):
     own = q[:, :, :L].unflatten(2, (M, block)) @ k_noisy.unflatten(2, (M, block)).transpose(-1, -2)
     own = own.masked_fill(~mask.own, float("-inf")).flatten(2, 3)  # (B, H, L, block)
 
-    p = torch.cat((own, by_clean[:, :, :L]), dim=-1).softmax(-1).to(v.dtype)
-    p_own, p_clean = p.split((block, L), dim=-1)
-    y = (p_own.unflatten(2, (M, block)) @ v_noisy.unflatten(2, (M, block))).flatten(2, 3)
+    # one softmax over both parts, without joining them
+    top = by_clean.detach().amax(-1)  # (B, H, Q)
+    top_noisy = torch.maximum(top[:, :, :L], own.detach().amax(-1))
+    top = torch.cat((top_noisy, top[:, :, L:]), dim=2)
+    own, by_clean = (own - top_noisy[..., None]).exp(), (by_clean - top[..., None]).exp()
+    total, own_total = by_clean.sum(-1, keepdim=True), own.sum(-1, keepdim=True)
+    y = by_clean.to(v.dtype) @ v_clean
+    y_own = (own.to(v.dtype).unflatten(2, (M, block)) @ v_noisy.unflatten(2, (M, block))).flatten(2, 3)
+    noisy = ((y[:, :, :L] + y_own) / (total[:, :, :L] + own_total)).to(v.dtype)
     if q.shape[2] == L:
-        return y + p_clean @ v_clean
-    p_clean = torch.cat((p_clean, by_clean[:, :, L:].softmax(-1).to(v.dtype)), dim=2)
-    return F.pad(y, (0, 0, 0, L)) + p_clean @ v_clean
+        return noisy
+    return torch.cat((noisy, (y[:, :, L:] / total[:, :, L:]).to(v.dtype)), dim=2)
 
 
 def block_causal_mask(length, block, device):
