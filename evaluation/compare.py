@@ -71,7 +71,7 @@ class Run:
         shape, s = self.model.config, self.settings
         return flops.noisy_share(diffusion.Process(
             s["objective"], shape.n_vocab, shape.mask_id, shape.seq_len, s["seed"], s["loss"], s["estimator"],
-            s["schedule"], s["time"], s["time_sigma"]))
+            s["schedule"], s["time"], s["time_sigma"], block=shape.diffusion_block))
 
     def loss(self, source):
         """(nats per token, standard error, bits per byte) as eval.py or the last validation has it."""

@@ -51,7 +51,8 @@ class Activations:
                       for n_layer in (3, 5) for micro_batch in (1, 2)}
 
     def peak(self, config, recompute, n_layer, micro_batch):
-        process = diffusion.Process("masked", config.n_vocab, config.mask_id, config.seq_len)
+        process = diffusion.Process(
+            "masked", config.n_vocab, config.mask_id, config.seq_len, block=config.diffusion_block)
         levels = diffusion.noise_levels(process, 0, 64)
         rows = levels.microbatch_rows(0, 64 // micro_batch)
         tokens = np.zeros((micro_batch, config.seq_len + 1), np.int32)
