@@ -589,14 +589,15 @@ class TwoParts(NamedTuple):
     own: torch.Tensor  # (B or 1, 1, M, block, block) which of its own block a token of z sees
 
 
-def block_diffusion_masks(length, block, device, documents=None, dropout=0.0):
+def block_diffusion_masks(length, block, device, documents=None, dropout=0.0, is_usual=True):
     """Make the masks of [z | x]: for all of it, and for queries of z alone.
 
     documents (B, length) ids: attention stays within equal ones. FlexAttention on a GPU, as in
-    `document_mask`; TwoParts on a CPU.
+    `document_mask`, for rows of the usual length, since it is compiled for each; TwoParts in a compiled
+    network on a CPU, which fuses what is between its products.
     """
     token = torch.arange(2 * length, device=device)
-    if has_flex(token) and not dropout:
+    if has_flex(token) and is_usual and not dropout:
 
         def is_visible(b, h, i, j):
             visible = sees(i, j, length, block)
@@ -612,7 +613,8 @@ def block_diffusion_masks(length, block, device, documents=None, dropout=0.0):
     if documents is not None:
         twice = documents.repeat(1, 2)
         mask = mask & (twice[:, None, :, None] == twice[:, None, None, :])
-    if dropout or length % block or length > TWO_PARTS_UP_TO:
+    compiled_on_cpu = on_cpu(token) and torch.compiler.is_compiling()
+    if not compiled_on_cpu or dropout or length % block or length > TWO_PARTS_UP_TO:
         return mask, mask[:, :, :length]
     squares = mask[..., :length, :length].unflatten(2, (-1, block)).unflatten(4, (-1, block))
     own = squares.diagonal(dim1=2, dim2=4).movedim(-1, 2)  # (B, 1, M, block, block)

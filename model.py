@@ -401,7 +401,8 @@ class Transformer(nn.Module):
             x = torch.cat((x, self.embed_ids(clean, no_noise)), dim=1)
             cos, sin = (torch.cat((table, table), dim=-2) for table in (cos, sin))
             dropout = self.config.dropout if self.training else 0.0
-            masks = block_diffusion_masks(L, self.config.diffusion_block, ids.device, documents, dropout)
+            masks = block_diffusion_masks(
+                L, self.config.diffusion_block, ids.device, documents, dropout, L == self.config.seq_len)
             x = self.run_blocks(x, cos, sin, masks[0], index, last_mask=masks[1], n_queries=L)
         return x.view(*ids.shape, -1) if all_positions else x
 

@@ -462,11 +462,13 @@ def step_line(cfg, device, name, objective, rows, settings):
         flops_of_whole_blocks(network, step.head_share),
         network.flops_per_token(1.0, causal=False),
     )
+    # of block diffusion the formula counts the pairs that see each other, torch all of them
     formula = network.flops_per_token(step.example_share, causal=False)
-    flops_ratio = formula / counted_flops(c, rows, example)
+    flops_ratio = float("nan") if c.diffusion_block else formula / counted_flops(c, rows, example)
     n_params, in_blocks = network.n_params(), network.n_params(False)
     q = torch.empty(rows, c.seq_len, c.n_head, c.head_dim, device=device, dtype=torch.bfloat16)
-    backend = kernels.attention_backend(q.transpose(1, 2), c.causal, example.documents is not None)
+    backend = kernels.attention_backend(q.transpose(1, 2), c.causal,
+                                        example.documents is not None or c.diffusion_block > 0)
 
     # Its memory, predicted when the step's own has been given back
     del step, network, q
@@ -492,8 +494,13 @@ def step_line(cfg, device, name, objective, rows, settings):
 
 
 def flops_of_whole_blocks(network, head_share):
-    """Training FLOPs per token of all blocks in full, with the head for `head_share` of the tokens."""
+    """Training FLOPs per token of all blocks in full, with the head for `head_share` of the tokens.
+
+    Of block diffusion, whose rows are read twice, what `flops_per_token` counts.
+    """
     c = network.config
+    if c.diffusion_block:
+        return network.flops_per_token(1.0)
     head = head_share * c.padded_vocab * c.d_model
     attention = 12 * c.n_layer * c.n_head * c.head_dim * c.seq_len * (0.5 if c.causal else 1)
     return 6 * (network.n_params(False) + head) + attention

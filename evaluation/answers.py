@@ -192,8 +192,10 @@ def uniform_rows(scorer, ids, first, key):
     start = 0 if process.block else first  # blocks count from the context's first token
     process = process._replace(seq_len=len(ids) - start, seed=hash_to_seed(key))
     eligible = np.tile(np.arange(start, len(ids)) >= first, (samples, 1))
+    # the copies of every block are one lattice
+    levels = diffusion.noise_levels(process._replace(block=0), 0, samples, n_eligible=eligible.sum(1))
     counts = diffusion.by_block(process, eligible).sum(1).reshape(samples, -1)
-    levels = diffusion.noise_levels(process, 0, samples, n_eligible=counts)
+    levels = levels._replace(t=np.repeat(levels.t, process.n_blocks, axis=1), n_eligible=counts)
     sequence = np.concatenate((ids[:1], ids[start:]))  # make_batch wants a token before the row
     batch = diffusion.make_batch(
         process, np.tile(sequence, (samples, 1)), levels, np.arange(samples), eligible)
@@ -299,7 +301,8 @@ def score(scorer, questions, eos_id, on_progress=lambda done, total: None, greed
     pieces = sorted(askers, key=lambda piece: (len(piece[0]) + len(piece[1]), piece))
 
     sums, misses = np.zeros(len(pieces)), np.zeros(len(pieces))
-    one_pass = np.array([len(answer) == 1 or kind == "ar" for _, answer, _ in pieces], bool)
+    is_chain = kind == "ar" or scorer.process.block == 1
+    one_pass = np.array([len(answer) == 1 or is_chain for _, answer, _ in pieces], bool)
     one_pass &= greedy  # one pass tells whether greedy decoding writes the answer
     count = done = 0
     with eval_mode(scorer.objective):
@@ -311,7 +314,7 @@ def score(scorer, questions, eos_id, on_progress=lambda done, total: None, greed
             count += 1
             done += scored.finished
             on_progress(done, len(pieces))
-        if kind == "masked" and greedy:
+        if kind == "masked" and greedy and not is_chain:
             misses += greedy_misses(scorer, pieces)
 
     sums = sum_over_ranks(ranks, sums)

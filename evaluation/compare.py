@@ -167,7 +167,8 @@ def describe(run, source):
     """The table's columns on a run by itself."""
     nats, error, bits = run.loss(source)
     tokens = run.last["tokens"]
-    bound = "" if run.last["objective"] == "ar" else " (bound)"
+    is_exact = run.last.get("exact", run.last["objective"] == "ar")
+    bound = "" if is_exact else " (bound)"
     parameters = "?"
     if run.model:
         parameters = f"{run.model.n_params() / 1e6:.2f}M ({run.model.n_params(False) / 1e6:.2f}M)"

@@ -56,6 +56,9 @@ class NanoQuokka(TemplateLM):
         self.generator, self.tokenizer = generator, None
         self.scorer = Scorer(objective, generator.process, generator.device, generator.autocast, ranks,
                              int(masks), int(tokens) or default_tokens, int(seed))
+        if int(block) and generator.process.block:
+            raise ValueError(f"block={block} has no meaning for a model of block diffusion: it writes in "
+                             f"blocks of its own, {generator.process.block} tokens each")
         config = DecodeConfig(steps=int(steps), seed=int(seed), stop=True, cache=generator.exact_cache)
         if generator.objective == "masked":
             config = config._replace(order=order, block=int(block))

@@ -270,15 +270,16 @@ def noise_curve(losses, process, bins):
     """The loss against the noise ratio r in `bins` equal bins: {bin: Bin} of those that have blocks of rows.
 
     For masked models the mean cross-entropy of masked tokens, for uniform ones the bound's integrand over r.
-    Its integral over r is the bound.
+    Its integral over r is the bound, but for a last block that is shorter: it is left out.
     """
-    n = np.stack([levels.n_eligible for levels in losses.levels])  # (passes, N, M)
-    values = (losses.cells.sum(3) * (process.seq_len / n)).flatten()  # nats per token of the block
+    full = slice(process.seq_len // process.block_size)
+    size = process.block_size
+    values = (losses.cells.sum(3)[:, :, full] * (process.seq_len / size)).flatten()  # nats per token
     if process.objective == "masked":
-        count = np.stack([levels.count for levels in losses.levels])
-        return bin_means((count / n).flatten(), values, bins)
+        count = np.stack([levels.count[:, full] for levels in losses.levels])
+        return bin_means((count / size).flatten(), values, bins)
 
-    t = np.stack([levels.t for levels in losses.levels])
+    t = np.stack([levels.t[:, full] for levels in losses.levels])
     r = diffusion.schedule(process.schedule).r(t).flatten()
     curve = {}
     for k, point in bin_means(r, values, bins).items():

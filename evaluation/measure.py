@@ -149,12 +149,13 @@ def measure_ordered(cfg, subject):
     generator, validation, ranks = subject.generator, subject.validation, subject.ranks
     n = min(cfg.ordered_rows, validation.sequences.available)
     process = likelihood.validation_process(generator.process, validation.settings.schedule)
-    losses = likelihood.evaluate(subject.row_scorer(cfg.micro_batch), process, n, max(8, cfg.passes))
+    passes = max(8, cfg.passes) if process.has_noise else 1
+    losses = likelihood.evaluate(subject.row_scorer(cfg.micro_batch), process, n, passes)
     ids = data.validation_ids(n, validation.sequences.available)
     mean = dict(zip(*(part.tolist() for part in losses.by_sequence)))
     bound = np.array([mean[number] for number in ids.tolist()])
-    report = {"bound": dict(nats_per_token=float(bound.mean()), error=likelihood.standard_error(losses)[0],
-                            rows=n, values=bound.tolist())}
+    error, _ = likelihood.standard_error(losses, exact=not process.has_noise)
+    report = {"bound": dict(nats_per_token=float(bound.mean()), error=error, rows=n, values=bound.tolist())}
 
     own_rows = np.array_split(np.arange(n), ranks.world)[ranks.rank]
     for order in split(cfg.ordered):

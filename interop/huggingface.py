@@ -70,6 +70,10 @@ def open_source(cfg, path):
     n_rows = settings["vocab_size"]
     n_vocab, mask_id = checks.choose_vocabulary(path, tokenizer, objective, n_rows, n_rows, mask_id)
     shape["seq_len"] = cfg.seq_len or shape["seq_len"]
+    block = shape.get("diffusion_block", 0)
+    if block and (block >= shape["seq_len"] or shape["causal"] or shape["shift"]):
+        raise ValueError(f"{path} has blocks of {block} tokens: its context must be longer, and it can be "
+                         "neither causal nor shifted")
     config = ModelConfig(**shape, n_vocab=n_vocab, mask_id=mask_id)
 
     shapes = weight_shapes(config)
@@ -140,8 +144,8 @@ def network_settings(family, settings):
             raise ValueError(f"{name}={settings[name]!r} is neither true nor false")
 
     block = settings.get("diffusion_block") or 0
-    if type(block) is not int or not 0 <= block < shape["seq_len"]:
-        raise ValueError(f"diffusion_block={block!r} is no number of tokens below the model's context")
+    if type(block) is not int or block < 0:
+        raise ValueError(f"diffusion_block={block!r} is no number of tokens")
 
     rope = settings.get("rope_parameters") or {}
     eps = settings.get("rms_norm_eps")

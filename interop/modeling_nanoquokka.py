@@ -175,7 +175,7 @@ class DiffLM(PreTrainedModel):
         """Logits (B, L, vocab_size) of the token at each position; −inf for ids that are no text.
 
         attention_mask (B, L): 0 is padding. labels (B, L): the loss is their mean cross-entropy, without
-        those that are −100.
+        those that are −100; blocks see earlier ones as input_ids has them, masks and all.
         """
         x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None and attention_mask is None:

@@ -37,14 +37,13 @@ def train_command(arguments, processes=1):
 def changed_settings(recorded, settings, ignored=()):
     """What differs from the settings a run was begun with and changes its result: ['lr 0.002 → 0.001', …].
 
-    recorded: of a checkpoint; settings: a train.Config. Those that the checkpoint lacks do not count.
+    recorded: of a checkpoint; settings: a train.Config. Of those that an older checkpoint lacks it had the
+    default.
     """
     neutral = configurator.neutral_settings(settings) | set(ignored)
-    changes = []
-    for name, value in asdict(settings).items():
-        if name not in neutral and recorded.get(name, value) != value:
-            changes.append(f"{name} {recorded[name]!r} → {value!r}")
-    return changes
+    recorded = asdict(type(settings)()) | recorded
+    return [f"{name} {recorded[name]!r} → {value!r}" for name, value in asdict(settings).items()
+            if name not in neutral and recorded[name] != value]
 
 
 class Child(NamedTuple):

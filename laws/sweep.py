@@ -49,7 +49,7 @@ OBJECTIVES = ("masked", "ar", "uniform")
 SHAPE = ("model", "n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "d_ff")
 # an AR run has no noise and no choice of loss
 AR_DEFAULTS = {name: getattr(train.Config(), name) for name in
-               ("schedule", "time", "time_sigma", "time_correction", "loss", "estimator")}
+               ("diffusion_block", "schedule", "time", "time_sigma", "time_correction", "loss", "estimator")}
 
 
 @dataclass

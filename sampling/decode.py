@@ -67,6 +67,8 @@ def generate(model, rows, cfg, eos_id, schedule=None, posterior=False, first_row
     """
     c = model.config
     canvas = make_canvas(rows, c.mask_id, model.embed.weight.device, first_row)
+    if c.diffusion_block:
+        check_order(canvas, c.diffusion_block)
     if c.causal:
         z, n_passes = decode_left_to_right(model, canvas, cfg, eos_id, on_step)
         passes_per_row, cache_gap = canvas.is_new.sum(1).mean(), lambda: None
@@ -80,6 +82,15 @@ def generate(model, rows, cfg, eos_id, schedule=None, posterior=False, first_row
         passes_per_row = float(predictor.row_passes.float().mean()) * predictor.copies
     written, n_new = read_canvas(z, canvas, eos_id if cfg.stop else None)
     return Result(written, n_new, n_passes, float(passes_per_row), cache_gap)
+
+
+def check_order(canvas, block):
+    """Raise ValueError where a prompt token stands in a later block than a new one, which can't see it."""
+    number = canvas.positions() // block
+    first_new = np.where(canvas.is_new, number, number.max() + 1).min(1, keepdims=True)
+    if (canvas.is_prompt & (number > first_new)).any():
+        raise ValueError(f"a model that writes in blocks of {block} tokens can't fill a hole before a block "
+                         "of given text")
 
 
 def read_canvas(z, canvas, eos_id):

@@ -102,7 +102,7 @@ def block_problems(cfg):
     if cfg.diffusion_block > cfg.seq_len:
         yield f"diffusion_block={cfg.diffusion_block} is more than a row of seq_len={cfg.seq_len}"
     for name, otherwise in dict(shift="no", anneal=0).items():
-        if cfg.diffusion_block and getattr(cfg, name) not in ("auto", otherwise):
+        if block_of(cfg) and getattr(cfg, name) not in ("auto", otherwise):
             yield (f"{name}={getattr(cfg, name)} is not for diffusion_block: an AR model goes on in blocks "
                    f"as it is; leave {name} out")
 

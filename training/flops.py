@@ -17,13 +17,16 @@ def peak_flops(device):
     return next((peak for known, peak in PEAK.items() if known in name), None)
 
 
-def noisy_share(process, first_sample=0, n_rows=4096, progress=0.5, lengths=None):
+def noisy_share(process, first_sample=0, n_rows=0, progress=0.5, lengths=None):
     """The share of positions that get a head in these rows: of a masked process the masked ones, else all.
 
-    lengths as in diffusion.noise_levels.
+    n_rows: 0 for as many as tell it well. lengths as n_eligible in diffusion.noise_levels.
     """
     if process.objective != "masked":
         return 1.0
+    if lengths is not None:
+        n_rows = len(lengths)
+    n_rows = n_rows or max(64, 4096 // process.n_blocks)
     levels = diffusion.noise_levels(process, first_sample, n_rows, progress, lengths)
     return float(levels.count.sum(1).mean()) / process.seq_len
 

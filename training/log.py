@@ -76,8 +76,9 @@ def attention_backend(run):
     """The name of the attention's implementation; warns where a faster one should have been found."""
     cfg, causal = run.cfg, run.model_config.causal
     within_documents = cfg.document_attention or cfg.short_rows > 0 and not causal
+    has_mask = within_documents or run.model_config.diffusion_block > 0
     query = torch.empty(1, 1, cfg.seq_len, run.model_config.head_dim, dtype=run.dtype, device=run.device)
-    backend = kernels.attention_backend(query, causal, within_documents)
+    backend = kernels.attention_backend(query, causal, has_mask)
     on_hopper = run.device.type == "cuda" and torch.cuda.get_device_capability(run.device) >= (9, 0)
     if backend == "flash_attention" and on_hopper:
         warn(run.ranks, "attention falls back to FlashAttention-2; cuDNN's is faster here, "
@@ -419,7 +420,7 @@ class StepLog:
         run, step = self.run, self.state.step
         loss = sum(measured.parts)
         bits = loss / math.log(2) / run.bytes_per_token
-        if run.process.block and not run.process.has_noise:
+        if run.process.block and not run.process._replace(estimator="count").has_noise:
             figures = figures | dict(exact=True)
         self.write(step, objective=run.cfg.objective, val_loss=loss, val_error=error, val_bpb=bits, **figures)
         if self.journal:

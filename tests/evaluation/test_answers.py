@@ -127,7 +127,7 @@ class Known(Denoiser):
     def forward(self, z, t=None, documents=None, index=None, positions=None, visible=None, clean=None):
         states, prior = torch.tensor(STATES), torch.tensor(P)
         hit = (z[:, None, :] == states[None]).double()
-        ratio = torch.tensor(self.schedule.r(t.double().numpy()))[:, None, None]
+        ratio = torch.tensor(self.schedule.r(t.double().numpy()))[:, :, None]
         likelihood_ = (1 - ratio) * hit + ratio / V
         likelihood_[:, :, : self.known] = hit[:, :, : self.known]
         out = torch.zeros(len(z), L, V, dtype=torch.float64)
