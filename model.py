@@ -259,8 +259,8 @@ class Block(nn.Module):
         return checkpoint(self.compute, *arguments, use_reentrant=False, **RECOMPUTE[self.recompute])
 
     def compute(self, x, cos, sin, mask, index, cache, n_queries):
-        y = self.drop(self.attn(self.attn_norm(x), cos, sin, mask, index, cache, n_queries))
-        x = pick(x if n_queries is None else x[:, :n_queries], index) + y
+        residual = pick(x if n_queries is None else x[:, :n_queries], index)
+        x = residual + self.drop(self.attn(self.attn_norm(x), cos, sin, mask, index, cache, n_queries))
         return x + self.drop(self.mlp(self.mlp_norm(x)))
 
 
