@@ -1,4 +1,5 @@
 # Block diffusion in blocks of 16 tokens. After paper.py, gpu.py or tiny.py, with a --run_dir of its own.
 # Hardware as that file; a step takes about twice as long.
-# Expect, after tiny.py: see results/block_cpu.md; at the other sizes nothing is measured.
+# Expect a bound between full diffusion's and AR's, as on tiny Shakespeare (results/block_cpu.md); nothing is
+# measured at these sizes.
 diffusion_block = 16
