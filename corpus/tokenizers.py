@@ -20,6 +20,7 @@ nothing of it dropped. What looks like a special token in a text is text, too.
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -370,7 +371,7 @@ def load_tokenizer(name, folders=(), eos="", mask=None):
         return characters.named_tokenizer(name)
 
     path = Path(name) / "tokenizer.json"
-    if not path.is_file():
+    if not os.path.isfile(path):  # it bears any name that a record gives
         path = Path(name)
     if path.suffix.lower() == ".json":
         if what := not_a_file(path):

@@ -64,7 +64,7 @@ def check_files(folder, digests, part, parts):
     if not any(name.startswith("model") for name in digests):
         raise ValueError(f"{folder / 'checkpoint.json'} lists no weights")
     for name in sorted(digests)[part::parts]:
-        if not (folder / name).is_file() or sha256_of(folder / name) != digests[name]:
+        if not os.path.isfile(folder / name) or sha256_of(folder / name) != digests[name]:
             raise ValueError(f"{folder / name} is missing or damaged")
     for path in (*list_folder(folder, "*.safetensors"), *list_folder(folder, "optimizer/*")):
         if path.relative_to(folder).as_posix() not in digests:

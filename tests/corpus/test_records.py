@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from corpus.inspect import inspect_corpus
 from corpus.records import check, read_json, read_record, real, whole
 from corpus.tokenfiles import load_corpus
+from corpus.tokenizers import load_tokenizer
 
 NAN, INF = float("nan"), float("inf")
 
@@ -69,6 +70,9 @@ def test_a_name_that_no_file_can_bear(corpus_folder, tmp_path):
     path.write_text(path.read_text(encoding="utf-8").replace("train.bin", "x" * 300), encoding="utf-8")
     with pytest.raises(ValueError, match="x: 0 bytes, but meta.json says") as caught:
         load_corpus(tmp_path / "corpus")
+    one_line(caught)
+    with pytest.raises(ValueError) as caught:
+        load_tokenizer("x" * 300)
     one_line(caught)
 
 

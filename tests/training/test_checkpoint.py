@@ -37,7 +37,7 @@ def save(run, model, steps=(1, 2), keep=5):
     run.mkdir(exist_ok=True)
     optimizer = update.make_optimizer(model, 0.1, (0.9, 0.95), 0.1)
     for step in steps:
-        time = torch.full((2,), 0.5) if model.config.timed else None
+        time = torch.full((2, 1), 0.5) if model.config.timed else None
         model(tokens(2, 16), time).square().sum().backward()
         if model.lm_head is not None:
             model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
@@ -74,7 +74,7 @@ def sign(folder, record):
 
 @torch.no_grad()
 def same_logits(one, other):
-    time = torch.tensor([0.2, 0.7])
+    time = torch.tensor([[0.2], [0.7]])
     logits = [F.linear(model(tokens(2, 16), time), model.head) for model in (one, other)]
     return torch.equal(*logits)
 
