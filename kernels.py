@@ -570,7 +570,11 @@ def document_mask(documents, causal, dropout):
 
 
 def sees(i, j, length, block):
-    """Whether token i of [z | x] sees token j: its own block in its own half, and earlier blocks of x."""
+    """Whether token i of [z | x] sees token j: its own block in its own half, and earlier blocks of x.
+
+    Another rule needs another TwoParts, pairs in `Transformer.flops_per_token`, `block_causal_mask`, and
+    sampling's `Transformer.forward_cached`, whose cache is exact because no token sees a later block.
+    """
     block_i, block_j = i % length // block, j % length // block
     half_i, half_j = i // length, j // length  # 0: z, 1: x
     return ((block_i == block_j) & (half_i == half_j)) | ((block_j < block_i) & (half_j == 1))

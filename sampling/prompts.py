@@ -99,8 +99,8 @@ def encode_prompt(prompt, tokenizer, seq_len, max_length, block):
             raise ValueError("a model that writes token by token can't fill holes before other text; "
                              "put [MASK] at the end")
         raise ValueError(f"the model writes in blocks of {block} tokens and sees nothing after a block: text "
-                         f"from token {next_block + 1} on would not count for the hole before it; "
-                         "put [MASK] at the end")
+                         f"after token {next_block} would not count for the hole before it; let new tokens "
+                         "be the last")
     return ids
 
 

@@ -79,7 +79,7 @@ def test_bad_lines(tmp_path, line, message):
     (dict(text="a[MASK:99999999999]"), "a hole has between 1 and a million tokens"),
     (dict(text="a[MASK]b", block=1), "can't fill holes before other text"),
     (dict(prompt="a", suffix="b", length=2, block=1), "can't fill holes before other text"),
-    (dict(text="a[MASK]bcd", block=3), "of 3 tokens and sees nothing after a block: text from token 4"),
+    (dict(text="a[MASK]bcd", block=3), "of 3 tokens and sees nothing after a block: text after token 3"),
 ))
 def test_bad_prompts(values, message):
     with pytest.raises(ValueError) as raised:
