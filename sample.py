@@ -105,7 +105,6 @@ class Config:
         "remask": "order=ancestral",
         "eta": "remask=capped|rescaled",
         "guidance": "prompt or prompt_file or prompts or text",
-        "cache=dual": "block",
         "refresh": "block, cache=prefix|dual",
     }
 
@@ -169,8 +168,8 @@ def check_objective(cfg, generator):
                          f"writes in blocks of its own, {size} tokens each, and its cache is exact")
     if objective == "ar" and cfg.cache == "dual":
         raise ValueError("cache=dual has no meaning for objective=ar: nothing follows after a new token")
-    if objective == "masked" and cfg.cache == "prefix" and not cfg.block and not size:
-        raise ValueError("cache=prefix needs block: what is before it is kept")
+    if objective == "masked" and cfg.cache in ("prefix", "dual") and not cfg.block and not size:
+        raise ValueError(f"cache={cfg.cache} needs block: what is outside of it is kept")
     if generator.is_shifted and cfg.cache not in ("auto", "no"):
         raise ValueError(f"cache={cfg.cache} is not for a shifted model, whose predictions stand one position"
                          " before what is written; leave it out")
