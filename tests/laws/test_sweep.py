@@ -193,6 +193,15 @@ def test_sizes_of_the_ladder(config):
     assert run.settings.model == "106M" and run.settings.shape()["n_layer"] == ladder("106M")["n_layer"]
 
 
+def test_ar_runs_of_a_base_in_blocks_have_none(config, tmp_path):
+    base = tmp_path / "blocks.py"
+    plain = Path(config().base).read_text(encoding="utf-8")
+    base.write_text(f"{plain}\ndiffusion_block = 4\n", encoding="utf-8")
+    for run in sweep.layout(config(base=str(base), objectives="masked,ar")):
+        assert run.settings.diffusion_block == (4 if run.settings.objective == "masked" else 0)
+        assert not run.settings.problems()
+
+
 @pytest.mark.parametrize("folder", ("plain", "a'b \"c\"\\d", "a\u2028b"))
 def test_a_config_file_is_the_whole_run(config, tmp_path, folder):
     base = tmp_path / "the\nbase.py"
