@@ -198,6 +198,7 @@ def test_attention_in_two_parts_is_that_with_the_whole_mask(within_documents, mo
         assert torch.equal(told, mask[:, 0].expand_as(told))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_flex_attention_computes_the_same(monkeypatch):
     """As on a GPU; on a CPU FlexAttention has no gradients."""
