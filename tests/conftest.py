@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -16,6 +17,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # networks this small gain nothing from threads; with two in each of two workers, each waits for the other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as scaling.py does
+# Inductor's own proof that the CPU has the instructions that it lists takes ten seconds the first time
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 if not os.path.exists("/dev/nvidiactl"):  # without a GPU triton's interpreter runs the kernels
     os.environ.setdefault("TRITON_INTERPRET", "1")
 if (ROOT / "../shared/tiktoken").is_dir():
@@ -27,6 +30,22 @@ pytest_plugins = ["corpus_fixtures", "evaluation_fixtures"]
 LONGEST = ["training/test_distributed.py", "training/test_update.py", "training/test_faults.py",
            "test_kernels.py", "laws/test_fitting.py", "training/test_memory.py", "sampling/test_exactness.py",
            "test_eval.py", "laws/test_sweep.py", "laws/test_study.py"]
+
+
+# folders whose files import what takes seconds (lm-eval, transformers): one worker has them all
+TOGETHER = ("tests/evaluation/", "tests/interop/")
+
+
+class LoadFiles(LoadFileScheduling):
+    """xdist's scheduler by files, and by folders where that saves imports."""
+
+    def _split_scope(self, nodeid):
+        return next((folder for folder in TOGETHER if nodeid.startswith(folder)), nodeid.split("::")[0])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return LoadFiles(config, log)
 
 
 def pytest_collection_modifyitems(items):

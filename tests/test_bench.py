@@ -29,7 +29,7 @@ def run_bench(*flags, cwd):
 
 @pytest.mark.parametrize("suite, parts, rows", [
     ("cpu", "host", ""),
-    ("gpu", "steps,profile", "tiny masked"),
+    pytest.param("gpu", "steps,profile", "tiny masked", marks=pytest.mark.slow),
     pytest.param("cpu", "", "", marks=pytest.mark.slow),
     pytest.param("gpu", "", "", marks=pytest.mark.slow),
 ])

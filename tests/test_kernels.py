@@ -399,27 +399,31 @@ def test_attention_forms_agree(L, causal, within_documents, monkeypatch):
         assert kernels.attention_backend(q.bfloat16(), causal, within_documents) == name != "math"
 
 
-@pytest.mark.parametrize("causal, compiled", [
-    (True, True), *(pytest.param(*both, marks=pytest.mark.slow)
-                    for both in ((False, False), (False, True), (True, False)))])
+@pytest.mark.parametrize("causal", (True, False))
+@pytest.mark.parametrize("compiled", [
+    "nothing", *(pytest.param(what, marks=pytest.mark.slow) for what in ("attention", "model"))])
 def test_documents_by_flex_attention(compiled, causal, monkeypatch):
-    """The GPU's way through a whole model, without graph breaks.
+    """The GPU's way through a whole model, without graph breaks; `nothing`: what it computes, by its masks.
 
     On a CPU forward only: FlexAttention has no gradients there.
     """
     torch.manual_seed(0)
-    n_layer = 1 if compiled else 2
+    n_layer = 1 if compiled == "model" else 2
     config = ModelConfig(n_layer, 2, 2, 16, 32, 64, 50, 50, 40, causal=causal, init_std=0.2)
     network = Transformer(config).init_weights().to(DEVICE)
     ids = torch.randint(50, (3, 40), device=DEVICE)
     documents = torch.randint(0, 4, (3, 40), device=DEVICE).sort()[0]
+    if compiled == "nothing":
+        monkeypatch.setattr(kernels, "compiled_flex_attention", lambda: kernels.flex_attention)
+    else:
+        kernels.compiled_flex_attention.cache_clear()
     results = []
     for flex in (False, True):
         monkeypatch.setattr(kernels, "has_flex", lambda tensor, flex=flex: flex)
         monkeypatch.setattr(kernels, "on_cpu", lambda tensor, flex=flex: not flex and not tensor.is_cuda)
         torch._dynamo.reset()
-        kernels.compiled_flex_attention.cache_clear()
-        forward = torch.compile(network, fullgraph=True, dynamic=False) if compiled and flex else network
+        whole = compiled == "model" and flex
+        forward = torch.compile(network, fullgraph=True, dynamic=False) if whole else network
         with torch.no_grad():
             results.append(forward(ids, documents=documents))
     assert error(results[1], results[0]) < (1e-5 if DEVICE == "cpu" else 5e-3)

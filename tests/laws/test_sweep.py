@@ -501,6 +501,10 @@ def tensors_of(folder):
     return load_file(newest / "model.safetensors") | load_file(newest / moments)
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def train_here(monkeypatch, *argv):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -510,13 +514,15 @@ def train_here(monkeypatch, *argv):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("objective", ("masked", pytest.param("ar", marks=pytest.mark.slow)))
-def test_branches_are_to_the_bit_what_runs_from_scratch_are(config, monkeypatch, tmp_path, objective):
-    """A trunk and a branch; the masked trunk interrupted by a real SIGINT to the real sweep."""
+@pytest.mark.parametrize("objective, interrupted", [
+    ("masked", False), slow("masked", True), slow("ar", False)])
+def test_branches_are_to_the_bit_what_runs_from_scratch_are(
+        config, monkeypatch, tmp_path, objective, interrupted):
+    """A trunk and a branch; interrupted: the trunk, by a real SIGINT to the real sweep."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as it will be in this process, for the same sums
     cfg = config(unique_tokens="1000", epochs="3,20", objectives=objective, evals=8)
     runs = short, long = sweep.layout(cfg)
-    if objective == "masked":
+    if interrupted:
         command = [sys.executable, "scaling.py", "sweep", *flags_of(cfg)]
         process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
         await_metrics([long], 29, seconds=120)

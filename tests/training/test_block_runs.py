@@ -1,17 +1,16 @@
 """Runs with --diffusion_block: as every run they resume, accumulate, compile, shard, go on, are evaluated."""
 
-import json
 import shutil
-import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, call_main
+from conftest import call_main
 from runs import TINY, assert_close_figures, figures, largest_difference, weights
 from test_memory import beyond_weights, measured
 
 import diffusion
+import sample
 from model import ModelConfig
 from training import memory
 from training.checkpoint import checkpoints
@@ -107,26 +106,31 @@ def test_what_does_not_go_together_is_one_line(refused, flags, message):
     assert message in error and error.count("\n") == 1
 
 
-def run_command(*command):
-    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
-
-
-def test_the_commands_take_it(run_main, tmp_path):
-    """eval.py measures bound, orders and texts; sample.py writes, and says what means nothing here."""
+def test_eval_takes_it(run_main, run_eval, tmp_path):
+    """Bound, orders and texts."""
     run = run_main("--steps=60", "--lr=1e-2", BLOCK)
-    out = tmp_path / "eval"
     flags = ["--rows=16", "--passes=2", "--ordered=left_to_right,random", "--ordered_rows=8", "--samples=2"]
-    done = run_command("eval.py", f"--run_dir={run}", *flags, "--length=20", f"--out={out}")
-    assert done.returncode == 0, done.stderr
-    measured = json.loads((out / "eval.json").read_text(encoding="utf-8"))
-    assert measured["bound"]["nats_per_token"] < 4 and len(measured["bound"]["curve"]) > 3
-    assert measured["ordered"]["random"]["nats_per_token"] > 0
+    _, report = run_eval(run, *flags, "--length=20", out=tmp_path / "eval")
+    assert report["bound"]["nats_per_token"] < 4 and len(report["bound"]["curve"]) > 3
+    assert report["ordered"]["random"]["nats_per_token"] > 0
 
-    done = run_command("sample.py", f"--run_dir={run}", "--prompt=7 squared", "--length=12", "--stop=False")
-    assert done.returncode == 0 and done.stdout.startswith("7 squared"), done.stderr
+
+def test_sample_takes_it(run_main, monkeypatch, capsys):
+    """It writes, and says in one line what means nothing here."""
+    run = run_main("--steps=20", BLOCK)
+
+    def write(*flags):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["sample.py", f"--run_dir={run}", "--device=cpu", *flags])
+        sample.main()
+
+    write("--prompt=7 squared", "--length=12", "--stop=False")
+    assert capsys.readouterr().out.startswith("7 squared")
     for flags, message in (
             (["--block=4"], "block=4 has no meaning for a model of block diffusion"),
             (["--text=[MASK:3] squared is"], "sees nothing after a block: text after token 8"),
             (["--cache=dual"], "cache=dual has no meaning for a model of block diffusion")):
-        done = run_command("sample.py", f"--run_dir={run}", *flags)
-        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        with pytest.raises(SystemExit) as stop:
+            write(*flags)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and message in error and error.count("\n") == 1, error
