@@ -34,6 +34,7 @@ import torch
 import configurator
 import kernels
 from configurator import setting, split
+from corpus.files import check_no_pipes
 from evaluation import compare, frontier, measure, report, texts
 from evaluation.likelihood import ORDERS
 from evaluation.watch import ScoreLog
@@ -244,6 +245,7 @@ def open_inputs(cfg, generator, ranks, tasks=None):
     out = Path(cfg.out or generator.folder.parent / folder)
     if ranks.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
+        check_no_pipes(out)
         report.read_report(out / "eval.json", generator)  # what can't be added to is found now
     return Inputs(validation, judge.load_weights() if judge else None, tasks, out)
 
@@ -305,6 +307,7 @@ def evaluate_new_checkpoints(cfg, ranks):
     for signum in terminal.stop_signals():
         signal.signal(signum, signal.default_int_handler)  # as Ctrl-C
     tasks = open_tasks(cfg, ranks)
+    check_no_pipes(cfg.watch)
     log = ScoreLog(cfg.watch)
     is_waiting = False
     with contextlib.closing(log):

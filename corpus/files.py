@@ -103,6 +103,16 @@ def check_file(path):
                              "`git lfs pull` in its repository fetches that")
 
 
+def check_no_pipes(folder):
+    """Raise ValueError if a folder to write into holds a pipe, a socket or a device: one could wait for ever.
+
+    There need be no such folder yet.
+    """
+    for path in sorted(Path(folder).glob("*")):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise ValueError(f"{path}: {not_a_file(path)}; remove it")
+
+
 def open_regular(path):
     """Open a regular file to read its bytes; of a pipe or a device one could wait for ever.
 

@@ -24,6 +24,7 @@ import configurator
 import terminal
 from configurator import setting, split
 from configurator.format import plot_text
+from corpus.files import check_no_pipes
 from evaluation.measure import mean_and_error, open_validation
 from evaluation.texts import entropy, judge_nll, open_judge
 from sampling.decode import CONFIDENCE_ORDERS, PLANNED_ORDERS, DecodeConfig
@@ -310,6 +311,7 @@ def open_inputs(cfg):
             compiler.check(generator.device)
         out = Path(cfg.out or (cfg.run_dir if Path(cfg.run_dir).is_dir() else "."))
         out.mkdir(parents=True, exist_ok=True)
+        check_no_pipes(out)
         generator.load_weights()
         judge.load_weights()
     except (ValueError, OSError) as problem:

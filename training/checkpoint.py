@@ -26,7 +26,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from corpus.files import list_folder, sha256_of, sync_path
+from corpus.files import check_file, list_folder, sha256_of, sync_path
 from model import ModelConfig, Transformer, shard_like
 from training import update
 from training.distributed import SINGLE, all_gather
@@ -64,8 +64,11 @@ def check_files(folder, digests, part, parts):
     if not any(name.startswith("model") for name in digests):
         raise ValueError(f"{folder / 'checkpoint.json'} lists no weights")
     for name in sorted(digests)[part::parts]:
-        if not os.path.isfile(folder / name) or sha256_of(folder / name) != digests[name]:
-            raise ValueError(f"{folder / name} is missing or damaged")
+        path = folder / name
+        if not os.path.isfile(path) or sha256_of(path) != digests[name]:
+            if os.path.lexists(path):
+                check_file(path)  # a pointer of Git LFS has a message of its own
+            raise ValueError(f"{path} is missing or damaged")
     for path in (*list_folder(folder, "*.safetensors"), *list_folder(folder, "optimizer/*")):
         if path.relative_to(folder).as_posix() not in digests:
             raise ValueError(f"{path} is no part of this checkpoint")

@@ -15,7 +15,7 @@ import torch
 import diffusion
 import kernels
 from configurator.ladder import ladder, swiglu_width
-from corpus.files import list_folder
+from corpus.files import check_no_pipes, list_folder
 from corpus.tokenfiles import parse_corpora
 from data import validation_ids
 from model import ModelConfig, Transformer
@@ -355,4 +355,5 @@ def lock_run_folder(run):
     """Make the run's folder, on rank 0, and keep other processes from training into it."""
     if run.ranks.rank == 0 and (run.cfg.resume != "yes" or run.folder.is_dir()):
         run.folder.mkdir(parents=True, exist_ok=True)
+        check_no_pipes(run.folder)
         checkpoint.lock_run_folder(run.folder, min(30.0, run.cfg.timeout))

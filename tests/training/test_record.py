@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from steps import build_run
 
 import train
-from corpus.files import sha256_of
+from corpus.files import check_no_pipes, sha256_of
 from corpus.records import check
 from evaluation import compare, measure
 from interop import native
@@ -25,7 +25,7 @@ from laws import collect
 from sampling.decode import DecodeConfig
 from sampling.generator import Generator
 from training.checkpoint import init_weights_from, newest_record, open_checkpoint, read_checkpoint
-from training.checks import find_checkpoint
+from training.checks import find_checkpoint, lock_run_folder
 from training.guard import Guard
 from training.objective import RankClock
 from training.record import SETTINGS, record_digest
@@ -238,6 +238,29 @@ def test_a_pipe_is_not_waited_for(run, name, capsys):
     os.mkfifo(path)
     assert open_checkpoint(run)[1]["step"] == 2
     assert str(path) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", (".latest", "metrics.jsonl", "validation.tmp", "settings.json"))
+def test_a_pipe_where_a_run_writes_is_refused(run, corpus, name):
+    """Opening one to write waits for a reader: for ever."""
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    process = build_run(*TINY, "--steps=9", f"--corpus={corpus}", f"--run_dir={run}", "--resume=yes")
+    with pytest.raises(ValueError, match=f"{name}: a pipe, which can be read only once; remove it"):
+        lock_run_folder(process)
+    (run / name).unlink()
+    (run / "link").symlink_to(run / "nowhere")  # of these nothing is to be feared
+    check_no_pipes(run)
+    check_no_pipes(run / "not_there_yet")
+
+
+def test_a_pointer_of_git_lfs_is_named(run, corpus):
+    """A clone without Git LFS has them in the place of weights."""
+    for folder in run.glob("step_*"):
+        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'7' * 64}\nsize 135000\n"
+        (folder / "model.safetensors").write_text(pointer, encoding="utf-8")
+    for command in (sample, resume):
+        assert "model.safetensors is a Git LFS pointer" in refusal(command, run, corpus)
 
 
 def test_every_setting_in_the_schema_is_one_of_train_py():
