@@ -81,7 +81,7 @@ STUDIES = {
         *both_kinds((14, 15), dict(wd="@96_epochs", no_wd="@96_epochs no_decay"), ", 96 epochs"),
     ],
     "block": [Row("tokens of a block, from AR to full diffusion", 0, "DLM", {
-        "AR": "ar", "1": "block_1", "4": "block_4", "16": "block_16", "row": ""})],
+        "AR": "ar", "1": "block_1", "4": "block_4", "16": "block_16", "64": "block_64", "row": ""})],
 }
 
 

@@ -13,6 +13,8 @@ from evaluation.report import NOT_TASKS
 from laws import drawing
 from laws.forms import QUOKKA
 from laws.runs import smooth_losses
+from sampling.decode import DecodeConfig
+from sampling.generator import Generator
 from training.log import read_metrics
 
 PAPER_NOISE = 0.005  # nats: the paper's are single runs, too
@@ -102,9 +104,14 @@ def write_table(study, rows, cfg, runs, how):
 
 
 def write_rows(row, runs, ours, theirs, cfg):
-    """The Markdown table of one Row; ours and theirs: {curve: final values}."""
+    """The Markdown table of one Row; ours and theirs: {curve: final values}.
+
+    Of a study that the paper has not, how many tokens a pass writes comes last.
+    """
     head = ["the paper's curve", "ours", "training loss", "validation loss", "difference", "direction",
             "parameter norm", "HellaSwag", "MMLU"]
+    if not row.figure:
+        head = ["curve", *head[1:], "tokens per pass"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     differing, first = describe_settings(row, runs), next(iter(row.runs))
     judged = "val_loss_c4" if "val_loss_c4" in theirs[first] or not row.figure else "train_loss"
@@ -124,8 +131,25 @@ def write_rows(row, runs, ours, theirs, cfg):
             cells += ["", ""]
         for name in ("params_norm", "hellaswag", "mmlu_val"):
             cells.append(format_pair(ours[curve], theirs[curve], name, ".1f"))
+        if not row.figure:
+            cells.append(tokens_per_pass(runs[words].folder))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def tokens_per_pass(folder, n_rows=8):
+    """How many tokens a pass writes, of texts as long as a row, as a cell.
+
+    A masked model's with order=threshold, as sample.py has it.
+    """
+    try:
+        generator = Generator.from_checkpoint(folder).load_weights()
+    except (ValueError, OSError):  # not trained yet
+        return "—"
+    length = generator.model.config.seq_len
+    order = "threshold" if generator.objective == "masked" else "ancestral"
+    rows = [[generator.tokenizer.mask_id] * length] * n_rows
+    return f"{length / generator.generate(rows, DecodeConfig(order)).passes_per_row:.2f}"
 
 
 def uniform_note(curve, ours, theirs, first):

@@ -20,6 +20,7 @@ import train
 from evaluation.likelihood import ORDERS
 from evaluation.report import figures
 from laws import study, study_report
+from sampling.decode import DecodeConfig
 from training.checkpoint import checkpoints
 from training.log import read_metrics
 
@@ -87,6 +88,7 @@ CHANGES = {
     "block_1": dict(diffusion_block=1),
     "block_4": dict(diffusion_block=4),
     "block_16": dict(diffusion_block=16),
+    "block_64": dict(diffusion_block=64),
     "": {},
 }
 AR_TOO = ("", "@batch_4x", "@batch_16x", "@lr_half", "@lr_double", "no_decay", "@96_epochs",
@@ -212,6 +214,16 @@ def test_a_study_that_the_paper_has_not_compares_ours_alone(tmp_path):
     assert "## tokens of a block, from AR to full diffusion (not in the paper)" in text
     row = next(line for line in text.splitlines() if line.startswith("| 4 |"))
     assert "diffusion_block=4" in row and "| 2.700 / — | +0.200 |" in row
+    assert text.count("| curve | ours |") == 1 and row.endswith("| — |")  # no checkpoint writes
+
+
+def test_tokens_per_pass(run_main, monkeypatch):
+    """Of an AR model one; of a masked one that is sure of everything, the whole row at once."""
+    assert study_report.tokens_per_pass(run_main("--objective=ar", "--steps=2", run="ar")) == "1.00"
+    run = run_main("--steps=2", run="masked")
+    assert 1 <= float(study_report.tokens_per_pass(run)) < 4
+    monkeypatch.setattr(study_report, "DecodeConfig", lambda order: DecodeConfig(order, threshold=0.0))
+    assert study_report.tokens_per_pass(run) == "32.00"
 
 
 @pytest.mark.parametrize("name", [name for name in study.STUDIES if name != "block"])
