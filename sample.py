@@ -59,7 +59,8 @@ class Config:
     order: Order = setting(
         "ancestral", "the reverse process; the same one token at a time; at random; surest first by "
         "probability, entropy or lead; all that are sure enough")
-    steps: int = setting(0, "denoising steps (0: one per new token)", low=0, high=10**6)
+    steps: int = setting(
+        0, "denoising steps (0: one per new token; of blocks each takes at least one)", low=0, high=10**6)
     threshold: float = setting(
         0.9, "of order=threshold: a position is unmasked above this probability of its likeliest token",
         above=0, high=1)

@@ -62,7 +62,7 @@ class Config:
         "1x64,2x64,2x128", "sizes, three or more for a fit: names of the ladder such as 106M, "
         "or LAYERSxWIDTH with heads as wide as the base's")
     objectives: str = setting("masked,ar", "of masked, ar and uniform")
-    flops: str = setting("", "IsoFLOP grid: budgets 6·N·D")
+    flops: str = setting("", "IsoFLOP grid: budgets 6·N·D (block diffusion computes almost twice that)")
     unique_tokens: str = setting("", "data-constrained grid: unique tokens (with epochs)")
     epochs: str = setting("", "passes over them")
     seeds: str = setting("1337", "of weights, data order and noise")
