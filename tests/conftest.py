@@ -156,14 +156,20 @@ def group(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def train_on(group):
-    """Train on so many ranks with the tiny settings, one in this process; returns what rank 0 printed."""
+    """Train on so many ranks with the tiny settings, one in this process; returns what rank 0 printed.
+
+    Loss curves are not drawn.
+    """
     from runs import TINY
+
+    import train
 
     def call(world, *flags, **job):
         flags = [*TINY, *map(str, flags)]
         if world > 1:
             return group(world).do(flags=flags, **job)
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "draw_losses", lambda run_dirs, picture: None)
             call_main(patch, *flags)
 
     return call

@@ -83,7 +83,7 @@ def test_bound_exact_likelihood_and_entropy_are_in_order():
 
 @pytest.mark.parametrize("kind, passes, n", [
     ("masked", 1, 64), ("masked", 4, 64), ("wrong", 1, 48), ("wrong", 2, 64), ("loo", 1, 256),
-    ("loo", 3, 256), ("posterior", 1, 256), ("ar", 1, 64)])
+    pytest.param("loo", 3, 256, marks=pytest.mark.slow), ("posterior", 1, 256), ("ar", 1, 64)])
 def test_error_bars_cover_the_truth_at_their_rate(kind, passes, n):
     """200 repeats with other text and other noise: 95 % intervals hold the truth 95 % of the time.
 

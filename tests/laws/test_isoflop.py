@@ -79,8 +79,8 @@ def coverage(sizes, n_studies, n_draws, noise):
 
 def test_intervals_cover(isoflop):
     """Four sizes per budget leave nine degrees of freedom; three leave none: then there is no interval."""
-    share, count = coverage(4, 100, 100, 0.008)
-    assert 0.87 <= share <= 0.99 and count > 90  # 0.92 ± 2 standard errors
+    share, count = coverage(4, 60, 60, 0.008)
+    assert 0.85 <= share <= 0.99 and count > 50  # 0.92 ± 2 standard errors
     three = np.concatenate([np.flatnonzero(budget_of(isoflop) == k)[[0, 4, -1]] for k in range(9)])
     assert bootstrap_valleys(isoflop.select(three), 10) == []
 

@@ -35,7 +35,11 @@ CPU = torch.device("cpu")
 
 
 def disturbances(job, rank):
-    """The patches under which a job runs: what goes wrong in it, on this rank."""
+    """The patches under which a job runs: what goes wrong in it, on this rank.
+
+    Loss curves are not drawn: that takes as long as the run.
+    """
+    yield patch.object(train, "draw_losses", lambda run_dirs, picture: None)
     if "file_bytes" in job:
         yield patch.object(checkpoint, "FILE_BYTES", job["file_bytes"])
     if "no_room_for" in job and rank == 0:

@@ -80,7 +80,7 @@ def in_parts(model, rows, cfg, size):
     return samples
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(cases())
 def test_nothing_stranded_nothing_forbidden_nothing_changed_and_any_split_the_same(case):
     rows, cfg = case

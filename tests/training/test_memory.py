@@ -108,7 +108,7 @@ def test_prediction_is_what_a_compiled_step_with_kernels_takes(
 
 
 def test_gradients_count_where_they_last():
-    config, batch = case("masked")
+    config, batch = case("masked", n_layer=1)
     moments = memory.trace(config, batch, False, torch.float32, True)
     once, lasting = (memory.weigh(moments, config, torch.float32, True, lasts) for lasts in (False, True))
     weights = 4 * sum(p.numel() for p in Transformer(config).parameters())
