@@ -523,8 +523,8 @@ PLAIN_ATTENTION_UP_TO = {
 def attention(q, k, v, mask, causal, dropout):
     """Softmax attention. q, k, v (B, H, L, head_dim), mask of one of the functions below or None → as q."""
     L = q.shape[-2]
-    if isinstance(mask, TwoParts):
-        return attention_in_two_parts(q, k, v, mask)
+    if isinstance(mask, list):
+        return attention_in_chunks(q, k, v, mask, dropout)
     if isinstance(mask, BlockMask):
         # outside a compiled model it must be compiled by itself: else it forms all the scores
         flex = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
@@ -572,7 +572,7 @@ def document_mask(documents, causal, dropout):
 def sees(i, j, length, block):
     """Whether token i of [z | x] sees token j: its own block in its own half, and earlier blocks of x.
 
-    Another rule needs another TwoParts, pairs in `Transformer.flops_per_token`, `block_causal_mask`, and
+    Another rule needs other Chunks, pairs in `Transformer.flops_per_token`, `block_causal_mask`, and
     sampling's `Transformer.forward_cached`, whose cache is exact because no token sees a later block.
     """
     block_i, block_j = i % length // block, j % length // block
@@ -580,27 +580,27 @@ def sees(i, j, length, block):
     return ((block_i == block_j) & (half_i == half_j)) | ((block_j < block_i) & (half_j == 1))
 
 
-# The scores of both parts are formed in memory; at 64 this is faster than the whole mask, at 256 as fast
-# (results/block_cpu.md), beyond 512 nobody has measured.
-TWO_PARTS_UP_TO = 512
+class Chunk(NamedTuple):
+    """The tokens from `start` to `end` of both halves, and what they see.
 
-
-class TwoParts(NamedTuple):
-    """The mask of block diffusion in two parts: a row's tokens against x, and each block of z against itself.
-
-    Half of the scores of [z | x] against itself. Whole blocks must fill the row.
+    Those of z see x[:end] and z[start:end], those of x see x[:end], where their masks of bools are true.
     """
 
-    clean: torch.Tensor  # (B or 1, 1, Q, L) which tokens of x each of Q queries sees
-    own: torch.Tensor  # (B or 1, 1, M, block, block) which of its own block a token of z sees
+    start: int
+    end: int
+    noisy: torch.Tensor  # (B or 1, 1, n, end + n)
+    clean: torch.Tensor  # (B or 1, 1, n, end)
+
+
+CHUNK_ROWS = 128  # at least; as fast as 64 on a CPU (results/block_cpu.md)
 
 
 def block_diffusion_masks(length, block, device, documents=None, dropout=0.0, is_usual=True):
     """Make the masks of [z | x]: for all of it, and for queries of z alone.
 
     documents (B, length) ids: attention stays within equal ones. FlexAttention on a GPU, as in
-    `document_mask`, for rows of the usual length, since it is compiled for each; TwoParts in a compiled
-    network on a CPU, which fuses what is between its products.
+    `document_mask`, for rows of the usual length, since it is compiled for each; else Chunks of whole blocks,
+    so that half of x, which no query sees, is not computed either.
     """
     token = torch.arange(2 * length, device=device)
     if has_flex(token) and is_usual and not dropout:
@@ -615,41 +615,33 @@ def block_diffusion_masks(length, block, device, documents=None, dropout=0.0, is
         B = None if documents is None else len(documents)
         return tuple(create_block_mask(is_visible, B, None, n, 2 * length, device=device)
                      for n in (2 * length, length))
-    mask = sees(token[:, None], token, length, block)[None, None]
-    if documents is not None:
-        twice = documents.repeat(1, 2)
-        mask = mask & (twice[:, None, :, None] == twice[:, None, None, :])
-    compiled_on_cpu = on_cpu(token) and torch.compiler.is_compiling()
-    if not compiled_on_cpu or dropout or length % block or length > TWO_PARTS_UP_TO:
-        return mask, mask[:, :, :length]
-    squares = mask[..., :length, :length].unflatten(2, (-1, block)).unflatten(4, (-1, block))
-    own = squares.diagonal(dim1=2, dim2=4).movedim(-1, 2)  # (B, 1, M, block, block)
-    clean = mask[..., length:]
-    return TwoParts(clean, own), TwoParts(clean[:, :, :length], own)
+
+    def mask(queries, keys):
+        visible = sees(queries[:, None], keys, length, block)[None, None]
+        if documents is None:
+            return visible
+        return visible & (documents[:, queries % length, None] == documents[:, None, keys % length])[:, None]
+
+    z, x = token.split(length)
+    chunks, rows = [], -(-CHUNK_ROWS // block) * block
+    for start in range(0, length, rows):
+        own, past = slice(start, start + rows), x[: start + rows]
+        noisy, clean = mask(z[own], torch.cat((past, z[own]))), mask(x[own], past)
+        chunks.append(Chunk(start, len(past), noisy, clean))
+    return chunks, chunks
 
 
-def attention_in_two_parts(q, k, v, mask):
-    """`attention` by TwoParts. q (B, H, 2L or L, head_dim), k and v (B, H, 2L, head_dim) → as q."""
-    L = k.shape[-2] // 2
-    (k_noisy, k_clean), (v_noisy, v_clean) = k.split(L, dim=2), v.split(L, dim=2)
-    M, block = mask.own.shape[2:4]
-    q = q * q.shape[-1] ** -0.5
-    by_clean = (q @ k_clean.transpose(-1, -2)).masked_fill(~mask.clean, float("-inf"))  # (B, H, Q, L)
-    own = q[:, :, :L].unflatten(2, (M, block)) @ k_noisy.unflatten(2, (M, block)).transpose(-1, -2)
-    own = own.masked_fill(~mask.own, float("-inf")).flatten(2, 3)  # (B, H, L, block)
-
-    # one softmax over both parts, without joining them
-    top = by_clean.detach().amax(-1)  # (B, H, Q)
-    top_noisy = torch.maximum(top[:, :, :L], own.detach().amax(-1))
-    top = torch.cat((top_noisy, top[:, :, L:]), dim=2)
-    own, by_clean = (own - top_noisy[..., None]).exp(), (by_clean - top[..., None]).exp()
-    total, own_total = by_clean.sum(-1, keepdim=True), own.sum(-1, keepdim=True)
-    y = by_clean.to(v.dtype) @ v_clean
-    y_own = (own.to(v.dtype).unflatten(2, (M, block)) @ v_noisy.unflatten(2, (M, block))).flatten(2, 3)
-    noisy = ((y[:, :, :L] + y_own) / (total[:, :, :L] + own_total)).to(v.dtype)
-    if q.shape[2] == L:
-        return noisy
-    return torch.cat((noisy, (y[:, :, L:] / total[:, :, L:]).to(v.dtype)), dim=2)
+def attention_in_chunks(q, k, v, chunks, dropout):
+    """`attention` by Chunks. q (B, H, 2L or L, head_dim), k and v (B, H, 2L, head_dim) → as q."""
+    L, attend = k.shape[2] // 2, F.scaled_dot_product_attention
+    noisy, clean = [], []
+    for start, end, noisy_mask, clean_mask in chunks:
+        past = k[:, :, L : L + end], v[:, :, L : L + end]
+        seen = (torch.cat((x, own[:, :, start:end]), dim=2) for x, own in zip(past, (k, v)))
+        noisy.append(attend(q[:, :, start:end], *seen, noisy_mask, dropout))
+        if q.shape[2] > L:
+            clean.append(attend(q[:, :, L + start : L + end], *past, clean_mask, dropout))
+    return torch.cat(noisy + clean, dim=2)
 
 
 def block_causal_mask(length, block, device):

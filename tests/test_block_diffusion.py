@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_world import STATES, Denoiser, H, L, P, estimate, process
@@ -171,31 +172,37 @@ def test_a_block_sees_no_noisy_token_of_another():
     assert change[4:8].all() and not change[:4].any() and not change[8:].any()
 
 
+@pytest.mark.parametrize("rows", (4, 9, 128))
 @pytest.mark.parametrize("within_documents", (False, True))
-def test_attention_in_two_parts_is_that_with_the_whole_mask(within_documents, monkeypatch):
-    """Results and gradients of all queries and of z's alone; and FlexAttention is told the same mask."""
+def test_attention_in_chunks_is_that_with_the_whole_mask(within_documents, rows, monkeypatch):
+    """Results and gradients of all queries and of z's alone; and FlexAttention is told the same mask.
+
+    The last block is shorter, and so is the last chunk.
+    """
     torch.manual_seed(0)
-    length, block = 24, 4
+    length, block = 22, 4
     documents = torch.randint(0, 3, (2, length)).sort()[0] if within_documents else None
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    parts = kernels.block_diffusion_masks(length, block, cpu, documents)
-    monkeypatch.setattr(kernels, "TWO_PARTS_UP_TO", 0)
-    whole = kernels.block_diffusion_masks(length, block, cpu, documents)
-    assert all(isinstance(mask, kernels.TwoParts) for mask in parts)
-    for mask, other, n in zip(parts, whole, (2 * length, length)):
+    token, cpu = torch.arange(2 * length), torch.device("cpu")
+    whole = kernels.sees(token[:, None], token, length, block)[None, None]
+    if within_documents:
+        whole = whole & (documents[:, token % length, None] == documents[:, None, token % length])[:, None]
+    monkeypatch.setattr(kernels, "CHUNK_ROWS", rows)
+    masks = kernels.block_diffusion_masks(length, block, cpu, documents)
+    assert len(masks[0]) == {4: 6, 9: 2, 128: 1}[rows]
+    for chunks, n in zip(masks, (2 * length, length)):
         q, k, v = (torch.randn(2, 3, m, 8, requires_grad=True) for m in (n, 2 * length, 2 * length))
-        results = [kernels.attention(q, k, v, m, False, 0.0) for m in (mask, other)]
+        expected = F.scaled_dot_product_attention(q, k, v, whole[:, :, :n])
+        results = kernels.attention(q, k, v, chunks, False, 0.0), expected
         torch.testing.assert_close(*results)
         for a, b in zip(*(torch.autograd.grad(y.square().sum(), (q, k, v)) for y in results)):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
     monkeypatch.setattr(kernels, "has_flex", lambda tensor: True)
-    for flex, mask in zip(kernels.block_diffusion_masks(length, block, cpu, documents), whole):
+    for flex, n in zip(kernels.block_diffusion_masks(length, block, cpu, documents), (2 * length, length)):
         assert isinstance(flex, BlockMask)
-        row, i, j = torch.meshgrid(*(torch.arange(n) for n in (2, mask.shape[2], 2 * length)), indexing="ij")
+        row, i, j = torch.meshgrid(*(torch.arange(m) for m in (2, n, 2 * length)), indexing="ij")
         told = flex.mask_mod(row, torch.zeros_like(row), i, j)
-        assert torch.equal(told, mask[:, 0].expand_as(told))
+        assert torch.equal(told, whole[:, 0, :n].expand_as(told))
 
 
 @pytest.mark.slow
