@@ -5,6 +5,9 @@ RUNS ?= runs
 JOBS ?= 2
 RUN = $(VENV)/bin/python
 
+# where it is set, each of the tests' many processes would compile all of torch's Python anew
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: quickstart lint test test-all clean
 
 $(VENV)/ready: requirements.txt

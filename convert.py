@@ -49,6 +49,8 @@ class Config:
     source: str = setting(
         "", "what to convert: a run or checkpoint of ours, a Hugging Face folder, a Megatron run (its latest "
         "iteration) or iteration")
+    weights: Literal["auto", "ema", "raw"] = setting(
+        "auto", "of a run of ours: the averaged ones, those of training, or the first that it has")
     out: str = setting("", "folder to write, which must not exist")
     to: Literal["auto", "ours", "hf", "megatron"] = setting(
         "auto", "format to write (auto: ours; hf if the source is ours)")
@@ -135,7 +137,7 @@ def new_folder(out):
 def open_source(cfg, path):
     """The Source in a folder of any known format; raises ValueError or OSError."""
     if native.is_checkpoint(path):
-        return native.open_source(path)
+        return native.open_source(path, cfg.weights)
     if huggingface.is_checkpoint(path):
         return huggingface.open_source(cfg, path)
     if megatron.is_checkpoint(path):
@@ -199,7 +201,7 @@ def write(cfg, source, to, folder):
 def check_logits(cfg, source, folder):
     """Raise ValueError if what was written into `folder` computes other logits than the source."""
     mask_id = source.config.mask_id if source.objective == "masked" else -1
-    written = open_source(dataclasses.replace(cfg, tokenizer="none", mask_id=mask_id), folder)
+    written = open_source(dataclasses.replace(cfg, tokenizer="none", mask_id=mask_id, weights="auto"), folder)
     difference = verify.max_difference(source, written, cfg.dtype)
     print(f"logits differ by at most {difference:.2g} of the largest (limit {LIMIT:.2g})")
     if not difference <= LIMIT:  # NaN, too

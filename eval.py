@@ -94,6 +94,8 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = setting(
         "float32", "of the matrix products; bfloat16 is faster on a GPU and rounds in the third decimal")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one")
+    weights: Literal["auto", "ema", "raw"] = setting(
+        "auto", "the averaged ones of a run with ema, those of training, or the first that it has")
     compile: bool = setting(False, "torch.compile the scoring of rows")
     seed: int = setting(
         0, "of texts and of the noise on answers; the bound has noise of its own", low=0, high=2**62)
@@ -189,13 +191,13 @@ def ending_all_ranks(ranks, cfg):
 
 def evaluate(cfg, ranks):
     """Measure a checkpoint, print its figures and keep them; raises ValueError or OSError."""
-    generator = Generator.from_checkpoint(cfg.run_dir, cfg.device, cfg.dtype)
+    generator = Generator.from_checkpoint(cfg.run_dir, cfg.device, cfg.dtype, cfg.weights)
     inputs = open_inputs(cfg, generator, ranks)
     generator.load_weights()
     measured, losses = measure_checkpoint(cfg, generator, inputs, ranks)
     if ranks.rank == 0:
         written = report.write_report(inputs.out, measured, losses, generator, vars(cfg))
-        report.print_report(measured, generator.folder.parent, generator.record["step"])
+        report.print_report(measured, generator)
         print(written)
 
 
@@ -239,7 +241,7 @@ def open_inputs(cfg, generator, ranks, tasks=None):
     if cfg.compile:
         compiler.check(generator.device)
 
-    folder = f"eval_{generator.record['step']:08d}"
+    folder = f"eval_{generator.record['step']:08d}" + ("_raw" if cfg.weights == "raw" else "")
     if validation and not validation.is_own:
         folder += "_" + "_".join(corpus.folder.name for corpus in validation.corpora)
     out = Path(cfg.out or generator.folder.parent / folder)
@@ -347,7 +349,7 @@ def evaluate_into(log, cfg, checkpoint, tasks, ranks):
     measured, losses = result
     written = report.write_report(inputs.out, measured, losses, generator, vars(cfg))
     log.append(checkpoint, generator.record, report.figures(measured))
-    report.print_report(measured, checkpoint.folder.parent, generator.record["step"])
+    report.print_report(measured, generator)
     print(written)
 
 
@@ -364,7 +366,7 @@ def attempt(function, *arguments):
 
 def open_generator(cfg, folder):
     """The Generator of a checkpoint folder with its weights; raises ValueError or OSError."""
-    return Generator.from_checkpoint(folder, cfg.device, cfg.dtype).load_weights()
+    return Generator.from_checkpoint(folder, cfg.device, cfg.dtype, cfg.weights).load_weights()
 
 
 if __name__ == "__main__":

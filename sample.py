@@ -91,6 +91,8 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "of the blocks' matrix products (auto: bfloat16 on a GPU); the head's are float32")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one")
+    weights: Literal["auto", "ema", "raw"] = setting(
+        "auto", "the averaged ones of a run with ema, those of training, or the first that it has")
 
     # what is seen of it
     show: bool = setting(
@@ -187,7 +189,7 @@ def decode_config(cfg, generator):
 def open_run(cfg):
     """Open the Generator of cfg.run_dir and the rows of the prompts; exit with a line if one can't be."""
     try:
-        generator = Generator.from_checkpoint(cfg.run_dir, cfg.device, cfg.dtype)
+        generator = Generator.from_checkpoint(cfg.run_dir, cfg.device, cfg.dtype, cfg.weights)
         check_objective(cfg, generator)
         rows = read_rows(cfg, generator.tokenizer, generator.seq_len, generator.block)
         if cfg.compile:

@@ -28,6 +28,7 @@ from configurator import neutral, setting
 from evaluation import likelihood
 from model import Transformer
 from training import checkpoint, checks, dryrun, transfer, update, watchdog
+from training.average import WeightAverage
 from training.distributed import (
     STOPPED,
     all_gather,
@@ -70,6 +71,8 @@ class Config:
     init_from: str = setting(
         "", "begin with the weights and the shape of this run or checkpoint, or of what convert.py made of "
         "Megatron's or Hugging Face's")
+    init_weights: Literal["auto", "ema", "raw"] = setting(
+        "auto", "of init_from: its averaged weights, those of training, or the first that it has")
 
     # what is learned
     objective: Literal["masked", "uniform", "ar"] = setting(
@@ -126,6 +129,8 @@ class Config:
     micro_batch: int = neutral(0, "rows per rank and forward pass (0: no gradient accumulation)", low=0)
 
     # the optimizer
+    optimizer: Literal["adamw", "muon"] = setting(
+        "adamw", "adamw; or muon for the matrices in blocks and adamw for the rest, at the same lr")
     lr: float = setting(1e-3, "peak learning rate", above=0)
     min_lr: float = setting(-1.0, "final learning rate (-1: a tenth of lr)", low=-1)
     lr_schedule: Literal["cosine", "wsd", "constant"] = setting(
@@ -137,6 +142,9 @@ class Config:
     beta1: float = setting(0.9, "AdamW's β₁", low=0, high=0.9999)
     beta2: float = setting(0.95, "AdamW's β₂", low=0, high=0.99999)
     weight_decay: float = setting(0.1, "of matrices and embeddings; norms never decay", low=0)
+    ema: float = setting(
+        0.0, "keep a moving average of the weights, which forgets 1 − ema of itself with every update: "
+        "sample.py, eval.py and convert.py take it (0: off)", low=0, high=0.999999)
     clip: float = setting(1.0, "largest gradient norm (0: unlimited)", low=0)
     skip_norm: float = setting(
         0.0, "skip updates whose gradient norm is above this, as those whose norm is not finite "
@@ -198,6 +206,7 @@ class Config:
         "time_correction": "time=moving_gaussian, loss=elbo",
         "shift=yes": "objective=masked",
         "anneal": "objective=masked|uniform",
+        "init_weights": "init_from",
         "eos": "tokenizer",
         "eos_opens": "tokenizer",
         "reset_positions": "document_attention",
@@ -311,11 +320,12 @@ def training_step(run, objective, optimizer, feed, clock):
     return figures | {"grad_norm": norm}
 
 
-def validate(run, objective, alive):
+def validate(run, objective, alive, average=None):
     """The bound (AR: the exact NLL) on the validation split → arguments of StepLog.validation.
 
-    `objective` is not compiled: validation is rare, and would be a graph of its own. `alive` is called after
-    every batch. Validation noise is the same for all runs and steps.
+    `objective` is not compiled: validation is rare, and would be a graph of its own. Of the averaged weights,
+    too, where there is a WeightAverage. `alive` is called after every batch. Validation noise is the same for
+    all runs and steps.
     """
     cfg = run.cfg
     process = likelihood.validation_process(run.process, cfg.schedule)
@@ -333,6 +343,9 @@ def validate(run, objective, alive):
     if cfg.loss == "paper":
         noisy, clean = measure(process._replace(loss="paper", time="uniform")).parts
         figures = dict(val_paper=noisy + clean, val_noisy=2 * noisy, val_clean=2 * clean)
+    if average:
+        with average.in_use():
+            figures["val_ema"] = sum(measure(process).parts)
     return measured, error, figures
 
 
@@ -383,13 +396,18 @@ def train(cfg, device, watch):
     clock = RankClock(device)
     objective, compiled, optimizer = build(run, clock)
     network, state = objective.network, RunState()
-    guard = Guard(run, state, network, optimizer)
+    average = WeightAverage(objective, cfg.ema) if cfg.ema else None
+    guard = Guard(run, state, network, optimizer, average)
     if resumed:
         guard.restore(*resumed)
     else:
         network.init_weights(torch.Generator().manual_seed(cfg.seed))
         if run.init_checkpoint:
-            on_all_ranks(ranks, checkpoint.init_weights_from, *run.init_checkpoint, network)
+            folder, record = run.init_checkpoint
+            place = checkpoint.weights_folder(folder, record, cfg.init_weights)
+            on_all_ranks(ranks, checkpoint.init_weights_from, place, record, network)
+        if average:
+            average.start()
     to_do = state.step < run.steps
 
     # what is written: settings, metrics, checkpoints
@@ -401,7 +419,7 @@ def train(cfg, device, watch):
     if to_do and log.journal:
         log.journal.back_to(state.step if resumed else -1)
     saver = checkpoint.Saver(
-        run.folder, network, optimizer, ranks, cfg.keep, cfg.keep_every, run.kept_steps, alive=watch.alive)
+        run.folder, network, optimizer, ranks, cfg.keep, cfg.keep_every, run.kept_steps, watch.alive, average)
     print_opening(run, network, resumed, to_do)
 
     # training
@@ -410,7 +428,7 @@ def train(cfg, device, watch):
             fix_bucket_order(compiled.train(), next(feed), run.autocast)
     feed, stopping, steps_here = open_feed(run, state), False, 0
     if state.step == 0:
-        log.validation(*validate(run, objective, watch.alive))
+        log.validation(*validate(run, objective, watch.alive, average))
     compiled.train()
     log.restart_clock()
     while state.step < run.steps:
@@ -422,6 +440,8 @@ def train(cfg, device, watch):
         first_of_a_line = state.step % cfg.log_every == 0
         clock.running = ranks.world > 1 and first_of_a_line
         figures = training_step(run, compiled, optimizer, feed, clock)
+        if average:
+            average.add(optimizer)
         state.advance(cfg.batch_size)
         log.add(figures)
         steps_here += 1
@@ -454,7 +474,7 @@ def train(cfg, device, watch):
         if logging and clock.spans:
             log.compare_ranks(clock)
         if validating:
-            log.validation(*validate(run, objective, watch.alive))
+            log.validation(*validate(run, objective, watch.alive, average))
         # amid skipped updates only what can't wait is saved: a kept step can if the run goes back before it
         can_wait = state.step not in run.kept_steps or guard.must_go_back()
         can_wait = can_wait and not stopping and state.step < run.steps
@@ -485,7 +505,8 @@ def build(run, clock):
     objective = Objective(network, posterior=cfg.loss == "paper")
     compiled = compile_and_wrap(objective, cfg.compile, run.ranks, cfg.layout(), cfg.shard_size, run.dtype,
                                 run.device, cfg.cuda_graphs, clock)
-    optimizer = update.make_optimizer(network, cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
+    betas = cfg.beta1, cfg.beta2
+    optimizer = update.make_optimizer(network, cfg.lr, betas, cfg.weight_decay, cfg.optimizer)
     return objective, compiled, optimizer
 
 

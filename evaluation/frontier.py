@@ -72,6 +72,8 @@ class Config:
     compile: bool = setting(False, "torch.compile the passes")
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "of the writer's matrix products")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is one")
+    weights: Literal["auto", "ema", "raw"] = setting(
+        "auto", "the averaged ones of a run with ema, those of training, or the first that it has")
     out: str = setting("", "folder for frontier.json and frontier.png (empty: the writer's)")
 
     NEEDS = {"caches": "block"}
@@ -299,7 +301,7 @@ class Inputs(NamedTuple):
 def open_inputs(cfg):
     """Open what the settings name and make the folder; exit with a line if something is wrong with them."""
     try:
-        generator = Generator.from_checkpoint(cfg.run_dir, cfg.device, cfg.dtype)
+        generator = Generator.from_checkpoint(cfg.run_dir, cfg.device, cfg.dtype, cfg.weights)
         judge = open_judge(cfg.judge, cfg.device, generator)
         n = sample_length(cfg, generator, judge)
         if set(split(cfg.caches)) - {"no"} and generator.is_shifted:

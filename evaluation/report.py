@@ -31,10 +31,10 @@ def progress_bar(title, ranks):
 # ------------------------------------------------------------------------------------------------- for people
 
 
-def print_report(report, run_dir, step):
-    """Print what was measured of a run's checkpoint of this step."""
+def print_report(report, generator):
+    """Print what was measured of a Generator's checkpoint."""
     if "bound" in report:
-        print_bound(report["bound"], run_dir, step)
+        print_bound(report["bound"], generator)
     for order, line in report.get("ordered", {}).items():
         print_ordered(order, line)
     if report.get("tasks"):
@@ -43,7 +43,7 @@ def print_report(report, run_dir, step):
         print_texts(report["texts"])
 
 
-def print_bound(bound, run_dir, step):
+def print_bound(bound, generator):
     nats = with_error(bound["nats_per_token"], bound["error"])
     bits = with_error(bound["bits_per_byte"], bound["bits_per_byte_error"])
     several = bound["passes"] > 1
@@ -56,7 +56,9 @@ def print_bound(bound, run_dir, step):
     if not bound["own_text"]:
         note = "; another text than in training"
     else:
-        logged = [m["val_loss"] for m in read_metrics(run_dir) if m.get("step") == step and "val_loss" in m]
+        step, key = generator.record["step"], "val_ema" if generator.is_averaged else "val_loss"
+        metrics = read_metrics(generator.folder.parent)
+        logged = [m[key] for m in metrics if m.get("step") == step and key in m]
         if logged:
             note = f"; train.py logged {logged[-1]:.4f}"
     print(f"{'':<22}{bound['rows']:,} rows of {bound['seq_len']}{passes}{note}")
@@ -162,7 +164,7 @@ def write_report(folder, report, losses, generator, settings):
         bound = losses = None
 
     step = generator.record["step"]
-    about = dict(checkpoint=str(generator.folder.resolve()), step=step, objective=generator.objective,
+    about = dict(checkpoint=str(generator.weights_folder.resolve()), step=step, objective=generator.objective,
                  parameters=generator.model.n_params(), device=str(generator.device), torch=torch.__version__)
     all_settings = before.get("settings", {}) | {name: settings for name in report}
     merged = before | about | report | dict(settings=all_settings)
@@ -194,7 +196,7 @@ def read_report(path, generator):
         report = read_record(path, REPORT)
     except ValueError as problem:
         raise ValueError(f"{problem}; move it away, or give --out") from None
-    return report if report["checkpoint"] == str(generator.folder.resolve()) else {}
+    return report if report["checkpoint"] == str(generator.weights_folder.resolve()) else {}
 
 
 def is_better(one, other):

@@ -19,11 +19,15 @@ def is_checkpoint(path):
     return (path / "checkpoint.json").is_file() or bool(checkpoint.checkpoints(path))
 
 
-def open_source(path):
-    """The Source in a checkpoint's folder, or in a run's newest checkpoint; raises ValueError or OSError."""
+def open_source(path, which="auto"):
+    """The Source in a checkpoint's folder, or in a run's newest checkpoint; raises ValueError or OSError.
+
+    which: of its weights, as in `checkpoint.weights_folder`.
+    """
     folder, record = checkpoint.open_checkpoint(path)
-    config, files = ModelConfig(**record["model"]), checkpoint.weight_files(folder)
-    check_weights(folder, config, files)
+    place, config = checkpoint.weights_folder(folder, record, which), ModelConfig(**record["model"])
+    files = checkpoint.weight_files(place)
+    check_weights(place, config, files)
     weights = {}
     for file in files:
         weights |= tensors.open_safetensors(file)

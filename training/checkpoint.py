@@ -3,6 +3,7 @@
     run/step_00000100/
         model.safetensors            whole weights in fp32; beyond 5 GB model-00001-of-0000n.safetensors
                                      and model.safetensors.index.json, as on the Hugging Face hub
+        ema/model.safetensors        their moving average, where the run keeps one, likewise
         optimizer/shard-*            the optimizer's state, as the ranks held it
         checkpoint.json              settings, progress, the SHA-256 of every file and of itself
     run/latest                       the newest one's name, for people and scripts
@@ -12,6 +13,7 @@ code, and a tensor may have been sharded otherwise when it was saved.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -69,7 +71,8 @@ def check_files(folder, digests, part, parts):
             if os.path.lexists(path):
                 check_file(path)  # a pointer of Git LFS has a message of its own
             raise ValueError(f"{path} is missing or damaged")
-    for path in (*list_folder(folder, "*.safetensors"), *list_folder(folder, "optimizer/*")):
+    files = (list_folder(folder, f"{part}*.safetensors") for part in ("", "optimizer/", "ema/"))
+    for path in itertools.chain(*files):
         if path.relative_to(folder).as_posix() not in digests:
             raise ValueError(f"{path} is no part of this checkpoint")
 
@@ -152,6 +155,20 @@ def open_checkpoint(path, warn=print_warning, ranks=SINGLE):
 # -------------------------------------------------------------------------------------------- reading weights
 
 
+WEIGHTS = "auto", "ema", "raw"
+
+
+def weights_folder(folder, record, weights="auto"):
+    """The folder of a checkpoint's averaged weights (ema; auto: if it has them), or of training's (raw).
+
+    Raises ValueError if it has no averages.
+    """
+    has_average = any(name.startswith("ema/") for name in record["sha256"])
+    if weights == "ema" and not has_average:
+        raise ValueError(f"weights=ema: {folder} keeps no averaged weights; train.py --ema=0.999 makes them")
+    return folder / "ema" if has_average and weights != "raw" else folder
+
+
 def weight_files(folder):
     """The files that hold a checkpoint's weights."""
     return list_folder(folder, "model*.safetensors")
@@ -207,8 +224,11 @@ def init_weights_from(folder, record, network):
         p.copy_(shard_like(values, p))
 
 
-def restore(folder, record, network, optimizer, ranks=SINGLE):
-    """Read weights and optimizer state in place, whatever layout they were saved in; raises ValueError."""
+def restore(folder, record, network, optimizer, average=None, ranks=SINGLE):
+    """Read weights and optimizer state in place, whatever layout they were saved in; raises ValueError.
+
+    And a WeightAverage, which begins anew where the checkpoint has none.
+    """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException  # no Exception by descent
 
@@ -216,15 +236,21 @@ def restore(folder, record, network, optimizer, ranks=SINGLE):
     for name, header in read_headers(list_folder(folder, "optimizer/*.safetensors")).items():
         check_dtype(folder / "optimizer", name, header.dtype)
     update.init_state(optimizer, record["updates"])
-    weights, moments = weight_tensors(network), update.state_tensors(network, optimizer)
+    parts = {folder: weight_tensors(network), folder / "optimizer": update.state_tensors(network, optimizer)}
+    averages = weights_folder(folder, record)
+    if average and averages != folder:
+        check_weights(averages, ModelConfig(**record["model"]), weight_files(averages))
+        parts[averages] = average.weights
     try:
-        for values, place in ((weights, folder), (moments, folder / "optimizer")):
+        for place, values in parts.items():
             dcp.load(values, storage_reader=open_reader(place), process_group=ranks.saving,
                      no_dist=ranks.world == 1)
     except (Exception, CheckpointException) as problem:  # of many types: dcp's own, safetensors', each rank's
         lines = [line for line in str(problem).splitlines() if line.strip()]
         reason = lines[-1] if lines else ""
         raise ValueError(f"{folder} can't be read: {type(problem).__name__}: {reason}") from None
+    if average and averages == folder:
+        average.start()
 
 
 def open_reader(folder):
@@ -251,8 +277,11 @@ class Saver:
     """
 
     def __init__(self, run_dir, network, optimizer, ranks, keep, keep_every=0, kept_steps=(),
-                 alive=lambda: None):
-        """keep, keep_every, kept_steps: which ones stay. `alive` is called while `wait` sees progress."""
+                 alive=lambda: None, average=None):
+        """keep, keep_every, kept_steps: which ones stay. `alive` is called while `wait` sees progress.
+
+        average: a WeightAverage, to be saved, too.
+        """
         from torch.distributed.checkpoint.staging import (  # takes a second to import
             DefaultStager,
             StagingOptions,
@@ -260,7 +289,7 @@ class Saver:
 
         self.run_dir, self.network, self.optimizer, self.ranks = Path(run_dir), network, optimizer, ranks
         self.keep, self.keep_every, self.kept_steps = keep, keep_every, kept_steps
-        self.alive, self.files_done = alive, 0
+        self.average, self.alive, self.files_done = average, alive, 0
         gpu = network.embed.weight.device.type == "cuda"
         self.stager = DefaultStager(StagingOptions(
             use_pinned_memory=gpu, use_non_blocking_copy=gpu, use_shared_memory=False, use_async_staging=False
@@ -272,11 +301,12 @@ class Saver:
         """Copy the state, then let it be written as run/step_<step>/; waits for the save before this one."""
         self.wait()
         weights, moments = weight_tensors(self.network), update.state_tensors(self.network, self.optimizer)
+        averages = self.average.weights if self.average else {}
         if not any(map(is_dtensor, weights.values())):  # all ranks have all: each copies its part alone
             rank, world = self.ranks.rank, self.ranks.world
-            weights = weights if rank == 0 else {}
+            weights, averages = (weights, averages) if rank == 0 else ({}, {})
             moments = dict(list(moments.items())[rank::world])
-        staged = self.stager.stage(dict(weights=weights, moments=moments))
+        staged = self.stager.stage(dict(weights=weights, averages=averages, moments=moments))
         record = dict(record, step=step, updates=update.updates(self.optimizer))
         record = json.loads(json.dumps(record))  # what it holds goes on changing
         self.thread = threading.Thread(target=self.work, args=(step, staged, record), daemon=True)
@@ -329,16 +359,20 @@ class Saver:
         self.raise_everywhere(problem)
 
         self.write_shards(staged["moments"], building / "optimizer")
-        weights = staged["weights"]
-        sharded = any(map(is_dtensor, weights.values()))
-        if sharded:
-            self.write_shards(weights, building / "shards")
-        names = file_names({name: value.numel() * value.element_size() for name, value in weights.items()})
         digests = {}
-        try:
-            digests = self.write_whole_files(weights, names, building, sharded)
-        except Exception as error:  # the others must hear of it, or they would wait
-            problem = f"{type(error).__name__}: {error}"
+        for file in (building / "optimizer").glob(f"shard-{self.ranks.rank + 1:05d}-*"):
+            digests[f"optimizer/{file.name}"] = digest_on_disk(file)
+            self.files_done += 1
+        for part, weights in (("", staged["weights"]), ("ema", staged["averages"])):
+            if part and not self.average:
+                continue
+            sharded = any(map(is_dtensor, weights.values()))
+            if sharded:
+                self.write_shards(weights, building / part / "shards")
+            try:
+                digests |= self.write_whole_files(weights, building, part, sharded)
+            except Exception as error:  # the others must hear of it, or they would wait
+                problem = f"{type(error).__name__}: {error}"
 
         # rank 0 gathers what all ranks have written, and gives the checkpoint its name
         parts = [(digests, problem)]
@@ -351,7 +385,7 @@ class Saver:
                 try:
                     for digests, _ in parts:
                         record.setdefault("sha256", {}).update(digests)
-                    self.commit(step, building, record, names)
+                    self.commit(step, building, record)
                 except Exception as error:
                     problem = f"{type(error).__name__}: {error}"
         self.raise_everywhere(problem)
@@ -372,42 +406,44 @@ class Saver:
         alone, group = self.ranks.world == 1, self.ranks.saving
         dcp.save(values, storage_writer=writer, process_group=group, no_dist=alone)
 
-    def write_whole_files(self, weights, names, building, sharded):
-        """Write this rank's share of the files of whole weights → {file: SHA-256}, its optimizer shards' too.
+    def write_whole_files(self, weights, building, part, sharded):
+        """Write this rank's share of the files of whole weights → {file: SHA-256}.
 
-        One file's tensors at a time are whole, on one rank, from what all have written.
+        One file's tensors at a time are whole, on one rank, from what all have written. part: "" or "ema".
         """
         import torch.distributed.checkpoint as dcp
 
-        rank, world, digests = self.ranks.rank, self.ranks.world, {}
+        rank, world, digests, folder = self.ranks.rank, self.ranks.world, {}, building / part
+        folder.mkdir(exist_ok=True)
+        names = file_names({name: value.numel() * value.element_size() for name, value in weights.items()})
         for number, (name, keys) in enumerate(names.items()):
             if number % world == rank and sharded:
                 values = {key: torch.empty(weights[key].shape) for key in keys}
-                dcp.load(values, storage_reader=open_reader(building / "shards"), no_dist=True)
+                dcp.load(values, storage_reader=open_reader(folder / "shards"), no_dist=True)
             elif rank == 0 and not sharded:
                 values = {key: weights[key].contiguous() for key in keys}
             else:
                 continue
-            save_file(values, building / name, metadata=dict(format="pt"))
-            (building / name).chmod(0o644)  # safetensors writes for its owner alone
-            digests[name] = digest_on_disk(building / name)
+            path = folder / name
+            save_file(values, path, metadata=dict(format="pt"))
+            path.chmod(0o644)  # safetensors writes for its owner alone
+            digests[path.relative_to(building).as_posix()] = digest_on_disk(path)
             self.files_done += 1
-        for file in (building / "optimizer").glob(f"shard-{rank + 1:05d}-*"):
-            digests[f"optimizer/{file.name}"] = digest_on_disk(file)
-            self.files_done += 1
+        if rank == 0 and len(names) > 1:
+            index = dict(metadata={}, weight_map={key: name for name, keys in names.items() for key in keys})
+            path = folder / "model.safetensors.index.json"
+            path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            digests[path.relative_to(building).as_posix()] = digest_on_disk(path)
         return digests
 
-    def commit(self, step, building, record, names):
+    def commit(self, step, building, record):
         """Give a checkpoint whose files are all there its name, and remove the old ones: rank 0's work."""
-        shutil.rmtree(building / "shards", ignore_errors=True)
-        if len(names) > 1:
-            index = dict(metadata={}, weight_map={key: name for name, keys in names.items() for key in keys})
-            path = building / "model.safetensors.index.json"
-            path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-            record["sha256"][path.name] = digest_on_disk(path)
+        for part in ("", "ema"):
+            shutil.rmtree(building / part / "shards", ignore_errors=True)
         record = dict(record, record_sha256=record_digest(record))
         (building / "checkpoint.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        for path in (building / "checkpoint.json", building / "optimizer", building):
+        folders = building / "optimizer", building / "ema"
+        for path in (building / "checkpoint.json", *filter(Path.is_dir, folders), building):
             sync_path(path)
         final = step_folder(self.run_dir, step)
         if final.exists():
@@ -549,14 +585,18 @@ def remove_leftovers(run_dir):
 # ------------------------------------------------------------------------------------------------- disk space
 
 
-def checkpoint_bytes(n_params, sharded=False):
-    """(bytes of a checkpoint, bytes more while it is being written), with weights and moments in fp32."""
-    return 4 * n_params * (1 + update.MOMENTS), 4 * n_params * sharded
+def checkpoint_bytes(network, optimizer, ema, sharded):
+    """(bytes of a checkpoint, bytes more while it is being written); weights and state are in fp32."""
+    weights = 4 * network.n_params()
+    size = weights + 4 * update.state_numbers(network, optimizer, ema)
+    return size, weights * (1 + bool(ema)) * sharded
 
 
-def check_space(run_dir, n_params, sharded, n_kept):
-    """Raises OSError if the disk can't hold a run's checkpoints: `n_kept` at a time and one in the making."""
-    size, temporary = checkpoint_bytes(n_params, sharded)
+def check_space(run_dir, size, temporary, n_kept):
+    """Raises OSError if the disk can't hold a run's checkpoints: `n_kept` at a time and one in the making.
+
+    size and temporary as `checkpoint_bytes` returns them.
+    """
     folder = Path(run_dir).absolute()
     while not folder.exists():
         folder = folder.parent

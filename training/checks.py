@@ -198,6 +198,10 @@ def find_checkpoint(run):
     folder, record = load_newest(run.folder, partial(warn, ranks), ranks)
     check_resumable(record, run.model_config, run.corpus_record)
     saved = record["settings"]
+    optimizer = saved.get("optimizer", "adamw")
+    if optimizer != cfg.optimizer:
+        raise ValueError(f"cannot resume with optimizer={cfg.optimizer} what {optimizer} has trained: their "
+                         "states differ; begin another run with --init_from")
     restarted = [name for name in ("seed", "unique_tokens") if saved.get(name) != getattr(cfg, name)]
     if mixture_of(saved["corpus"]) != mixture_of(cfg.corpus):
         restarted.append("mixture")
@@ -335,8 +339,9 @@ def check_folders(run):
                               "or choose another --run_dir")
     if not checkpoint.step_folder(run.folder, run.steps).is_dir():
         with torch.device("meta"):
-            n_params = Transformer(run.model_config).n_params()
-        checkpoint.check_space(run.folder, n_params, cfg.layout() != "no", checkpoints_kept(run))
+            network = Transformer(run.model_config)
+        n_bytes = checkpoint.checkpoint_bytes(network, cfg.optimizer, cfg.ema, cfg.layout() != "no")
+        checkpoint.check_space(run.folder, *n_bytes, checkpoints_kept(run))
 
 
 def checkpoints_kept(run):

@@ -16,7 +16,7 @@ from model import Transformer
 from training import checkpoint, checks, distributed
 from training.flops import PEAK, expected_share
 from training.log import warn
-from training.update import MOMENTS
+from training.update import state_numbers
 
 # The share of the bf16 peak that computing alone is assumed to reach: 41 % to 50 % are published for H100s,
 # 1B to 8B.
@@ -48,7 +48,7 @@ def predict_memory(run):
     return memory.predict(
         run.model_config, batch, cfg.loss == "paper", run.dtype, run.on_gpu, cfg.compile, cfg.recompute,
         cfg.fp8, lasting_gradients=accumulating or world > 1 or cfg.cuda_graphs, layout=cfg.layout(),
-        shards=shards, accumulating=accumulating)
+        shards=shards, accumulating=accumulating, optimizer=cfg.optimizer, ema=cfg.ema)
 
 
 def row_bytes(run):
@@ -74,12 +74,12 @@ def check_memory(run):
     check_rows(run)
     cfg, shape = run.cfg, run.model_config
     with torch.device("meta"):
-        n_params = Transformer(replace(shape, seq_len=1)).n_params()
+        network = Transformer(replace(shape, seq_len=1))
     memory = host_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if run.device.type == "cuda":
         memory = torch.cuda.get_device_properties(run.device).total_memory
     between_blocks = 2 * run.micro_batch * cfg.seq_len * shape.d_model * shape.n_layer
-    peak = 4 * (2 + MOMENTS) * n_params / run.ranks.world
+    peak = 4 * (2 * network.n_params() + state_numbers(network, cfg.optimizer, cfg.ema)) / run.ranks.world
     peak += between_blocks
     predicted = None
     if peak < memory and run.ranks.rank == 0 and (run.on_gpu or peak > memory / 20):
@@ -195,7 +195,7 @@ def report(run):
                  f"with recomputation {repeated:.2f} × that")
 
     # disk
-    size, temporary = checkpoint.checkpoint_bytes(n_params, layout != "no")
+    size, temporary = checkpoint.checkpoint_bytes(network, cfg.optimizer, cfg.ema, layout != "no")
     kept = checks.checkpoints_kept(run)
     all_of_them = human_bytes((kept + 1) * size + temporary)
     lines.append(f"a checkpoint has {human_bytes(size)}; {kept} kept and one in the making {all_of_them}")

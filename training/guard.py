@@ -15,8 +15,9 @@ from training.update import is_bad
 class Guard:
     """Counts steps with a bad gradient; too many in a row take the run back to a checkpoint before them."""
 
-    def __init__(self, run, state, network, optimizer):
+    def __init__(self, run, state, network, optimizer, average=None):
         self.run, self.state, self.network, self.optimizer = run, state, network, optimizer
+        self.average = average
         self.worst = 0  # most bad steps in a row since a checkpoint was read: norms arrive several at a time
         self.returns = Counter()  # to each checkpoint folder
 
@@ -36,7 +37,8 @@ class Guard:
     def restore(self, folder, record):
         """Read a checkpoint of this run: weights, the optimizer's state, and where the run stood."""
         ranks = self.run.ranks
-        on_all_ranks(ranks, checkpoint.restore, folder, record, self.network, self.optimizer, ranks)
+        on_all_ranks(ranks, checkpoint.restore, folder, record, self.network, self.optimizer, self.average,
+                     ranks)
         self.state.restore(record, diffusion.figure_names(self.run.process) + ["grad_norm"])
         self.worst = self.state.bad_in_a_row
 

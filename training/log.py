@@ -215,7 +215,8 @@ def read_rows(run_dir, name="validation.npz"):
 LINE = {
     "step": whole(),
     "tokens?": whole(),
-    **dict.fromkeys(("loss?", "val_loss?", "val_error?", "val_bpb?", "grad_norm?", "tokens_per_s?"), float),
+    **dict.fromkeys(("loss?", "val_loss?", "val_error?", "val_bpb?", "val_ema?"), float),
+    **dict.fromkeys(("grad_norm?", "tokens_per_s?"), float),
     "objective?": str,
     "event?": str,
 }
@@ -479,5 +480,9 @@ def summary_line(run_dir):
         return None
     m = last[0]
     kind = "exact NLL" if m.get("exact", m["objective"] == "ar") else "NELBO, an upper bound"
+    average = ""
+    if "val_ema" in m:
+        bits = m["val_bpb"] * m["val_ema"] / m["val_loss"]
+        average = f"; averaged weights {bits:.3f} bits/byte, {m['val_ema']:.4f}"
     return (f"{Path(run_dir).name:>20}: {m['val_bpb']:.3f} bits/byte, {m['val_loss']:.4f} nats/token "
-            f"({m['objective']}, {kind}; {m['tokens']:,} tokens)")
+            f"({m['objective']}, {kind}; {m['tokens']:,} tokens{average})")

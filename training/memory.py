@@ -20,14 +20,14 @@ import kernels
 from model import Transformer
 from training.objective import Objective
 from training.transfer import to_tensors
-from training.update import MOMENTS
+from training.update import state_numbers
 
 
 class MemoryNeed(NamedTuple):
     """Bytes on one rank at the peak, and what they are."""
 
     parameters: int  # weights in fp32; of a sharded network this rank's
-    optimizer: int  # its state, likewise
+    optimizer: int  # its state and the weights' moving average, likewise
     gradients: int  # likewise
     gathered: int  # of a sharded network: weights and gradients that are whole for a while
     activations: int  # all else that forward and backward pass keep for a while
@@ -40,8 +40,8 @@ def predict(model_config, batch, posterior, dtype, on_gpu, compile="whole", reco
 
     compile and recompute as in objective.compile_and_wrap and Transformer.use. Without recomputation it
     agrees with what torch allocates to 1 %; with it, it can be 7 % low, 20 % where the whole model is one
-    graph (the compiler moves things). layout and `states` (lasting_gradients, shards, accumulating) as in
-    `weigh`.
+    graph (the compiler moves things). layout and `states` (lasting_gradients, shards, accumulating,
+    optimizer, ema) as in `weigh`.
     """
     timeline = trace(
         model_config, batch, posterior, dtype, on_gpu, compile, recompute, fp8, sharded=layout != "no")
@@ -85,7 +85,7 @@ def record_graph(graphs, module, inputs):
 
 
 def weigh(timeline, model_config, dtype, on_gpu, lasting_gradients=False, layout="no", shards=1,
-          accumulating=False):
+          accumulating=False, optimizer="adamw", ema=0.0):
     """The `MemoryNeed` of a rank from what exists along a step.
 
     lasting_gradients: they outlive the backward pass that adds to them (accumulation, DDP's buckets, CUDA
@@ -97,10 +97,15 @@ def weigh(timeline, model_config, dtype, on_gpu, lasting_gradients=False, layout
         weights = 4 * network.n_params()
         kept = weights if lasting_gradients else 0
         exists, arrived = max(timeline)
-        peak = (1 + MOMENTS) * weights + kept + exists
-        return MemoryNeed(weights, MOMENTS * weights, kept + arrived, 0, exists - arrived, peak)
+        state = 4 * state_numbers(network, optimizer, ema)
+        peak = weights + state + kept + exists
+        return MemoryNeed(weights, state, kept + arrived, 0, exists - arrived, peak)
 
-    weights = 4 * sum(-(-p.shape[0] // shards) * p[0].numel() for p in network.parameters())
+    def share(p):
+        return -(-p.shape[0] // shards) * p[0].numel()
+
+    weights = 4 * sum(map(share, network.parameters()))
+    state = 4 * state_numbers(network, optimizer, ema, share)
     size = dtype.itemsize
     block = size * sum(p.numel() for p in network.blocks[0].parameters())
     rest = size * sum(p.numel() for name, p in network.named_parameters() if not name.startswith("blocks."))
@@ -121,8 +126,8 @@ def weigh(timeline, model_config, dtype, on_gpu, lasting_gradients=False, layout
         gradients = max(kept, int(arrived * 4 / size / shards))
         gathered = gathered_weights + sums * (arrived > 0)
         activations = exists - arrived
-        peak = (1 + MOMENTS) * weights + gradients + gathered + activations
-        return MemoryNeed(weights, MOMENTS * weights, gradients, gathered, activations, peak)
+        peak = weights + state + gradients + gathered + activations
+        return MemoryNeed(weights, state, gradients, gathered, activations, peak)
 
     return max((need(*bytes_then) for bytes_then in timeline), key=lambda need: need.peak)
 

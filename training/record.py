@@ -37,6 +37,8 @@ SETTINGS = {
     "eval_rows?": whole(),
     "batch_size?": whole(1),
     "lr?": real(0),
+    "optimizer?": ("adamw", "muon"),
+    "ema?": real(0, 1),
     "lr_schedule?": ("cosine", "wsd", "constant"),
     "decay?": real(0),
     "wandb?": str,
@@ -68,7 +70,7 @@ RECORD = {
         "val_sha256?": str,
     },
     "step": whole(0, 1 << 53),
-    "sha256": {re.compile(r"(optimizer/)?[^/\0]+"): DIGEST},
+    "sha256": {re.compile(r"((optimizer|ema)/)?[^/\0]+"): DIGEST},
     "converted_from?": str,
     "exact_up_to": whole(0, 1 << 20),  # see data.permute
     "steps?": whole(0, 1 << 53),

@@ -2,15 +2,38 @@
 
 import torch
 
-MOMENTS = 2  # numbers in fp32 that the optimizer keeps for each parameter
+from training.muon import Muon
 
 
-def make_optimizer(network, lr, betas, weight_decay):
-    """AdamW in one kernel per group; weight decay on matrices and embeddings only."""
+def is_muons(name, p):
+    """Whether the parameter of this name is one of those that Muon updates: a matrix inside a block."""
+    return p.dim() == 2 and name.startswith("blocks.")
+
+
+def state_numbers(network, optimizer, ema=0.0, size_of=torch.Tensor.numel):
+    """How many fp32 numbers a run keeps beside the weights.
+
+    AdamW's two moments, or Muon's one momentum, and the moving average if `ema`. size_of: how many numbers of
+    a parameter this rank has.
+    """
+    total = 0
+    for name, p in network.named_parameters():
+        moments = 1 if optimizer == "muon" and is_muons(name, p) else 2
+        total += size_of(p) * (moments + bool(ema))
+    return total
+
+
+def make_optimizer(network, lr, betas, weight_decay, optimizer="adamw"):
+    """AdamW, or Muon with AdamW for what is no matrix of a block; norms and biases never decay."""
     matrices = [p for p in network.parameters() if p.dim() >= 2]
     vectors = [p for p in network.parameters() if p.dim() < 2]
     groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+    if optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+    inside = {p for name, p in network.named_parameters() if is_muons(name, p)}
+    groups[0]["params"] = [p for p in matrices if p not in inside]
+    in_blocks = dict(params=[p for p in matrices if p in inside], weight_decay=weight_decay, muon=True)
+    return Muon([in_blocks, *(group | dict(muon=False) for group in groups)], lr=lr, betas=betas)
 
 
 def parameters(optimizer):
@@ -69,9 +92,14 @@ def init_state(optimizer, updates):
         state["step"].fill_(updates)
 
 
+def update_count(optimizer):
+    """How many updates the optimizer has made, as a scalar on the device."""
+    return next(iter(optimizer.state.values()))["step"]
+
+
 def updates(optimizer):
     """How many updates the optimizer has made."""
-    return int(next(iter(optimizer.state.values()))["step"])
+    return int(update_count(optimizer))
 
 
 def state_tensors(network, optimizer):

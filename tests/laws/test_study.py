@@ -28,7 +28,7 @@ FILES = sorted((ROOT / "configurator" / "quokka").glob("*.py"))
 ORIGINALS = ROOT / "../shared/paper"
 SCALES = ("tiny", "gpu", "paper")
 WORDS = sorted({words for name in study.STUDIES for words in study.words_of(name)})
-ALL_RUNS = 2 + 3 + 2 + 2 + 6 + 6 + 8 + 5  # of all studies, those that they share counted again
+ALL_RUNS = 2 + 3 + 2 + 2 + 6 + 6 + 8 + 6  # of all studies, those that they share counted again
 NEUTRAL = configurator.neutral_settings(train.Config)
 SHORT = ["--tokens=4096", "--n_layer=1", "--n_head=2", "--d_model=32", "--compile=no", "--eval_rows=8",
          "--device=cpu"]  # fmt: skip

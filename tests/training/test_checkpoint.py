@@ -293,13 +293,13 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
 def test_what_goes_is_room(tmp_path, leftover):
     """Old checkpoints, and what a crash has left, are removed before the disk is full."""
     # one checkpoint kept, one in the making: a gigabyte too much
-    n_params = (shutil.disk_usage(tmp_path).free + 10**9) // 24
+    size = (shutil.disk_usage(tmp_path).free + 10**9) // 2
     with pytest.raises(OSError, match="lower --keep"):
-        checkpoint.check_space(tmp_path, n_params, False, 1)
+        checkpoint.check_space(tmp_path, size, 0, 1)
     (tmp_path / leftover).mkdir()
     with open(tmp_path / leftover / "x", "wb") as file:
         file.truncate(3 * 10**9)  # a hole: it takes no room
-    checkpoint.check_space(tmp_path, n_params, False, 1)
+    checkpoint.check_space(tmp_path, size, 0, 1)
 
 
 # ----------------------------------------------------------------------------------------------------- saving

@@ -299,25 +299,27 @@ def test_uploads_are_what_was_sent():
 # -------------------------------------------------------------------------------------- the optimizer's state
 
 
-def test_only_matrices_decay():
+@pytest.mark.parametrize("optimizer", ("adamw", "muon"))
+def test_only_matrices_decay(optimizer):
     network = Transformer(setting("masked")[0])
-    optimizer = update.make_optimizer(network, 1e-3, (0.9, 0.95), 0.1)
+    optimizer = update.make_optimizer(network, 1e-3, (0.9, 0.95), 0.1, optimizer)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for name, p in network.named_parameters():
         assert decay.pop(id(p)) == (0.0 if "norm" in name else 0.1), name
     assert not decay
 
 
-def test_the_optimizer_is_asked_for_its_state():
+@pytest.mark.parametrize("name", ("adamw", "muon"))
+def test_the_optimizer_is_asked_for_its_state(name):
     """Made without an update it is zero and leaves the weights alone; memory and disk count on its size."""
     config, process = setting("masked")
     network = Transformer(config).init_weights()
-    optimizer = update.make_optimizer(network, 1e-2, (0.9, 0.95), 0.1)
+    optimizer = update.make_optimizer(network, 1e-2, (0.9, 0.95), 0.1, name)
     before = [p.detach().clone() for p in network.parameters()]
     update.init_state(optimizer, updates=7)
     state = update.state_tensors(network, optimizer)
     assert update.updates(optimizer) == 7 and all((value == 0).all() for value in state.values())
-    assert sum(value.numel() for value in state.values()) == update.MOMENTS * network.n_params()
+    assert sum(value.numel() for value in state.values()) == update.state_numbers(network, name)
     assert all(torch.equal(p, q) and p.grad is None for p, q in zip(network.parameters(), before))
     assert all(group["lr"] == 1e-2 for group in optimizer.param_groups)
     step(Objective(network, False), optimizer, iter([transfer.to_tensors(next(batches(process, 1)))]))

@@ -1,0 +1,107 @@
+"""Muon for the matrices inside the blocks: momentum with all singular values near 1 (docs/math.md §13).
+
+It computes what torch.optim.Muon does, which takes one whole matrix after the other, in bf16, whatever the
+gradient is. Here the matrices of one shape go through every product together, sharded ones are gathered for
+it, and a bad gradient changes nothing, without the host's waiting for it.
+"""
+
+import math
+
+import torch
+
+MOMENTUM = 0.95
+COEFFICIENTS = 3.4445, -4.7750, 2.0315  # Jordan's quintic: steep at 0, between 0.7 and 1.2 beyond
+ITERATIONS = 5
+RMS = 0.2  # of an update, about AdamW's: so that its learning rate and weight decay carry over
+
+
+def orthogonalize(x, dtype):
+    """Bring the singular values of matrices (K, m, n) near 1, by Newton-Schulz in `dtype`. → as x
+
+    They end between 0.7 and 1.2, but for those that are below a hundredth of the matrix's norm.
+    """
+    is_tall = x.shape[-2] > x.shape[-1]
+    y = (x.mT if is_tall else x).to(dtype)
+    y = y / y.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    a, b, c = COEFFICIENTS
+    for _ in range(ITERATIONS):
+        gram = y @ y.mT
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    return (y.mT if is_tall else y).to(x.dtype)
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but for the groups that say `muon`: Muon, by the same learning rate and weight decay.
+
+    As AdamW's fused kernel does, it leaves everything as it is where `found_inf` is 1.
+    """
+
+    def __init__(self, groups, **settings):
+        super().__init__(groups, fused=True, **settings)
+        self.found_inf = None
+
+    @torch.no_grad()
+    def step(self):
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["muon"]]
+        super().step()
+        self.param_groups = groups
+        for group in groups:
+            shapes = {}
+            for p in group["params"] if group["muon"] else ():
+                shapes.setdefault(p.shape, []).append(p)
+            for params in shapes.values():
+                self.update_matrices(params, group["lr"], group["weight_decay"])
+
+    def update_matrices(self, params, lr, weight_decay):
+        """Update K parameters of one shape (m, n)."""
+        weights = [local(p) for p in params]  # of sharded ones this rank's rows
+        gradient = torch.stack([local(p.grad) for p in params])  # (K, m, n)
+        for p in params:
+            if not self.state[p]:
+                self.state[p] = dict(step=gradient.new_zeros(()), momentum=torch.zeros_like(p))
+        momenta = [local(self.state[p]["momentum"]) for p in params]
+        is_bad = gradient.new_zeros(()) if self.found_inf is None else self.found_inf
+        step_size = lr * RMS * math.sqrt(max(params[0].shape))
+
+        momentum = torch.stack(momenta)
+        new_momentum = momentum.lerp(gradient, 1 - MOMENTUM)
+        update = orthogonalize_shards(gradient.lerp(new_momentum, MOMENTUM), params[0])  # Nesterov's
+        # selected, not multiplied by 0: what is bad may be NaN
+        new_momentum = torch.where(is_bad > 0, momentum, new_momentum)
+        update = torch.where(is_bad > 0, 0.0, step_size * update)
+        torch._foreach_copy_(momenta, list(new_momentum.unbind()))
+        torch._foreach_mul_(weights, 1 - lr * weight_decay * (1 - is_bad))
+        torch._foreach_sub_(weights, list(update.unbind()))
+        torch._foreach_add_([self.state[p]["step"] for p in params], 1 - is_bad)
+
+
+# ----------------------------------------------------------------------------------------- sharded parameters
+
+
+def is_sharded(p):
+    """Whether a parameter is a DTensor. (A type that takes seconds to import.)"""
+    return hasattr(p, "placements")
+
+
+def local(x):
+    """A tensor as this rank holds it."""
+    return x.to_local() if is_sharded(x) else x
+
+
+def orthogonalize_shards(x, p):
+    """`orthogonalize` of K matrices, (K, m, n), that are sharded as the parameter p is; this rank's rows.
+
+    Every rank computes all of it: a share of a step that falls with the tokens per rank.
+    """
+    dtype = torch.bfloat16 if x.is_cuda else torch.float32
+    if not is_sharded(p):
+        return orthogonalize(x, dtype)
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    placements = [Shard(1) if place.is_shard() else place for place in p.placements]  # p's rows
+    shape = len(x), *p.shape
+    stride = shape[1] * shape[2], shape[2], 1
+    whole = DTensor.from_local(x, p.device_mesh, placements, run_check=False, shape=shape, stride=stride)
+    result = orthogonalize(whole.full_tensor(), dtype)
+    return distribute_tensor(result, p.device_mesh, placements, src_data_rank=None).to_local()
