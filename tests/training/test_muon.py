@@ -35,7 +35,7 @@ def steps(net, optimizer, n=4, first=0):
 
 
 def test_it_is_torchs_muon_and_adamw(monkeypatch):
-    """Step for step, to rounding in fp32; torch's own bf16 is off by up to 10 % of how far the weights went."""
+    """Step for step, to rounding in fp32; torch's own bf16 is off by 10 % of the weights' way."""
 
     def in_fp32(grad, coefficients, n_steps, eps):
         assert (coefficients, n_steps) == (muon.COEFFICIENTS, muon.ITERATIONS)
