@@ -8,8 +8,9 @@
     python convert.py --source=runs/quickstart --out=exported
     python convert.py --source=runs/quickstart --to=megatron --tensor_parallel=2 --out=mp
 
-    # get a folder of a hub (its own settings: download --help)
+    # with settings of their own (--help): get a folder of a hub; the mean of several checkpoints of ours
     python convert.py download OWNER/NAME --folder=…
+    python convert.py average --checkpoints=runs/a,runs/b --out=runs/mean
 
 One process does it, without any of the programs that wrote the source. The source's files tell its format;
 nothing in them is run. At most one tensor is in memory (writing Megatron's format: and one rank's file).
@@ -17,13 +18,10 @@ nothing in them is run. At most one tensor is in memory (writing Megatron's form
 
 import terminal  # isort: skip  # first: Ctrl-C during the imports
 
-import contextlib
 import dataclasses
 import math
-import os
 import shlex
 import shutil
-import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -36,9 +34,8 @@ from rich.progress import Progress
 
 import configurator
 from configurator import setting
-from corpus.files import no_empty_parents
-from interop import download, huggingface, megatron, native, verify
-from interop.source import cast_weights
+from interop import download, huggingface, mean, megatron, native, verify
+from interop.source import cast_weights, new_folder
 from training.record import MAX_SIZE
 
 LIMIT = 1e-4  # of --verify, which computes in float32 whatever the weights are
@@ -93,8 +90,9 @@ class Config:
 
 
 def main():
-    if sys.argv[1:2] == ["download"]:
-        return download.main(sys.argv[2:])
+    for name, other in dict(download=download, average=mean).items():
+        if sys.argv[1:2] == [name]:
+            return other.main(sys.argv[2:])
     cfg = configurator.load(Config, about=__doc__)
     terminal.keep_going()
     start = time.perf_counter()
@@ -115,23 +113,6 @@ def main():
     if to == "ours" and source.tokenizer:
         hint = f"    try: python sample.py --run_dir={shlex.quote(cfg.out)}"
     print(f"{cfg.out}: {n_bytes / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s{hint}")
-
-
-@contextlib.contextmanager
-def new_folder(out):
-    """Make a hidden folder that becomes `out` at the end; an error or a signal leaves nothing of it."""
-    building = out.with_name(f".{out.name}.{os.getpid()}")
-    handlers = {signum: signal.signal(signum, signal.default_int_handler)  # as Ctrl-C: KeyboardInterrupt
-                for signum in terminal.stop_signals()}
-    with no_empty_parents(out):
-        try:
-            building.mkdir(parents=True)
-            yield building
-            building.rename(out)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
-            for signum, handler in handlers.items():
-                signal.signal(signum, handler)
 
 
 def open_source(cfg, path):

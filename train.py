@@ -401,13 +401,7 @@ def train(cfg, device, watch):
     if resumed:
         guard.restore(*resumed)
     else:
-        network.init_weights(torch.Generator().manual_seed(cfg.seed))
-        if run.init_checkpoint:
-            folder, record = run.init_checkpoint
-            place = checkpoint.weights_folder(folder, record, cfg.init_weights)
-            on_all_ranks(ranks, checkpoint.init_weights_from, place, record, network)
-        if average:
-            average.start()
+        init_weights(run, network, average)
     to_do = state.step < run.steps
 
     # what is written: settings, metrics, checkpoints
@@ -508,6 +502,17 @@ def build(run, clock):
     betas = cfg.beta1, cfg.beta2
     optimizer = update.make_optimizer(network, cfg.lr, betas, cfg.weight_decay, cfg.optimizer)
     return objective, compiled, optimizer
+
+
+def init_weights(run, network, average):
+    """Give a network its first weights: random ones, or those of the checkpoint that init_from names."""
+    network.init_weights(torch.Generator().manual_seed(run.cfg.seed))
+    if run.init_checkpoint:
+        folder, record = run.init_checkpoint
+        place = checkpoint.weights_folder(folder, record, run.cfg.init_weights)
+        on_all_ranks(run.ranks, checkpoint.init_weights_from, place, record, network)
+    if average:
+        average.start()
 
 
 def open_feed(run, state):

@@ -44,15 +44,20 @@ def write(folder, run_dir, source, weights, on_progress):
     """
     if hasattr(source.tokenizer, "path"):
         source.tokenizer.copy_to(folder)
-    settings = run_settings(run_dir, source)
-    (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    place = checkpoint.step_folder(folder, source.step)
+    record = dict(
+        settings=run_settings(run_dir, source), model=asdict(source.config), corpus=corpus_record(source),
+        step=source.step, converted_from=str(source.folder.resolve()))
+    write_run(folder, record, weights, on_progress)
+
+
+def write_run(folder, record, weights, on_progress):
+    """Write a run of one checkpoint, {name: LazyTensor}, whose record lacks nothing but digests."""
+    settings = json.dumps(record["settings"], indent=2) + "\n"
+    (folder / "settings.json").write_text(settings, encoding="utf-8")
+    place = checkpoint.step_folder(folder, record["step"])
     place.mkdir()
     files = write_weights(place, weights, on_progress)
-    record = dict(
-        settings=settings, model=asdict(source.config), corpus=corpus_record(source), step=source.step,
-        converted_from=str(source.folder.resolve()),
-        sha256={name: checkpoint.digest_on_disk(place / name) for name in files})
+    record = dict(record, sha256={name: checkpoint.digest_on_disk(place / name) for name in files})
     record = json.loads(json.dumps(record))  # as it will be read: the digest is of lists, not tuples
     record["record_sha256"] = checkpoint.record_digest(record)
     (place / "checkpoint.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -1,12 +1,18 @@
 """A checkpoint that is being converted, in our words whatever its format."""
 
+import contextlib
 import dataclasses
 import json
+import os
+import shutil
+import signal
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+import terminal
+from corpus.files import no_empty_parents
 from interop.tensors import LazyTensor
 from model import ModelConfig, Transformer
 
@@ -53,3 +59,20 @@ def fit_vocabulary(weights, config):
 
 def write_json(path, values):
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def new_folder(out):
+    """Make a hidden folder that becomes `out` at the end; an error or a signal leaves nothing of it."""
+    building = out.with_name(f".{out.name}.{os.getpid()}")
+    handlers = {signum: signal.signal(signum, signal.default_int_handler)  # as Ctrl-C: KeyboardInterrupt
+                for signum in terminal.stop_signals()}
+    with no_empty_parents(out):
+        try:
+            building.mkdir(parents=True)
+            yield building
+            building.rename(out)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)

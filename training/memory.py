@@ -18,9 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import diffusion
 import kernels
 from model import Transformer
+from training import muon
 from training.objective import Objective
 from training.transfer import to_tensors
-from training.update import state_numbers
+from training.update import is_muons, state_numbers
 
 
 class MemoryNeed(NamedTuple):
@@ -99,7 +100,8 @@ def weigh(timeline, model_config, dtype, on_gpu, lasting_gradients=False, layout
         exists, arrived = max(timeline)
         state = 4 * state_numbers(network, optimizer, ema)
         peak = weights + state + kept + exists
-        return MemoryNeed(weights, state, kept + arrived, 0, exists - arrived, peak)
+        need = MemoryNeed(weights, state, kept + arrived, 0, exists - arrived, peak)
+        return max(need, at_update(network, weights, state, optimizer), key=lambda need: need.peak)
 
     def share(p):
         return -(-p.shape[0] // shards) * p[0].numel()
@@ -129,7 +131,15 @@ def weigh(timeline, model_config, dtype, on_gpu, lasting_gradients=False, layout
         peak = weights + state + gradients + gathered + activations
         return MemoryNeed(weights, state, gradients, gathered, activations, peak)
 
-    return max((need(*bytes_then) for bytes_then in timeline), key=lambda need: need.peak)
+    needs = [need(*bytes_then) for bytes_then in timeline]
+    return max(*needs, at_update(network, weights, state, optimizer), key=lambda need: need.peak)
+
+
+def at_update(network, weights, state, optimizer):
+    """The `MemoryNeed` while the optimizer works: AdamW's kernel needs nothing for itself."""
+    params = [p for name, p in network.named_parameters() if is_muons(name, p)]
+    extra = muon.workspace(params) if optimizer == "muon" else 0
+    return MemoryNeed(weights, state, weights, 0, extra, 2 * weights + state + extra)
 
 
 def count_bytes(forward, backward, fused):

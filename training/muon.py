@@ -12,6 +12,8 @@ import torch
 MOMENTUM = 0.95
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # Jordan's quintic: steep at 0, between 0.7 and 1.2 beyond
 ITERATIONS = 5
+AT_ONCE = 1 << 26  # numbers of matrices of one shape that are updated together, or one matrix
+COPIES = 8  # of these that exist at a time
 RMS = 0.2  # of an update, about AdamW's: so that its learning rate and weight decay carry over
 
 
@@ -47,10 +49,7 @@ class Muon(torch.optim.AdamW):
         super().step()
         self.param_groups = groups
         for group in groups:
-            shapes = {}
-            for p in group["params"] if group["muon"] else ():
-                shapes.setdefault(p.shape, []).append(p)
-            for params in shapes.values():
+            for params in alike(group["params"]) if group["muon"] else ():
                 self.update_matrices(params, group["lr"], group["weight_decay"])
 
     def update_matrices(self, params, lr, weight_decay):
@@ -74,6 +73,22 @@ class Muon(torch.optim.AdamW):
         torch._foreach_mul_(weights, 1 - lr * weight_decay * (1 - is_bad))
         torch._foreach_sub_(weights, list(update.unbind()))
         torch._foreach_add_([self.state[p]["step"] for p in params], 1 - is_bad)
+
+
+def alike(params):
+    """Lists of parameters of one shape, as many as may be updated together."""
+    shapes = {}
+    for p in params:
+        shapes.setdefault(p.shape, []).append(p)
+    for shape, same in shapes.items():
+        count = max(1, AT_ONCE // shape.numel())
+        for start in range(0, len(same), count):
+            yield same[start : start + count]
+
+
+def workspace(params):
+    """Bytes, about, that an update of these parameters takes for a while."""
+    return 4 * COPIES * max(len(same) * same[0].numel() for same in alike(params))
 
 
 # ----------------------------------------------------------------------------------------- sharded parameters

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from conftest import call_main
-from runs import TINY, equal_runs, equal_tensors, figures, largest_difference, weights
+from runs import TINY, equal_runs, equal_tensors, figures, weights
 from safetensors.torch import load_file
 
 import convert
@@ -94,20 +94,6 @@ def test_a_damaged_average_is_no_checkpoint(run_main, capsys):
     path.write_bytes(path.read_bytes()[:-1])
     assert load_newest(run, print)[0].name == "step_00000006"
     assert f"{path} is missing or damaged" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("world, layout", [
-    (2, ["--shard=no"]), (2, ["--shard=full"]), (2, ["--shard=optim"]),
-    (4, ["--shard=hybrid", "--shard_size=2"])], ids=str)
-def test_ranks_keep_the_same(train_on, corpus, tmp_path, world, layout):
-    one, run = tmp_path / "one", tmp_path / "run"
-    for folder, ranks, more in ((one, 1, []), (run, world, layout)):
-        train_on(ranks, *FLAGS, f"--corpus={corpus}", f"--run_dir={folder}", *more)
-    assert largest_difference(one, run, names=("loss", "val_loss", "val_ema")) < 1e-5
-    a, b = (load_file(checkpoints(folder)[0] / "ema/model.safetensors") for folder in (one, run))
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------- who takes it

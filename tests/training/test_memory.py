@@ -14,7 +14,7 @@ from torch._inductor.async_compile import AsyncCompile
 import diffusion
 import kernels
 from model import ModelConfig, Transformer
-from training import memory, transfer, update
+from training import memory, muon, transfer, update
 from training.objective import Objective, compile_and_wrap
 
 
@@ -39,12 +39,12 @@ def peak_allocated(work):
     return int(max(np.cumsum([event.nbytes() for event in events])))
 
 
-def measured(config, arrays, compile, recompute):
+def measured(config, arrays, compile, recompute, optimizer="adamw"):
     """Most bytes that a real step on the CPU allocates beyond its weights, moments and batch."""
     torch._dynamo.reset()
     network = Transformer(config).init_weights().use(recompute)
     objective = compile_and_wrap(Objective(network, False), compile)
-    optimizer = update.make_optimizer(network, 1e-3, (0.9, 0.95), 0.1)
+    optimizer = update.make_optimizer(network, 1e-3, (0.9, 0.95), 0.1, optimizer)
     batch = transfer.to_tensors(arrays)
 
     def work():
@@ -79,9 +79,9 @@ def slow(*values):
 
 
 @pytest.mark.parametrize("objective, recompute", [
-    ("masked", "no"), ("masked", "elementwise"), ("masked", "selective"), ("masked", "full"),
+    ("masked", "no"), slow("masked", "elementwise"), ("masked", "selective"), ("masked", "full"),
     ("ar", "no"), slow("ar", "elementwise"), slow("ar", "selective"), slow("ar", "full"),
-    ("uniform", "no"), slow("uniform", "elementwise"), slow("uniform", "selective"), ("uniform", "full")])
+    slow("uniform", "no"), slow("uniform", "elementwise"), slow("uniform", "selective"), ("uniform", "full")])
 def test_prediction_is_what_an_eager_step_takes(objective, recompute):
     config, batch = case(objective, n_layer=3 if objective == "masked" else 2)  # 3: one between the ends
     need = memory.predict(config, batch, False, torch.float32, False, "no", recompute)
@@ -121,6 +121,20 @@ def test_gradients_count_where_they_last():
     config, batch = case("masked", n_layer=3, rows=1, seq_len=8, n_vocab=64, d_model=256)
     need = memory.predict(config, batch, False, torch.float32, True)
     assert need.gradients > 0.8 * need.parameters and need.peak < 4.6 * need.parameters
+
+
+@pytest.mark.parametrize("at_once", (1 << 26, 1 << 18))
+def test_what_muon_needs_for_its_products(at_once, monkeypatch):
+    """Hardly any activations: its update is the peak, of all matrices of a shape at once, or of some."""
+    monkeypatch.setattr(muon, "AT_ONCE", at_once)
+    config, batch = case("masked", n_layer=3, rows=1, seq_len=8, n_vocab=64, d_model=256)
+    need = memory.predict(config, batch, False, torch.float32, False, "no", "no", optimizer="muon")
+    numbers = sum(p.numel() for p in Transformer(config).parameters())
+    assert need.parameters == 4 * numbers and 4 * numbers < need.optimizer < 1.5 * 4 * numbers
+    together = 6 if at_once == 1 << 26 else 5  # of gate and up, the most numbers of one shape
+    assert sum(need[:-1]) == need.peak and need.activations == 4 * muon.COPIES * together * 256 * 192
+    ratio = beyond_weights(need) / measured(config, batch, "no", "no", "muon")
+    assert 0.95 < ratio < 1.1, ratio
 
 
 def plain_loss(hidden, head, batch, weights, n_vocab, posterior=False):

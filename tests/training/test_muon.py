@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from runs import equal_runs, equal_tensors, figures, largest_difference, weights
+from safetensors.torch import load_file
 from torch.optim import _muon as torchs
 
 from model import ModelConfig, Transformer
@@ -150,21 +151,27 @@ def test_a_resumed_run_is_the_uninterrupted_one(run_main, refused):
     assert "cannot resume with optimizer=adamw what muon has trained" in error and error.count("\n") == 1
 
 
+def averages(run):
+    """{name: tensor} of the newest checkpoint's moving average."""
+    return load_file(checkpoints(run)[0] / "ema/model.safetensors")
+
+
 LAYOUTS = {"ddp2": (2, "--shard=no"), "full2": (2, "--shard=full"), "optim2": (2, "--shard=optim"),
            "hybrid2x2": (4, "--shard=hybrid", "--shard_size=2")}
 
 
 def test_every_layout_computes_the_same(train_on, corpus, tmp_path):
-    """Losses and weights, though two ranks can't halve 85 rows; one rank goes on with what two saved."""
-    flags = [*FLAGS, f"--corpus={corpus}", "--d_ff=85"]
+    """Losses, weights and averages, though two ranks can't halve 85 rows; one goes on with what two saved."""
+    flags = [*FLAGS, f"--corpus={corpus}", "--d_ff=85", "--ema=0.9"]
     one = tmp_path / "one"
     train_on(1, *flags, f"--run_dir={one}")
     for name, (world, *layout) in LAYOUTS.items():
         run = tmp_path / name
         train_on(world, *flags, f"--run_dir={run}", *layout)
-        assert largest_difference(one, run) < 1e-5, name
-        for key, w in weights(one).items():
-            torch.testing.assert_close(weights(run)[key], w, rtol=1e-4, atol=1e-5)
+        assert largest_difference(one, run, names=("loss", "val_loss", "val_ema")) < 1e-5, name
+        for read in (weights, averages):
+            for key, w in read(one).items():
+                torch.testing.assert_close(read(run)[key], w, rtol=1e-4, atol=1e-5)
     resumed = tmp_path / "resumed"
     shutil.copytree(tmp_path / "full2/step_00000006", resumed / "step_00000006")
     train_on(1, *flags, f"--run_dir={resumed}", "--resume=yes")

@@ -163,8 +163,10 @@ def test_recomputation_changes_nothing(objective, loss, recompute):
         assert torch.allclose(plain, saving, rtol=1e-4)
 
 
-@pytest.mark.parametrize("recompute", ["elementwise", "selective", "full"])
-@pytest.mark.parametrize("compile", ["blocks", "whole"])
+@pytest.mark.parametrize("compile, recompute", [
+    ("whole", "elementwise"), ("blocks", "selective"), ("whole", "full"),
+    *(pytest.param(*both, marks=pytest.mark.slow)
+      for both in (("blocks", "elementwise"), ("whole", "selective"), ("blocks", "full")))])
 def test_compiled_recomputation_changes_nothing(compile, recompute, without_codegen):
     """What is computed again is decided where forward and backward graph are cut apart, before code."""
     without_codegen("aot_eager_decomp_partition")
