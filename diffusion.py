@@ -82,18 +82,20 @@ def mix(x):
         return x ^ x >> np.uint64(31)
 
 
-def random_bits(seed, stream, sample, length):
+def random_bits(seed, stream, sample, length, first=0):
     """64 random bits per (sample, position): SplitMix64 started at a hash of (seed, stream, sample).
 
     A pure function: the same on any number of ranks, in any split of the batch and after any resume.
-    `sample` (B,) counts the rows drawn since training began, so it fixes the epoch too. → (B, length) uint64.
+    `sample` (B,) counts the rows drawn since training began, so it fixes the epoch too; positions count from
+    `first` on. → (B, length) uint64.
     """
     golden = np.uint64(0x9E3779B97F4A7C15)
     with np.errstate(over="ignore"):
         key = mix(np.uint64(seed & 0xFFFFFFFFFFFFFFFF) + golden)
         key = mix(key + np.uint64(stream + 1) * golden)
         key = mix(key + (np.asarray(sample).astype(np.uint64) + np.uint64(1)) * golden)
-        return mix(key[:, None] + np.arange(1, length + 1, dtype=np.uint64) * golden)
+        position = np.arange(first, first + length, dtype=np.uint64)
+        return mix(key[:, None] + (position + np.uint64(1)) * golden)
 
 
 def unit(bits):
@@ -489,14 +491,14 @@ def inverse_cdf(weights, u):
     return torch.where(reached.any(-1), reached.to(torch.uint8).argmax(-1), last)
 
 
-def draw_uniforms(seed, stream, row, step, length):
+def draw_uniforms(seed, stream, row, step, length, first=0):
     """Two independent uniforms in (0, 1] per position, multiples of 2⁻³² in fp64: (B, length, 2).
 
-    A pure function of (seed, stream, row, step, position). row and step: (B,) or scalars. Rows know their own
-    steps, so they come out the same in any batch.
+    A pure function of (seed, stream, row, step, position), of the positions from `first` on. row and step:
+    (B,) or scalars. Rows know their own steps, so they come out the same in any batch.
     """
     sample = np.asarray(row, np.uint64) * np.uint64(1 << 40) + np.asarray(step, np.uint64)
-    bits = random_bits(seed, stream, np.atleast_1d(sample), length)
+    bits = random_bits(seed, stream, np.atleast_1d(sample), length, first)
     halves = np.stack((bits >> np.uint64(32), bits & np.uint64(0xFFFFFFFF)), axis=-1)
     return (halves.astype(np.float64) + 1) * 2.0**-32
 

@@ -44,10 +44,17 @@ class Canvas(NamedTuple):
         is_open = self.is_new & (column >= self.open_ends()[:, None])
         return is_open & (self.n_new_before() >= min_length)
 
-    def uniforms(self, seed, stream, step):
-        """Two uniforms in (0, 1] for each column: (B, L, 2). They depend on its place from the row's end."""
-        length = self.is_new.shape[1]
-        return diffusion.draw_uniforms(seed, stream, self.row_numbers, step, length)[:, ::-1].copy()
+    def uniforms(self, seed, stream, step, columns=slice(None)):
+        """Two uniforms in (0, 1] for each column of a slice, (B, L, 2), and 1 for the others.
+
+        They depend on a column's place from the row's end.
+        """
+        L = self.is_new.shape[1]
+        start, stop, _ = columns.indices(L)
+        u = np.ones((len(self.is_new), L, 2))
+        drawn = diffusion.draw_uniforms(seed, stream, self.row_numbers, step, stop - start, L - stop)
+        u[:, start:stop] = drawn[:, ::-1]
+        return u
 
 
 def make_canvas(rows, mask_id, device, first_row=0):
@@ -77,6 +84,12 @@ class Block(NamedTuple):
     def first_step(self):
         """The number of its first step, for random numbers: no block has a million steps."""
         return self.number << 20
+
+    @property
+    def columns(self):
+        """The slice of columns in which its new positions are: a pass needs no random numbers elsewhere."""
+        found = np.flatnonzero(self.is_new.any(0))
+        return slice(found[0], found[-1] + 1)
 
 
 def split_into_blocks(canvas, cfg, diffusion_block=0):

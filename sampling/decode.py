@@ -204,7 +204,7 @@ def plan_remasking(canvas, cfg, block, ratios):
 
 def follow_plan(predictor, z, block, unmask, remask, on_step):
     """Unmask what the plan of `plan_passes` unmasks; the LM head sees nothing else. Returns z (B, L)."""
-    canvas, cfg, probed = predictor.canvas, predictor.cfg, predictor.probe.row
+    canvas, cfg, probed, columns = predictor.canvas, predictor.cfg, predictor.probe.row, block.columns
     predictor.row_passes += predictor.to_tensor(unmask.any(2).sum(0))
 
     # positions of each pass, filled up to one length with its last one: the same token is written twice
@@ -220,7 +220,7 @@ def follow_plan(predictor, z, block, unmask, remask, on_step):
             z = torch.where(predictor.to_tensor(remask[i]), predictor.mask_id, z)
         positions = index_on_device[i]
         hidden = predictor.hidden(z, positions, slice(probe_start[i], probe_end[i]))
-        u = canvas.uniforms(cfg.seed, TOKEN, block.first_step + i).reshape(-1, 2)[index[i]]
+        u = canvas.uniforms(cfg.seed, TOKEN, block.first_step + i, columns).reshape(-1, 2)[index[i]]
         tokens = predictor.sample_tokens(hidden, positions, predictor.to_tensor(u))
         old = z.flatten()[positions]
         new = torch.where(old == predictor.mask_id, tokens, old)
@@ -246,7 +246,7 @@ class Candidates(NamedTuple):
 def unmask_by_confidence(predictor, z, block, on_step):
     """Unmask what the network is surest of: a fixed number per pass, or all above a threshold. Returns z."""
     cfg, mask_id = predictor.cfg, predictor.mask_id
-    is_new, n_new = predictor.to_tensor(block.is_new), block.is_new.sum(1)
+    is_new, n_new, block_columns = predictor.to_tensor(block.is_new), block.is_new.sum(1), block.columns
     by_threshold = cfg.order == "threshold"
     counts = diffusion.tokens_per_step(n_new, block.steps)  # (B, S)
     n_left = n_new[:, None] - counts.cumsum(1) + counts  # (B, S) before each step
@@ -262,7 +262,7 @@ def unmask_by_confidence(predictor, z, block, on_step):
             break
         is_masked = (z == mask_id) & is_new
         predictor.row_passes += is_masked.any(1)
-        candidates = look_at_masked(predictor, z, is_masked, K, block.first_step + i)
+        candidates = look_at_masked(predictor, z, is_masked, K, block.first_step + i, block_columns)
         if by_threshold:
             columns, unmask, tokens = choose_above_threshold(predictor, candidates)
         else:
@@ -275,8 +275,8 @@ def unmask_by_confidence(predictor, z, block, on_step):
     return z
 
 
-def look_at_masked(predictor, z, is_masked, K, step):
-    """One pass: Candidates of z (B, L), K in each row. is_masked (B, L)."""
+def look_at_masked(predictor, z, is_masked, K, step, block_columns):
+    """One pass: Candidates of z (B, L), K in each row. is_masked (B, L): only in the block's columns."""
     canvas, cfg, row = predictor.canvas, predictor.cfg, predictor.probe.row
     columns = (~is_masked).to(torch.uint8).sort(dim=1, stable=True).indices[:, :K]  # (B, K) masked ones first
     start = torch.arange(len(z), device=z.device)[:, None] * z.shape[1]
@@ -284,8 +284,9 @@ def look_at_masked(predictor, z, is_masked, K, step):
     hidden = predictor.hidden(z, index, slice(row * K, (row + 1) * K))
     u = None
     if cfg.temperature > 0:
-        u = predictor.to_tensor(canvas.uniforms(cfg.seed, TOKEN, step)).flatten(0, 1)
-    tie = predictor.to_tensor(canvas.uniforms(cfg.seed, ORDER, step)[..., 0]).gather(1, columns)
+        u = predictor.to_tensor(canvas.uniforms(cfg.seed, TOKEN, step, block_columns)).flatten(0, 1)
+    tie = predictor.to_tensor(canvas.uniforms(cfg.seed, ORDER, step, block_columns)[..., 0])
+    tie = tie.gather(1, columns)
     return Candidates(columns, is_masked.gather(1, columns), index, hidden, u, tie)
 
 
@@ -346,7 +347,7 @@ def remask_by_confidence(predictor, z, block, schedule, on_step):
 
     Its confidence is the probability that it had when it was written. Returns z (B, L).
     """
-    canvas, cfg, mask_id = predictor.canvas, predictor.cfg, predictor.mask_id
+    canvas, cfg, mask_id, columns = predictor.canvas, predictor.cfg, predictor.mask_id, block.columns
     ratios = noise_ratios(block.steps, schedule)
     is_new = predictor.to_tensor(block.is_new)
     positions = predictor.to_tensor(np.flatnonzero(block.is_new))
@@ -363,13 +364,14 @@ def remask_by_confidence(predictor, z, block, schedule, on_step):
 
         # a token and its probability at every new position
         hidden = predictor.hidden(z, positions, probe_slice)
-        u = predictor.to_tensor(canvas.uniforms(cfg.seed, TOKEN, block.first_step + i).reshape(-1, 2))
-        new, log_p = predictor.sample_with_log_probs(hidden, positions, u.index_select(0, positions))
+        u = predictor.to_tensor(canvas.uniforms(cfg.seed, TOKEN, block.first_step + i, columns))
+        u = u.flatten(0, 1).index_select(0, positions)
+        new, log_p = predictor.sample_with_log_probs(hidden, positions, u)
         tokens = z.flatten().scatter(0, positions, new).view_as(z)
         p = confidence.flatten().scatter(0, positions, log_p.exp()).view_as(z)
 
         # masked positions take it, written ones may be masked again
-        u = predictor.to_tensor(canvas.uniforms(cfg.seed, CHANGE, block.first_step + i))
+        u = predictor.to_tensor(canvas.uniforms(cfg.seed, CHANGE, block.first_step + i, columns))
         is_masked = (z == mask_id) & is_new
         is_written = is_new & ~is_masked
         unmask = is_masked & (u[..., 0] <= unmask_p)
@@ -408,7 +410,7 @@ def decode_uniform(predictor, schedule, posterior, on_step):
 
 def denoise_block(predictor, z, block, schedule, posterior, on_step):
     """Denoise the new positions of a Block, from ratio 1 to 0. Returns z (B, L)."""
-    canvas, cfg, steps = predictor.canvas, predictor.cfg, block.steps
+    canvas, cfg, steps, columns = predictor.canvas, predictor.cfg, block.steps, block.columns
     predictor.row_passes += predictor.to_tensor(steps)
     ratios = noise_ratios(steps, schedule)  # (B, S + 1)
     index = np.flatnonzero(block.is_new)
@@ -416,7 +418,8 @@ def denoise_block(predictor, z, block, schedule, posterior, on_step):
     for i in range(ratios.shape[1] - 1):
         time = np.clip(1 - i / np.maximum(steps, 1), 0, 1).astype(np.float32)
         ratio, next_ratio = (predictor.to_tensor(ratios[row, j].astype(np.float32)) for j in (i, i + 1))
-        u = [canvas.uniforms(cfg.seed, stream, block.first_step + i) for stream in (TOKEN, CHANGE, START)]
+        step = block.first_step + i
+        u = [canvas.uniforms(cfg.seed, stream, step, columns) for stream in (TOKEN, CHANGE, START)]
         u = np.concatenate(u, axis=2)  # (B, L, 6)
         t = predictor.to_tensor(time[:, None]).repeat(predictor.copies, 1)
         hidden = predictor.hidden(z, positions, t=t)

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from networks import AR, EOS, LINEAR, MASK, MASKED, UNIFORM, passes, unmasked, written
 from small_world import Denoiser
 
+import diffusion as d
 from benchmarks.sampling import sample_as_published
 from sampling import decode
+from sampling.canvas import make_canvas, split_into_blocks
 from sampling.decode import CONFIDENCE_ORDERS, PLANNED_ORDERS, DecodeConfig
 
 # what must hold for every setting ---------------------------------------------------------------------------
@@ -104,6 +106,18 @@ def test_the_same_for_ar_models_and_a_cache_changes_nothing(case):
     rows = [[i for i in row if i != MASK] + [MASK] * row.count(MASK) for row in rows]
     uncached, cached = (check(AR, rows, cfg._replace(cache=cache)).rows for cache in ("no", "prefix"))
     assert uncached == cached == in_parts(AR, rows, cfg._replace(cache="prefix"), 1)
+
+
+def test_random_numbers_of_some_columns_are_those_of_all():
+    canvas = make_canvas([[1, 2, MASK, MASK, 3, MASK], [MASK] * 4], MASK, torch.device("cpu"), first_row=5)
+    whole = canvas.uniforms(7, d.TOKEN, 3)
+    assert whole.shape == (2, 6, 2) and 0 < whole.min() and len(np.unique(whole)) == whole.size
+    for start, stop in ((0, 6), (2, 6), (1, 4), (5, 6)):
+        some = canvas.uniforms(7, d.TOKEN, 3, slice(start, stop))
+        assert np.array_equal(some[:, start:stop], whole[:, start:stop])
+        assert (np.delete(some, np.s_[start:stop], axis=1) == 1).all()
+    block = split_into_blocks(canvas, DecodeConfig(block=2))[0]
+    assert block.columns == slice(2, 4) and block.is_new[:, 2:4].any() and block.is_new.sum() == 4
 
 
 SEEDED = (
