@@ -13,7 +13,8 @@
     python convert.py average --checkpoints=runs/a,runs/b --out=runs/mean
 
 One process does it, without any of the programs that wrote the source. The source's files tell its format;
-nothing in them is run. At most one tensor is in memory (writing Megatron's format: and one rank's file).
+nothing in them is run. At most one tensor is in memory (writing Megatron's format: and one rank's file; of a
+mean: three).
 """
 
 import terminal  # isort: skip  # first: Ctrl-C during the imports

@@ -241,7 +241,9 @@ def open_inputs(cfg, generator, ranks, tasks=None):
     if cfg.compile:
         compiler.check(generator.device)
 
-    folder = f"eval_{generator.record['step']:08d}" + ("_raw" if cfg.weights == "raw" else "")
+    folder = f"eval_{generator.record['step']:08d}" 
+    if cfg.weights == "raw" and "ema" in (path.name for path in generator.folder.iterdir()):
+        folder += "_raw"
     if validation and not validation.is_own:
         folder += "_" + "_".join(corpus.folder.name for corpus in validation.corpora)
     out = Path(cfg.out or generator.folder.parent / folder)
@@ -281,7 +283,8 @@ def measure_checkpoint(cfg, generator, inputs, ranks):
     subject = measure.Subject(generator, objective, inputs.validation, ranks)
     if ranks.rank == 0:
         place = f"{cfg.dtype} on {ranks.world} × {generator.device.type}"
-        print(f"{generator.folder}: {generator.objective}, {generator.model.n_params():,} parameters, "
+        n_params = generator.model.n_params()
+        print(f"{generator.weights_folder}: {generator.objective}, {n_params:,} parameters, "
               f"step {generator.record['step']}, {place}", flush=True)
     measured, losses = {}, None
     with torch.no_grad():
@@ -348,7 +351,8 @@ def evaluate_into(log, cfg, checkpoint, tasks, ranks):
         return
     measured, losses = result
     written = report.write_report(inputs.out, measured, losses, generator, vars(cfg))
-    log.append(checkpoint, generator.record, report.figures(measured))
+    averaged = {"averaged": True} if generator.is_averaged else {}
+    log.append(checkpoint, generator.record, report.figures(measured) | averaged)
     report.print_report(measured, generator)
     print(written)
 

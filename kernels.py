@@ -592,15 +592,15 @@ class Chunk(NamedTuple):
     clean: torch.Tensor  # (B or 1, 1, n, end)
 
 
-CHUNK_ROWS = 128  # at least; as fast as 64 on a CPU (results/block_cpu.md)
+CHUNK_ROWS = 128  # at least (results/block_cpu.md)
 
 
 def block_diffusion_masks(length, block, device, documents=None, dropout=0.0, is_usual=True):
     """Make the masks of [z | x]: for all of it, and for queries of z alone.
 
     documents (B, length) ids: attention stays within equal ones. FlexAttention on a GPU, as in
-    `document_mask`, for rows of the usual length, since it is compiled for each; else Chunks of whole blocks,
-    so that half of x, which no query sees, is not computed either.
+    `document_mask`, for rows of the usual length, since it is compiled for each (elsewhere on it one mask of
+    bools). On a CPU Chunks of whole blocks: of long rows half of the scores.
     """
     token = torch.arange(2 * length, device=device)
     if has_flex(token) and is_usual and not dropout:
@@ -622,6 +622,8 @@ def block_diffusion_masks(length, block, device, documents=None, dropout=0.0, is
             return visible
         return visible & (documents[:, queries % length, None] == documents[:, None, keys % length])[:, None]
 
+    if not on_cpu(token):
+        return mask(token, token), mask(token[:length], token)
     z, x = token.split(length)
     chunks, rows = [], -(-CHUNK_ROWS // block) * block
     for start in range(0, length, rows):

@@ -508,9 +508,7 @@ def init_weights(run, network, average):
     """Give a network its first weights: random ones, or those of the checkpoint that init_from names."""
     network.init_weights(torch.Generator().manual_seed(run.cfg.seed))
     if run.init_checkpoint:
-        folder, record = run.init_checkpoint
-        place = checkpoint.weights_folder(folder, record, run.cfg.init_weights)
-        on_all_ranks(run.ranks, checkpoint.init_weights_from, place, record, network)
+        on_all_ranks(run.ranks, checkpoint.init_weights_from, *run.init_checkpoint, network)
     if average:
         average.start()
 

@@ -104,12 +104,12 @@ def check_file(path):
 
 
 def check_no_pipes(folder):
-    """Raise ValueError if a folder to write into holds a pipe, a socket or a device: one could wait for ever.
+    """Raise ValueError if a folder to write into holds a pipe: opening one waits for a reader, for ever.
 
     There need be no such folder yet.
     """
     for path in sorted(Path(folder).glob("*")):
-        if path.exists() and not (path.is_file() or path.is_dir()):
+        if path.is_fifo():
             raise ValueError(f"{path}: {not_a_file(path)}; remove it")
 
 

@@ -130,9 +130,9 @@ def source_of(runs):
 
 
 def conditions(run, source):
-    """What must be equal for rows to be the same text under the same noise."""
+    """What must be equal for rows to be the same text under the same noise, of the same kind of weights."""
     about, ids, _ = run.rows[source]
-    return *(about[name] for name in SAME), len(ids)
+    return *(about[name] for name in SAME), about.get("averaged", False), len(ids)
 
 
 def difference_of(first, other, source):
@@ -149,7 +149,10 @@ def table(runs, sigmas):
     source, first = source_of(runs), runs[0]
     head = ["run", "objective", "parameters (in blocks)", "tokens", "training FLOPs", "time", "nats/token",
             "bits/byte", f"against {first.name}", f"beyond {sigmas:g} errors"]
-    losses = "what eval.py measured" if source == EVALUATION else "the last validations of training"
+    losses = "the last validations of training"
+    if source == EVALUATION:
+        averaged = runs[0].rows[source][0].get("averaged")
+        losses = "what eval.py measured" + (" of averaged weights" if averaged else "")
     notes = [f"Losses: {losses}, ± one standard error, widened for few rows."]
     lines = []
     for run in runs:

@@ -176,7 +176,7 @@ def write_report(folder, report, losses, generator, settings):
 
     if losses:
         about = {name: bound[name] for name in ("text", "seq_len", "passes", "error", "bytes_per_token")}
-        write_rows(folder / "evaluation.npz", losses, step=step, **about)
+        write_rows(folder / "evaluation.npz", losses, step=step, averaged=generator.is_averaged, **about)
         names.append("evaluation.npz")
     if bound and bound.get("curve"):
         write_curve(folder / "noise.csv", bound["curve"])

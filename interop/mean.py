@@ -4,9 +4,8 @@
 """
 
 import shlex
-import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -51,7 +50,7 @@ def main(argv):
         opened = [checkpoint.open_checkpoint(path) for path in split(cfg.checkpoints)]
         weights = mean_weights(opened, cfg.weights)
         with new_folder(Path(cfg.out)) as folder:
-            write(folder, cfg.out, opened, weights)
+            write(folder, cfg, opened, weights)
     except (ValueError, OSError) as problem:
         configurator.fail(str(problem))
     except KeyboardInterrupt:
@@ -84,25 +83,30 @@ def mean_weights(opened, which):
 
 
 def check_alike(name, first, record, folder, other):
-    """Raise ValueError unless two records have the same architecture or vocabulary."""
-    texts = {"train_sha256", "val_sha256"}  # what was read does not matter
-    one, two = ({key: value for key, value in r[name].items() if key not in texts} for r in (record, other))
+    """Raise ValueError unless two records have the same architecture (model) or vocabulary (corpus)."""
+    parts = [r[name] for r in (record, other)]
+    if name == "model":  # with what older records do not mention
+        parts = [asdict(ModelConfig(**part)) for part in parts]
+    # how weights began and what was read does not matter
+    others = {"dropout", "init_std", "scaled_init", "local_init", "train_sha256", "val_sha256"}
+    one, two = ({key: value for key, value in part.items() if key not in others} for part in parts)
     if one != two:
         differing = ", ".join(key for key in one.keys() | two.keys() if one.get(key) != two.get(key))
         raise ValueError(f"{folder} is of another {name} than {first}: {differing}")
 
 
-def write(folder, run_dir, opened, weights):
-    """Write the run into `folder`, which will be called `run_dir`: the settings are the last checkpoint's."""
+def write(folder, cfg, opened, weights):
+    """Write the run into `folder`, which will be called cfg.out: its settings are the last checkpoint's."""
     place, record = opened[-1]
     tokenizer = record["corpus"]["tokenizer"]
     tokenizer = load_tokenizer(tokenizer, (place.parent, place)) if tokenizer else None
     if hasattr(tokenizer, "path"):
-        shutil.copyfile(tokenizer.path, folder / "tokenizer.json")
+        tokenizer.copy_to(folder)
     n_bytes = sum(tensor.nbytes for tensor in weights.values())
+    places = [checkpoint.weights_folder(place, record, cfg.weights) for place, record in opened]
     own = dict(
-        settings=record["settings"] | dict(run_dir=run_dir), model=record["model"], corpus=record["corpus"],
-        step=record["step"], converted_from="the mean of " + ", ".join(str(place) for place, _ in opened))
+        settings=record["settings"] | dict(run_dir=cfg.out), model=record["model"], corpus=record["corpus"],
+        step=record["step"], converted_from="the mean of " + ", ".join(map(str, places)))
     with Progress(transient=True, console=Console(stderr=True)) as bar:
         on_progress = partial(bar.advance, bar.add_task(f"{n_bytes / 1e9:.2f} GB", total=n_bytes))
         native.write_run(folder, own, weights, on_progress)

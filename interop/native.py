@@ -34,7 +34,7 @@ def open_source(path, which="auto"):
     name = record["corpus"]["tokenizer"]
     tokenizer = load_tokenizer(name, (folder.parent, folder)) if name else None
     objective = record["settings"]["objective"]
-    return Source("ours", folder, config, objective, weights, weights, tokenizer, record["step"])
+    return Source("ours", place, config, objective, weights, weights, tokenizer, record["step"])
 
 
 def write(folder, run_dir, source, weights, on_progress):

@@ -32,7 +32,7 @@ LONGEST = ["training/test_distributed.py", "training/test_update.py", "training/
            "test_eval.py", "laws/test_sweep.py", "laws/test_study.py"]
 
 
-# folders whose files import what takes seconds (lm-eval, transformers): one worker has them all
+# folders whose files import what takes seconds (lm-eval, transformers): one worker has all of each
 TOGETHER = ("tests/evaluation/", "tests/interop/")
 
 
@@ -43,9 +43,8 @@ class LoadFiles(LoadFileScheduling):
         return next((folder for folder in TOGETHER if nodeid.startswith(folder)), nodeid.split("::")[0])
 
 
-@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    return LoadFiles(config, log)
+    return LoadFiles(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 def pytest_collection_modifyitems(items):

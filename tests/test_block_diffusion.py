@@ -197,6 +197,9 @@ def test_attention_in_chunks_is_that_with_the_whole_mask(within_documents, rows,
         for a, b in zip(*(torch.autograd.grad(y.square().sum(), (q, k, v)) for y in results)):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
+    monkeypatch.setattr(kernels, "assumes_gpu", True)  # as where memory on a GPU is predicted: one mask
+    for mask, n in zip(kernels.block_diffusion_masks(length, block, cpu, documents), (2 * length, length)):
+        assert torch.equal(mask, whole[:, :, :n])
     monkeypatch.setattr(kernels, "has_flex", lambda tensor: True)
     for flex, n in zip(kernels.block_diffusion_masks(length, block, cpu, documents), (2 * length, length)):
         assert isinstance(flex, BlockMask)

@@ -155,17 +155,15 @@ def open_checkpoint(path, warn=print_warning, ranks=SINGLE):
 # -------------------------------------------------------------------------------------------- reading weights
 
 
-WEIGHTS = "auto", "ema", "raw"
-
-
-def weights_folder(folder, record, weights="auto"):
+def weights_folder(folder, record, weights="auto", setting="weights"):
     """The folder of a checkpoint's averaged weights (ema; auto: if it has them), or of training's (raw).
 
     Raises ValueError if it has no averages.
     """
     has_average = any(name.startswith("ema/") for name in record["sha256"])
     if weights == "ema" and not has_average:
-        raise ValueError(f"weights=ema: {folder} keeps no averaged weights; train.py --ema=0.999 makes them")
+        raise ValueError(
+            f"{setting}=ema: {folder} keeps no averaged weights; train.py --ema=0.999 makes them")
     return folder / "ema" if has_average and weights != "raw" else folder
 
 
@@ -250,6 +248,8 @@ def restore(folder, record, network, optimizer, average=None, ranks=SINGLE):
         reason = lines[-1] if lines else ""
         raise ValueError(f"{folder} can't be read: {type(problem).__name__}: {reason}") from None
     if average and averages == folder:
+        if ranks.rank == 0:
+            print_warning(f"{folder} keeps no averaged weights: the average begins with its own")
         average.start()
 
 
@@ -358,21 +358,21 @@ class Saver:
                 problem = f"{type(error).__name__}: {error}"
         self.raise_everywhere(problem)
 
+        # all ranks together, then each its own files
+        parts = {"": staged["weights"]} | ({"ema": staged["averages"]} if self.average else {})
+        sharded = any(map(is_dtensor, staged["weights"].values()))
         self.write_shards(staged["moments"], building / "optimizer")
+        for part, weights in parts.items() if sharded else ():
+            self.write_shards(weights, building / part / "shards")
         digests = {}
-        for file in (building / "optimizer").glob(f"shard-{self.ranks.rank + 1:05d}-*"):
-            digests[f"optimizer/{file.name}"] = digest_on_disk(file)
-            self.files_done += 1
-        for part, weights in (("", staged["weights"]), ("ema", staged["averages"])):
-            if part and not self.average:
-                continue
-            sharded = any(map(is_dtensor, weights.values()))
-            if sharded:
-                self.write_shards(weights, building / part / "shards")
-            try:
+        try:
+            for part, weights in parts.items():
                 digests |= self.write_whole_files(weights, building, part, sharded)
-            except Exception as error:  # the others must hear of it, or they would wait
-                problem = f"{type(error).__name__}: {error}"
+            for file in (building / "optimizer").glob(f"shard-{self.ranks.rank + 1:05d}-*"):
+                digests[f"optimizer/{file.name}"] = digest_on_disk(file)
+                self.files_done += 1
+        except Exception as error:  # the others must hear of it, or they would wait
+            problem = f"{type(error).__name__}: {error}"
 
         # rank 0 gathers what all ranks have written, and gives the checkpoint its name
         parts = [(digests, problem)]

@@ -20,7 +20,7 @@ from corpus.tokenfiles import parse_corpora
 from data import validation_ids
 from model import ModelConfig, Transformer
 from training import checkpoint, compiler
-from training.checkpoint import checkpoints, load_newest, open_checkpoint
+from training.checkpoint import checkpoints, load_newest, open_checkpoint, weights_folder
 from training.corpora import (
     VOCABULARY,
     mean_token_bytes,
@@ -174,14 +174,15 @@ def network_shape(cfg):
 
 
 def find_initial_checkpoint(cfg, ranks):
-    """(folder, record) of the checkpoint that init_from names, None if it names none."""
+    """(folder of the weights, record) of the checkpoint that init_from names, None if it names none."""
     if not cfg.init_from:
         return None
-    path = Path(cfg.init_from)
+    path, weights = Path(cfg.init_from), cfg.init_weights
     if not path.is_dir() and cfg.resume != "no" and checkpoints(cfg.run_dir):
-        path = Path(cfg.run_dir)  # which has begun, and knows its own shape
+        path, weights = Path(cfg.run_dir), "auto"  # which has begun, and knows its own shape
     if (path / "checkpoint.json").is_file() or checkpoints(path):
-        return open_checkpoint(path, partial(warn, ranks), ranks)
+        folder, record = open_checkpoint(path, partial(warn, ranks), ranks)
+        return weights_folder(folder, record, weights, "init_weights"), record
     of_others = (path / "config.json", path / "latest_checkpointed_iteration.txt")
     reason = "no run or checkpoint of ours" if path.is_dir() else "no such folder"
     if any(file.is_file() for file in of_others):

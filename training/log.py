@@ -228,6 +228,7 @@ ROWS = {
     "passes": whole(1),
     "error": float,
     "bytes_per_token": real(0),
+    "averaged?": bool,  # whether they are of the weights' moving average
 }
 # JSON has no numbers for them, so `Journal.write` writes their names.
 NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -481,7 +482,7 @@ def summary_line(run_dir):
     m = last[0]
     kind = "exact NLL" if m.get("exact", m["objective"] == "ar") else "NELBO, an upper bound"
     average = ""
-    if "val_ema" in m:
+    if m.get("val_ema") and m["val_loss"]:
         bits = m["val_bpb"] * m["val_ema"] / m["val_loss"]
         average = f"; averaged weights {bits:.3f} bits/byte, {m['val_ema']:.4f}"
     return (f"{Path(run_dir).name:>20}: {m['val_bpb']:.3f} bits/byte, {m['val_loss']:.4f} nats/token "

@@ -10,7 +10,7 @@ import math
 import torch
 
 MOMENTUM = 0.95
-COEFFICIENTS = 3.4445, -4.7750, 2.0315  # Jordan's quintic: steep at 0, between 0.7 and 1.2 beyond
+COEFFICIENTS = 3.4445, -4.7750, 2.0315  # Jordan's quintic: steep at 0, between 0.68 and 1.2 beyond
 ITERATIONS = 5
 AT_ONCE = 1 << 26  # numbers of matrices of one shape that are updated together, or one matrix
 COPIES = 8  # of these that exist at a time
@@ -20,7 +20,7 @@ RMS = 0.2  # of an update, about AdamW's: so that its learning rate and weight d
 def orthogonalize(x, dtype):
     """Bring the singular values of matrices (K, m, n) near 1, by Newton-Schulz in `dtype`. → as x
 
-    They end between 0.7 and 1.2, but for those that are below a hundredth of the matrix's norm.
+    They end between 0.68 and 1.2, but for those that are below a hundredth of the matrix's norm.
     """
     is_tall = x.shape[-2] > x.shape[-1]
     y = (x.mT if is_tall else x).to(dtype)

@@ -20,7 +20,7 @@ class Run(NamedTuple):
     ranks: Ranks
     device: torch.device
     folder: Path
-    init_checkpoint: tuple | None  # (folder, record) of the one that init_from names
+    init_checkpoint: tuple | None  # (its weights' folder, record) of what init_from names
     corpora: list[Corpus]
     sequences: Sequences | Mixture
     val_sequences: Sequences | Mixture

@@ -1,5 +1,6 @@
 """convert.py average: the mean of checkpoints, and what it refuses."""
 
+import json
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 import convert
 from sampling.generator import Generator
+from training.record import read_record, record_digest
 
 
 @pytest.fixture
@@ -54,6 +56,19 @@ def test_average_is_the_mean(run_main, average, tmp_path, monkeypatch, corpus):
     call_main(monkeypatch, *[flag for flag in TINY if not flag.startswith(shape)], *flags,
               f"--init_from={out}", f"--run_dir={begun}")
     assert (begun / "step_00000009").is_dir()
+
+
+def test_a_record_of_an_older_version_is_alike(run_main, average, tmp_path):
+    """It does not mention what there was not, and weights may have begun otherwise."""
+    run = run_main(*FLAGS)
+    record = read_record(run / "step_00000002")
+    del record["model"]["diffusion_block"], record["model"]["shift"]
+    record["model"] |= dict(init_std=0.5, local_init=True)
+    record = dict(record, record_sha256=record_digest(record))
+    (run / "step_00000002/checkpoint.json").write_text(json.dumps(record), encoding="utf-8")
+    steps = f"{run / 'step_00000002'},{run / 'step_00000004'}"
+    code, error = average(f"--checkpoints={steps}", f"--out={tmp_path / 'mean'}")
+    assert code == 0, error
 
 
 def test_what_has_no_mean_is_one_line(run_main, average, tmp_path):

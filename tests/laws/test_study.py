@@ -222,7 +222,7 @@ def test_tokens_per_pass(run_main, monkeypatch):
     assert study_report.tokens_per_pass(run_main("--objective=ar", "--steps=2", run="ar")) == "1.00"
     run = run_main("--steps=2", run="masked")
     assert 1 <= float(study_report.tokens_per_pass(run)) < 4
-    monkeypatch.setattr(study_report, "DecodeConfig", lambda order: DecodeConfig(order, threshold=0.0))
+    monkeypatch.setattr(study_report, "DecodeConfig", lambda order, cache: DecodeConfig(order, threshold=0.0))
     assert study_report.tokens_per_pass(run) == "32.00"
 
 

@@ -51,6 +51,15 @@ def disturbances(job, rank):
             return mkdir(path, *arguments, **settings)
 
         yield patch.object(Path, "mkdir", refuse)
+    if "unsynced" in job:
+        sync_path = checkpoint.sync_path
+
+        def fail(path):
+            if job["unsynced"] in str(path):
+                raise OSError(5, "Input/output error")
+            return sync_path(path)
+
+        yield patch.object(checkpoint, "sync_path", fail)
     if job.get("slow_rank") == rank:
         compute = model.Block.compute
 

@@ -135,11 +135,20 @@ def test_commands_take_what_they_are_told(run, run_eval, corpus, monkeypatch, tm
             torch.testing.assert_close(value[rows], expected[name][rows], rtol=0, atol=1e-6)
 
 
-def test_averages_that_are_not_there(run_main, monkeypatch, capsys):
+def test_averages_that_are_not_there(run_main, corpus, monkeypatch, capsys):
+    """A line, before anything is written."""
     run = run_main("--steps=2")
+    following = run.with_name("next")
+    shapeless = [flag for flag in TINY if not flag.startswith(("--n_", "--d_"))]
+    flags = [*shapeless, f"--init_from={run}", "--init_weights=ema", "--steps=2", f"--corpus={corpus}"]
     monkeypatch.setattr("sys.argv", ["sample.py", f"--run_dir={run}", "--weights=ema"])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        sample.main()
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and "keeps no averaged weights" in error and error.count("\n") == 1
+    calls = dict(
+        weights=sample.main, init_weights=lambda: call_main(monkeypatch, *flags, f"--run_dir={following}"))
+    for setting, call in calls.items():
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            call()
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1
+        assert f": {setting}=ema: " in error and "keeps no averaged weights" in error
+    assert not following.exists()

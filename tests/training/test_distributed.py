@@ -118,7 +118,7 @@ def test_weights_in_several_files(train_on, corpus, tmp_path, monkeypatch):
     All are read alike, and by another number of ranks.
     """
     monkeypatch.setattr(checkpoint, "FILE_BYTES", 2e4)  # in this process
-    flags = [*FLAGS, "--steps=10", f"--corpus={corpus}", "--tied=False"]
+    flags = [*FLAGS, "--steps=10", f"--corpus={corpus}", "--tied=False", "--ema=0.9"]
     networks = []
     for name, (world, layout) in dict(sharded=(2, "full"), copies=(2, "no"), one=(1, "no")).items():
         run = tmp_path / name
@@ -133,6 +133,9 @@ def test_weights_in_several_files(train_on, corpus, tmp_path, monkeypatch):
         assert set(index.values()) == set(files)
         assert all(name in load_file(folder / file) for name, file in index.items())
         networks.append(dict(load_model(folder, record).named_parameters()))
+        average = load_model(folder / "ema", record)
+        assert not equal_tensors(dict(average.named_parameters()), networks[-1])
+        assert (folder / "ema/model.safetensors.index.json").is_file()
 
         # one process goes on from what two have written, and two from what one has
         resumed = tmp_path / f"{name}_resumed"
@@ -150,6 +153,15 @@ def test_a_folder_that_cannot_be_made_stops_no_rank(train_on, corpus, tmp_path):
     run = tmp_path / "run"
     flags = [*FLAGS, "--steps=20", "--save_every=5", f"--corpus={corpus}", f"--run_dir={run}", "--shard=full"]
     train_on(2, *flags, no_room_for=".step_00000010")
+    assert [m["of"] for m in events(run) if m["event"] == "not saved"] == [10]
+    assert steps_saved(run) == [20, 15]
+
+
+def test_a_disk_that_fails_on_another_rank_stops_none(train_on, corpus, tmp_path):
+    """Rank 1 can't write out its share of the optimizer's state: none waits for it."""
+    run = tmp_path / "run"
+    flags = [*FLAGS, "--steps=20", "--save_every=5", f"--corpus={corpus}", f"--run_dir={run}", "--shard=full"]
+    train_on(2, *flags, "--ema=0.9", unsynced=".step_00000010/optimizer/shard-00002")
     assert [m["of"] for m in events(run) if m["event"] == "not saved"] == [10]
     assert steps_saved(run) == [20, 15]
 

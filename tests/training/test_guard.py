@@ -203,9 +203,10 @@ def test_a_skipped_step_changes_neither_weights_nor_moments(run_main, poisoned):
         assert equal_tensors(load_file(file), load_file(after / file.relative_to(before)))
 
 
-def test_after_several_in_a_row_the_run_goes_back_and_past_the_data(run_main, poisoned):
+@pytest.mark.parametrize("more", ([], ["--ema=0.9", "--optimizer=muon"]), ids=" ".join)
+def test_after_several_in_a_row_the_run_goes_back_and_past_the_data(run_main, poisoned, more):
     poisoned(range(24, 31))
-    flags = ("--steps=60", "--save_every=10", "--keep=9", "--log_every=1", "--max_skips=4")
+    flags = ("--steps=60", "--save_every=10", "--keep=9", "--log_every=1", "--max_skips=4", *more)
     run = run_main(*flags)
     # Four in a row, a fifth while the ranks agree to go back; two more bad steps are met behind.
     assert decisions(run) == [*skipped(range(24, 29)), ("back", 20), *skipped((21, 22))]
@@ -225,6 +226,8 @@ def test_after_several_in_a_row_the_run_goes_back_and_past_the_data(run_main, po
     path.write_text(json.dumps(told | dict(record_sha256=record_digest(told))), encoding="utf-8")
     run_main(*flags, "--resume=yes", run="again")
     assert equal_runs(again, run)
+    if more:
+        assert equal_tensors(*(load_file(r / "step_00000060/ema/model.safetensors") for r in (run, again)))
 
 
 def test_bad_steps_between_two_lines_are_seen(run_main, poisoned):
