@@ -93,7 +93,9 @@ def test_dry_run_command(corpus, tmp_path):
 TRAINING = [command for command in those_of("train.py") if "--dry_run" not in command]
 
 
-@pytest.mark.parametrize("command", TRAINING)
+@pytest.mark.parametrize("command", [
+    pytest.param(command, marks=[pytest.mark.slow] if command.startswith("torchrun") else [])
+    for command in TRAINING])  # tests/training/test_faults.py starts runs by torchrun, too
 def test_training_commands(command, corpus, tmp_path):
     output = run(command, *SHORT, f"--corpus={corpus}", f"--run_dir={tmp_path / 'run'}")
     assert "step      3/3" in output and (tmp_path / "run" / "loss.png").is_file()

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import kernels
 from configurator.ladder import LADDER, ladder, ladder_params, swiglu_width
@@ -51,6 +50,8 @@ def tokens(*shape, seed=1):
 
 def qwen3(model):
     """transformers' Qwen3 with the weights of `model`."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
     c = model.config
     reference = Qwen3ForCausalLM(Qwen3Config(
         vocab_size=c.padded_vocab, hidden_size=c.d_model, intermediate_size=c.d_ff,

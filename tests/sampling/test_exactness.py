@@ -124,8 +124,8 @@ def band_probabilities():
 
 
 def test_rare_tokens_keep_their_frequency():
-    """1000 steps, fp32, 24 000 tokens: ranks around 10k and 50k within Monte-Carlo error."""
-    n = 24_000
+    """1000 steps, fp32, 15 000 tokens: ranks around 10k and 50k within Monte-Carlo error."""
+    n = 15_000
     result = decode.generate(Zipf(), [[Zipf.V] * 600] * (n // 600), DecodeConfig(steps=1000), -1, LINEAR)
     ids = np.array(result.rows)
     for rank, probability in band_probabilities().items():

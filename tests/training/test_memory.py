@@ -79,7 +79,7 @@ def slow(*values):
 
 
 @pytest.mark.parametrize("objective, recompute", [
-    ("masked", "no"), slow("masked", "elementwise"), ("masked", "selective"), ("masked", "full"),
+    ("masked", "no"), slow("masked", "elementwise"), ("masked", "selective"), slow("masked", "full"),
     ("ar", "no"), slow("ar", "elementwise"), slow("ar", "selective"), slow("ar", "full"),
     slow("uniform", "no"), slow("uniform", "elementwise"), slow("uniform", "selective"), ("uniform", "full")])
 def test_prediction_is_what_an_eager_step_takes(objective, recompute):
