@@ -120,6 +120,8 @@ def open_source(cfg, path):
     """The Source in a folder of any known format; raises ValueError or OSError."""
     if native.is_checkpoint(path):
         return native.open_source(path, cfg.weights)
+    if cfg.weights != "auto":
+        raise ValueError(f"weights={cfg.weights} is for runs of ours; {path} has weights of one kind")
     if huggingface.is_checkpoint(path):
         return huggingface.open_source(cfg, path)
     if megatron.is_checkpoint(path):

@@ -139,7 +139,7 @@ class Config:
     decay: float = setting(
         1000.0, "of wsd: steps of decay at the end (below 1: their share of all steps, to the nearest step)",
         above=0)
-    beta1: float = setting(0.9, "AdamW's β₁", low=0, high=0.9999)
+    beta1: float = setting(0.9, "AdamW's β₁ (Muon's momentum is 0.95)", low=0, high=0.9999)
     beta2: float = setting(0.95, "AdamW's β₂", low=0, high=0.99999)
     weight_decay: float = setting(0.1, "of matrices and embeddings; norms never decay", low=0)
     ema: float = setting(
@@ -311,7 +311,7 @@ def training_step(run, objective, optimizer, feed, clock):
     parameters = update.parameters(optimizer)
     norm = full_tensor(nn.utils.get_total_norm([p.grad for p in parameters]))
     nn.utils.clip_grads_with_norm_(parameters, cfg.clip or float("inf"), norm)
-    # A bad gradient changes nothing: AdamW's kernel reads this flag (GradScaler's) and leaves weights,
+    # A bad gradient changes nothing: AdamW's kernel and Muon read this flag (GradScaler's) and leave weights,
     # moments and its count of updates alone. The host learns of it when the norm arrives (StepLog.judge,
     # Guard.count).
     optimizer.found_inf = update.is_bad(norm, cfg.skip_norm).float()

@@ -48,6 +48,9 @@ def main(argv):
     terminal.keep_going()
     try:
         opened = [checkpoint.open_checkpoint(path) for path in split(cfg.checkpoints)]
+        folders = [folder.resolve() for folder, _ in opened]
+        if len(set(folders)) < len(folders):
+            raise ValueError(f"checkpoints: {max(folders, key=folders.count)} stands there twice")
         weights = mean_weights(opened, cfg.weights)
         with new_folder(Path(cfg.out)) as folder:
             write(folder, cfg, opened, weights)
@@ -56,8 +59,10 @@ def main(argv):
     except KeyboardInterrupt:
         print("convert.py: interrupted; nothing is written", file=sys.stderr)
         raise SystemExit(130) from None
-    print(f"{cfg.out}: the mean of {len(opened)} checkpoints    "
-          f"try: python sample.py --run_dir={shlex.quote(cfg.out)}")
+    for folder, record in opened:
+        place = checkpoint.weights_folder(folder, record, cfg.weights)
+        print(f"{place}: {'averaged weights' if place != folder else 'weights of training'}")
+    print(f"{cfg.out}: their mean    try: python sample.py --run_dir={shlex.quote(cfg.out)}")
 
 
 def mean_weights(opened, which):

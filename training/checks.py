@@ -203,6 +203,8 @@ def find_checkpoint(run):
     if optimizer != cfg.optimizer:
         raise ValueError(f"cannot resume with optimizer={cfg.optimizer} what {optimizer} has trained: their "
                          "states differ; begin another run with --init_from")
+    if any(name.startswith("ema/") for name in record["sha256"]) and not cfg.ema:
+        warn(ranks, f"resumed without --ema={saved.get('ema', '')}: the moving average in {folder} ends here")
     restarted = [name for name in ("seed", "unique_tokens") if saved.get(name) != getattr(cfg, name)]
     if mixture_of(saved["corpus"]) != mixture_of(cfg.corpus):
         restarted.append("mixture")

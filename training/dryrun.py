@@ -13,10 +13,10 @@ import torch
 import diffusion
 from configurator.format import human_bytes, human_seconds
 from model import Transformer
-from training import checkpoint, checks, distributed
+from training import checkpoint, checks, distributed, muon
 from training.flops import PEAK, expected_share
 from training.log import warn
-from training.update import state_numbers
+from training.update import is_muons, state_numbers
 
 # The share of the bf16 peak that computing alone is assumed to reach: 41 % to 50 % are published for H100s,
 # 1B to 8B.
@@ -193,6 +193,9 @@ def report(run):
     lines.append(f"a step of {tokens:,} tokens takes {flops * tokens:.3g} FLOP, forward and backward "
                  f"({flops / 1e6:.1f} MFLOP per token; {share:.1%} of the positions get a head); "
                  f"with recomputation {repeated:.2f} × that")
+    if cfg.optimizer == "muon":
+        own = muon.flops([p for name, p in network.named_parameters() if is_muons(name, p)])
+        lines.append(f"Muon: {own:.3g} FLOP more on each rank, and every matrix gathered; in no time below")
 
     # disk
     size, temporary = checkpoint.checkpoint_bytes(network, cfg.optimizer, cfg.ema, layout != "no")

@@ -91,6 +91,15 @@ def workspace(params):
     return 4 * COPIES * max(len(same) * same[0].numel() for same in alike(params))
 
 
+def flops(params):
+    """FLOPs of the products of an update of matrices: every rank computes all of them."""
+    total = 0
+    for p in params:
+        short, long = sorted(p.shape)
+        total += ITERATIONS * (4 * short * short * long + 2 * short**3)
+    return total
+
+
 # ----------------------------------------------------------------------------------------- sharded parameters
 
 

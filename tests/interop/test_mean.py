@@ -77,8 +77,9 @@ def test_what_has_no_mean_is_one_line(run_main, average, tmp_path):
     for flags, message in (
             ([f"--checkpoints={run}"], "the mean is of two or more"),
             ([f"--checkpoints={run},{other}"], "is of another model than"),
+            ([f"--checkpoints={run},{run}/step_00000006"], "step_00000006 stands there twice"),
             ([f"--checkpoints={run},{tmp_path / 'none'}"], "no usable checkpoint"),
-            ([f"--checkpoints={run},{run}", "--weights=ema"], "keeps no averaged weights"),
+            ([f"--checkpoints={run},{run}/step_00000002", "--weights=ema"], "keeps no averaged weights"),
             ([], "give --checkpoints")):
         code, error = average(*flags, f"--out={out}")
         assert code == 2 and message in error and error.count("\n") == 1, error

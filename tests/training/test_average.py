@@ -63,7 +63,7 @@ def test_it_can_stand_in_for_the_weights():
     assert not any(value.any() for value in average.weights.values())
 
 
-def test_a_run_keeps_it_and_resumes(run_main):
+def test_a_run_keeps_it_and_resumes(run_main, capsys):
     """Bit for bit; validations report it, training does not feel it, and it can begin in the middle."""
     whole = run_main(*FLAGS, run="whole")
     folder = checkpoints(whole)[0]
@@ -86,6 +86,11 @@ def test_a_run_keeps_it_and_resumes(run_main):
     later = run_main(*FLAGS, "--resume=yes", run="plain")
     assert equal_tensors(weights(later), weights(whole))
     assert not equal_tensors(load_file(checkpoints(later)[0] / "ema/model.safetensors"), averages)
+
+    capsys.readouterr()
+    ended = run_main(*FLAGS[1:], "--steps=13", "--resume=yes", run="whole")
+    assert "resumed without --ema=0.9: the moving average in" in capsys.readouterr().err
+    assert not (ended / "step_00000013/ema").exists()
 
 
 def test_a_damaged_average_is_no_checkpoint(run_main, capsys):

@@ -7,6 +7,7 @@ import torch
 from runs import equal_runs, equal_tensors, figures, largest_difference, weights
 from safetensors.torch import load_file
 from torch.optim import _muon as torchs
+from torch.utils.flop_counter import FlopCounterMode
 
 from model import ModelConfig, Transformer
 from training import muon, update
@@ -110,6 +111,14 @@ def test_the_size_of_an_update():
         if update.is_muons(name, p):
             rms = (p - before[name]).square().mean().sqrt().item()
             assert 0.7 < rms / (0.2 * LR) < 1.2, name
+
+
+def test_the_flops_of_an_update():
+    """As torch counts them."""
+    x = torch.randn(3, 40, 24)
+    with FlopCounterMode(display=False) as counter:
+        muon.orthogonalize(x, torch.float32)
+    assert muon.flops(list(x)) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("bad", (float("nan"), float("inf")))
