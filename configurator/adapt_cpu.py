@@ -3,7 +3,15 @@
 # Hardware: two CPU cores, half a minute. First: python train.py configurator/quickstart_ar.py
 # Expect about 3.65 bits/byte of validation NELBO after these 200 steps; random weights have 4.15, or 3.70
 # with local_init. By 800 steps local_init has caught up: results/adapt_cpu.md.
-from configurator.quickstart import batch_size, beta1, corpus, eval_rows, schedule, seq_len, weight_decay  # noqa: F401
+from configurator.quickstart import (  # noqa: F401
+    batch_size,
+    beta1,
+    corpus,
+    eval_rows,
+    schedule,
+    seq_len,
+    weight_decay,
+)
 
 run_dir = "runs/adapt_cpu"
 init_from = "runs/quickstart_ar"  # its shape, too; shift=auto: AR predictions stand one position before

@@ -51,28 +51,30 @@ def main(argv):
         folders = [folder.resolve() for folder, _ in opened]
         if len(set(folders)) < len(folders):
             raise ValueError(f"checkpoints: {max(folders, key=folders.count)} stands there twice")
-        weights = mean_weights(opened, cfg.weights)
+        places = [checkpoint.weights_folder(*folder_and_record, cfg.weights) for folder_and_record in opened]
+        weights = mean_weights(opened, places)
         with new_folder(Path(cfg.out)) as folder:
-            write(folder, cfg, opened, weights)
+            write(folder, cfg.out, *opened[-1], places, weights)
     except (ValueError, OSError) as problem:
         configurator.fail(str(problem))
     except KeyboardInterrupt:
         print("convert.py: interrupted; nothing is written", file=sys.stderr)
         raise SystemExit(130) from None
-    for folder, record in opened:
-        place = checkpoint.weights_folder(folder, record, cfg.weights)
+    for (folder, _), place in zip(opened, places):
         print(f"{place}: {'averaged weights' if place != folder else 'weights of training'}")
     print(f"{cfg.out}: their mean    try: python sample.py --run_dir={shlex.quote(cfg.out)}")
 
 
-def mean_weights(opened, which):
-    """{name: LazyTensor} of the mean, in fp32, of checkpoints, [(folder, record)]; raises ValueError."""
+def mean_weights(opened, places):
+    """{name: LazyTensor} of the mean, in fp32, of checkpoints, [(folder, record)]; raises ValueError.
+
+    places: the folders of their weights.
+    """
     first, record = opened[0]
     parts = []
-    for folder, other in opened:
+    for (folder, other), place in zip(opened, places):
         for name in ("model", "corpus"):
             check_alike(name, first, record, folder, other)
-        place = checkpoint.weights_folder(folder, other, which)
         files = checkpoint.weight_files(place)
         check_weights(place, ModelConfig(**other["model"]), files)
         parts.append({})
@@ -100,17 +102,18 @@ def check_alike(name, first, record, folder, other):
         raise ValueError(f"{folder} is of another {name} than {first}: {differing}")
 
 
-def write(folder, cfg, opened, weights):
-    """Write the run into `folder`, which will be called cfg.out: its settings are the last checkpoint's."""
-    place, record = opened[-1]
+def write(folder, run_dir, place, record, places, weights):
+    """Write the run into `folder`, which will be called `run_dir`, with the settings in a record.
+
+    place: the folder of the record; places: those of the weights that are averaged.
+    """
     tokenizer = record["corpus"]["tokenizer"]
     tokenizer = load_tokenizer(tokenizer, (place.parent, place)) if tokenizer else None
     if hasattr(tokenizer, "path"):
         tokenizer.copy_to(folder)
     n_bytes = sum(tensor.nbytes for tensor in weights.values())
-    places = [checkpoint.weights_folder(place, record, cfg.weights) for place, record in opened]
     own = dict(
-        settings=record["settings"] | dict(run_dir=cfg.out), model=record["model"], corpus=record["corpus"],
+        settings=record["settings"] | dict(run_dir=run_dir), model=record["model"], corpus=record["corpus"],
         step=record["step"], converted_from="the mean of " + ", ".join(map(str, places)))
     with Progress(transient=True, console=Console(stderr=True)) as bar:
         on_progress = partial(bar.advance, bar.add_task(f"{n_bytes / 1e9:.2f} GB", total=n_bytes))

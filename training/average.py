@@ -5,8 +5,7 @@ import contextlib
 import torch
 
 from training import update
-from training.distributed import reshard
-from training.muon import local
+from training.distributed import local_tensor, reshard
 
 
 class WeightAverage:
@@ -22,7 +21,7 @@ class WeightAverage:
     def pairs(self):
         """(average, weight) of every parameter, as this rank holds them."""
         for name, p in self.objective.network.named_parameters():
-            yield local(self.weights[name]), local(p.detach())
+            yield local_tensor(self.weights[name]), local_tensor(p.detach())
 
     def start(self):
         """Begin with the weights as they are."""

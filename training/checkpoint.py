@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from corpus.files import check_file, list_folder, sha256_of, sync_path
 from model import ModelConfig, Transformer, shard_like
 from training import update
-from training.distributed import SINGLE, all_gather
+from training.distributed import SINGLE, all_gather, is_dtensor
 from training.record import read_record, record_digest
 from training.weights import check_dtype, check_weights, read_headers
 
@@ -359,14 +359,14 @@ class Saver:
         self.raise_everywhere(problem)
 
         # all ranks together, then each its own files
-        parts = {"": staged["weights"]} | ({"ema": staged["averages"]} if self.average else {})
+        sets = {"": staged["weights"]} | ({"ema": staged["averages"]} if self.average else {})
         sharded = any(map(is_dtensor, staged["weights"].values()))
         self.write_shards(staged["moments"], building / "optimizer")
-        for part, weights in parts.items() if sharded else ():
+        for part, weights in sets.items() if sharded else ():
             self.write_shards(weights, building / part / "shards")
         digests = {}
         try:
-            for part, weights in parts.items():
+            for part, weights in sets.items():
                 digests |= self.write_whole_files(weights, building, part, sharded)
             for file in (building / "optimizer").glob(f"shard-{self.ranks.rank + 1:05d}-*"):
                 digests[f"optimizer/{file.name}"] = digest_on_disk(file)
@@ -476,11 +476,6 @@ class Saver:
                     read_checkpoint(later)
                     discard(later)
             set_aside_after(folder)
-
-
-def is_dtensor(value):
-    """Whether a tensor is sharded over ranks. (DTensor is a type that takes seconds to import.)"""
-    return hasattr(value, "placements")
 
 
 def file_names(sizes):

@@ -240,6 +240,16 @@ def reshard(objective):
             module.reshard()
 
 
+def is_dtensor(tensor):
+    """Whether a tensor is sharded over ranks. (DTensor is a type that takes seconds to import.)"""
+    return hasattr(tensor, "placements")
+
+
+def local_tensor(tensor):
+    """What this rank holds of a DTensor; other tensors as they are."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
 def full_tensor(tensor):
     """A DTensor's full value on every rank; other tensors as they are."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -9,6 +9,8 @@ import math
 
 import torch
 
+from training.distributed import is_dtensor, local_tensor
+
 MOMENTUM = 0.95
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # Jordan's quintic: steep at 0, between 0.68 and 1.2 beyond
 ITERATIONS = 5
@@ -54,12 +56,12 @@ class Muon(torch.optim.AdamW):
 
     def update_matrices(self, params, lr, weight_decay):
         """Update K parameters of one shape (m, n)."""
-        weights = [local(p) for p in params]  # of sharded ones this rank's rows
-        gradient = torch.stack([local(p.grad) for p in params])  # (K, m, n)
+        weights = [local_tensor(p) for p in params]  # of sharded ones this rank's rows
+        gradient = torch.stack([local_tensor(p.grad) for p in params])  # (K, m, n)
         for p in params:
             if not self.state[p]:
                 self.state[p] = dict(step=gradient.new_zeros(()), momentum=torch.zeros_like(p))
-        momenta = [local(self.state[p]["momentum"]) for p in params]
+        momenta = [local_tensor(self.state[p]["momentum"]) for p in params]
         is_bad = gradient.new_zeros(()) if self.found_inf is None else self.found_inf
         step_size = lr * RMS * math.sqrt(max(params[0].shape))
 
@@ -100,26 +102,13 @@ def flops(params):
     return total
 
 
-# ----------------------------------------------------------------------------------------- sharded parameters
-
-
-def is_sharded(p):
-    """Whether a parameter is a DTensor. (A type that takes seconds to import.)"""
-    return hasattr(p, "placements")
-
-
-def local(x):
-    """A tensor as this rank holds it."""
-    return x.to_local() if is_sharded(x) else x
-
-
 def orthogonalize_shards(x, p):
     """`orthogonalize` of K matrices, (K, m, n), that are sharded as the parameter p is; this rank's rows.
 
     Every rank computes all of it: a share of a step that falls with the tokens per rank.
     """
     dtype = torch.bfloat16 if x.is_cuda else torch.float32
-    if not is_sharded(p):
+    if not is_dtensor(p):
         return orthogonalize(x, dtype)
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
