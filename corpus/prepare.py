@@ -4,6 +4,7 @@
     python data.py shakespeare                           # downloads 1.1 MB
     python data.py my.jsonl.gz --field=text --tokenizer=gpt2
     python data.py 'crawl/*.parquet' folder/ --name=web --tokenizer=gpt2 --val=0.01
+    python data.py docs --tokenizer=bpe:1024             # learned from the training documents
     zcat dump.gz | python data.py - --format=jsonl --name=dump
     python data.py hf:HuggingFaceFW/fineweb-edu --hf_config=sample-10BT --name=edu --tokenizer=gpt2
     python data.py inspect corpora/web                   # what is in it, and is it whole?
@@ -28,14 +29,14 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import configurator
 import terminal
 from configurator import neutral, setting
-from corpus import cutting, fetch, tokenizers
+from corpus import bpe, cutting, fetch, tokenizers
 from corpus.files import no_empty_parents, sha256_of, sync_path
 from corpus.inspect import inspect_corpus
 from corpus.megatron_dataset import write_megatron
@@ -58,7 +59,8 @@ class Config:
     name: str = neutral("", "folder under out (empty: the first source's name)")
     out: str = neutral("corpora", "where corpora are kept")
     tokenizer: str = setting(
-        "", "bytes (the default), a tiktoken encoding such as gpt2, or the path of a tokenizer.json")
+        "", "bytes (the default), a tiktoken encoding such as gpt2, the path of a tokenizer.json, "
+        "or bpe:N: one of N tokens that is learned from the training documents first")
     eos: str = setting("", "the token that ends a document, where a tokenizer.json leaves it open")
     field: str = setting("text", "the text's field in .jsonl and .parquet files and datasets")
     format: Literal["auto", "txt", "jsonl", "parquet"] = setting(
@@ -92,8 +94,14 @@ class Config:
 
     def problems(self):
         if "/" in self.name:
-            return [f"--name={self.name}: a folder's name holds no '/'; --out says where it is"]
-        return []
+            yield f"--name={self.name}: a folder's name holds no '/'; --out says where it is"
+        try:
+            is_learned = bpe.vocabulary_size(self.tokenizer) is not None
+        except ValueError as problem:
+            yield str(problem)
+        else:
+            if is_learned and self.eos:
+                yield f"eos={self.eos}: a tokenizer that is learned ends documents with {bpe.EOS}"
 
     def foreign(self):
         """What others' token files do not say themselves, as `load_corpus` takes it."""
@@ -151,6 +159,9 @@ def run(names, cfg):
         folder = Path(cfg.out) / (cfg.name or default_name(names))
         meta = prepare_by_name(names, folder, cfg)
         report(folder, meta)
+        wanted = bpe.vocabulary_size(cfg.tokenizer) or 0
+        if meta["n_vocab"] < wanted:
+            print(f"the training text has pairs for {meta['n_vocab']:,} tokens, not for {wanted:,}")
 
 
 def export(folder, prefix, cfg):
@@ -222,7 +233,8 @@ def prepare_by_name(names, folder, cfg):
     """Prepare a corpus of the sources with these names, with a progress bar. Returns its meta.json."""
     # What is wrong with folder or tokenizer, before anything is downloaded.
     work_folder_of(folder)
-    load_tokenizer(cfg)
+    if bpe.vocabulary_size(cfg.tokenizer) is None:
+        load_tokenizer(cfg)
 
     files = []
     for name in names:
@@ -278,26 +290,29 @@ def prepare(sources, folder, cfg, progress=None, stdin=None):
     """
     folder = Path(folder)
     work_folder = work_folder_of(folder)
-    tokenizer = load_tokenizer(cfg)
+    if bpe.vocabulary_size(cfg.tokenizer) is None:
+        load_tokenizer(cfg)  # or nothing is begun
     with no_empty_parents(work_folder):
-        return prepare_in(work_folder, sources, folder, cfg, tokenizer, progress, stdin)
+        return prepare_in(work_folder, sources, folder, cfg, progress, stdin)
 
 
-def prepare_in(work_folder, sources, folder, cfg, tokenizer, progress, stdin):
-    """As `prepare`, with its work folder and its tokenizer."""
+def prepare_in(work_folder, sources, folder, cfg, progress, stdin):
+    """As `prepare`, with its work folder."""
     ledger = open_ledger(work_folder, cfg)
     corpus_folder = work_folder / "corpus"
     keep = False  # the work folder, for another try
     try:
         if cfg.restart:
             ledger.clear()
-            for path in work_folder.glob("stdin.*"):
+            for path in (*work_folder.glob("stdin.*"), *work_folder.glob("bpe_*.json")):
                 path.unlink()
         state = ledger.read_state()
         keep = state is not None  # a wrong command costs nothing that is done
 
         if stdin:
             sources = [*sources, fetch.save_standard_input(stdin, work_folder, cfg)]
+        cfg = learn_tokenizer(sources, cfg, work_folder)
+        tokenizer = load_tokenizer(cfg)
         plan = make_plan(sources, cfg, tokenizer)
         if state:
             check_plan(ledger.read("plan"), plan, work_folder)
@@ -321,6 +336,17 @@ def prepare_in(work_folder, sources, folder, cfg, tokenizer, progress, stdin):
         if not keep:
             shutil.rmtree(work_folder, ignore_errors=True)
     return meta
+
+
+def learn_tokenizer(sources, cfg, work_folder):
+    """Learn a tokenizer into the work folder, if the settings ask for one; settings that name its file."""
+    size = bpe.vocabulary_size(cfg.tokenizer)
+    if size is None:
+        return cfg
+    path = work_folder / f"bpe_{size}.json"
+    if not path.exists():
+        bpe.learn(size, sources, cfg, path)
+    return replace(cfg, tokenizer=str(path), eos=bpe.EOS)
 
 
 def load_tokenizer(cfg):

@@ -6,14 +6,16 @@
     python scaling.py study kernel --draw               only the table and the panels, of what is there
     python scaling.py study kernel --runs=runs/short -- --tokens=5e4      flags after -- go to every run
 
-The studies: kernel, schedule, time, loss, batch, lr, weight_decay; and block, which is not the paper's.
-Every run is train.py with files of configurator/quokka/ (shown); studies share runs. Finished ones are
-skipped, interrupted ones go on with the same command.
+The studies: kernel, schedule, time, loss, batch, lr, weight_decay; and two that are not the paper's: block,
+and optimizer, which has settings of its own (scaling.py study optimizer --help). Every run is train.py with
+files of configurator/quokka/ (shown); studies share runs. Finished ones are skipped, interrupted ones go on
+with the same command.
 """
 
 import os
 import shlex
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -42,13 +44,21 @@ class Config:
     launch: bool = setting(False, "print the commands that are still to run, and stop")
     draw: bool = setting(False, "run nothing: table and panels of what is there")
     gpus: int = setting(0, "processes per run, by torchrun (0: 8 for the paper's scale, else 1)", low=0)
+    jobs: int = setting(1, "runs side by side", low=1)
     noise: float = setting(
         0.02, "smaller differences of our losses are not called a direction: seeds make as much "
         "(results/quickstart.md)", low=0)
 
+    def problems(self):
+        if self.jobs > 1 and self.processes() > 1:
+            yield f"jobs={self.jobs}: runs of {self.processes()} processes go one after the other"
+
     def processes(self):
         """Processes per run."""
         return self.gpus or (8 if self.scale == "paper" else 1)
+
+    def needs_gpu(self):
+        return self.scale != "tiny"
 
 
 class Row(NamedTuple):
@@ -94,7 +104,12 @@ def override_files(words, scale):
     """A run's override files: the scale's baseline, or its own variant of it (@), then those of any scale."""
     baseline, *others = words.split() if "@" in words else ["", *words.split()]
     names = [baseline.replace("@", f"{scale}_") or scale, *others]
-    return [os.path.relpath(ROOT / "configurator" / "quokka" / f"{name}.py") for name in names]
+    return [override_file("quokka", f"{name}.py") for name in names]
+
+
+def override_file(*names):
+    """The path of a file under configurator/, as people would write it here."""
+    return os.path.relpath(ROOT.joinpath("configurator", *names))
 
 
 # --------------------------------------------------------------------------------------------------- the runs
@@ -137,10 +152,15 @@ def shown_command(run, cfg):
     return shlex.join([*launcher, os.path.relpath(runner.TRAIN), *run.arguments, "--resume=auto"])
 
 
+def shown_study(command, flags):
+    """A study's command line as people write it, with the flags for every run."""
+    return shlex.join([*command, *(["--", *flags] if flags else [])])
+
+
 def check_machine(runs, cfg):
     """Exit with code 2 where the runs would: without their GPUs, or without their corpus."""
     needed, available = cfg.processes(), torch.cuda.device_count()
-    wants_gpu = cfg.scale != "tiny" and any(run.settings.device != "cpu" for run in runs)
+    wants_gpu = cfg.needs_gpu() and any(run.settings.device != "cpu" for run in runs)
     if wants_gpu and available < needed:
         gpus = f"{needed} GPUs" if needed > 1 else "1 GPU"
         configurator.fail(f"--scale={cfg.scale} needs {gpus} per run, this machine has {available}; "
@@ -155,26 +175,46 @@ def check_machine(runs, cfg):
         configurator.fail(problem)
 
 
-def train_all(runs, finished, cfg):
-    """Train what is not finished, one after the other; exits where a run fails.
+def train_all(runs, cfg):
+    """Train these runs, `cfg.jobs` at a time: one alone says what it does, several write logs.
 
-    If a signal comes, it exits with 128 + the first one.
+    It exits with code 2 if one fails, once the others have ended; with 128 + the first signal if one comes.
     """
-    with runner.Runner() as training:
-        for number, (words, run) in enumerate(runs.items(), 1):
-            place = f"[{number}/{len(runs)}]"
-            if finished[words]:
-                print(f"{place} {run.folder} is finished", flush=True)
-                continue
-            command = shown_command(run, cfg)
-            print(f"{place} {command}", flush=True)
-            training.start(words, runner.train_command([*run.arguments, "--resume=auto"], cfg.processes()))
-            [child] = training.wait()
-            if training.signum:
-                print("stopped; the same command goes on")
-                raise SystemExit(128 + training.signum)
-            if child.returncode:
-                configurator.fail(f"exit code {child.returncode} from: {command}")
+    waiting, failed = dict(enumerate(runs, 1)), []
+    with runner.Runner(cfg.jobs) as training:
+        while training.children or waiting and not failed and not training.signum:
+            for child in training.ended():
+                if child.returncode and not training.signum:
+                    command = shown_command(child.key, cfg)
+                    failed.append(f"exit code {child.returncode} from: {command}")
+            slot = training.free_slot()
+            if waiting and not failed and slot is not None:
+                number = min(waiting)
+                run = waiting.pop(number)
+                print(f"[{number}/{len(runs)}] {shown_command(run, cfg)}", flush=True)
+                failed += start(run, cfg, training, slot)
+            time.sleep(0.05)
+    if training.signum:
+        print("stopped; the same command goes on")
+        raise SystemExit(128 + training.signum)
+    if failed:
+        configurator.fail("; ".join(failed))
+
+
+def start(run, cfg, training, slot):
+    """Train a run in processes of its own; returns why it can't be, in a list, or an empty one."""
+    log, environment = None, {}
+    if cfg.jobs > 1:
+        log = run.folder.with_name(f"{run.folder.name}.log")
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // cfg.jobs))
+        if torch.cuda.device_count() > 1:
+            environment["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
+    command = runner.train_command([*run.arguments, "--resume=auto"], cfg.processes())
+    try:
+        training.start(run, command, slot, log, environment)
+    except BlockingIOError:
+        return [f"{run.folder}: another process is training it"]
+    return []
 
 
 def print_commands(runs, finished, cfg):
@@ -192,31 +232,38 @@ def main(argv=None):
     split = argv.index("--") if "--" in argv else len(argv)
     argv, flags = argv[:split], argv[split + 1 :]
     study = next((word for word in argv if not word.startswith("-")), "")
+    if study == "optimizer":
+        from laws import optimizers
+
+        return optimizers.main([word for word in argv if word != study], flags)
     if study not in STUDIES and not {"-h", "--help"} & set(argv):
         problem = f"there is no study '{study}'" if study else "which study?"
-        configurator.fail(f"{problem}; choose from {', '.join(STUDIES)}")
+        configurator.fail(f"{problem}; choose from {', '.join(STUDIES)}, optimizer")
     cfg = configurator.load(Config, [word for word in argv if word != study], about=__doc__)
-    quoted_flags = ["--", *flags] if flags else []
-    shown = ["python", "scaling.py", "study", study]
+    command = ["python", "scaling.py", "study", study]
 
     # runs
     runs = {words: make_run(words, cfg, flags) for words in words_of(study)}
     finished = {words: is_finished(run) for words, run in runs.items()}
     if cfg.launch:
         print_commands(runs, finished, cfg)
-        draw = shlex.join([*shown, "--draw", f"--scale={cfg.scale}", *quoted_flags])
+        draw = shown_study([*command, "--draw", f"--scale={cfg.scale}"], flags)
         print(f"# then, with the runs in {cfg.runs}: {draw}")
         return
     terminal.keep_going()
     if not cfg.draw:
-        check_machine([run for words, run in runs.items() if not finished[words]], cfg)
-        train_all(runs, finished, cfg)
+        to_train = [run for words, run in runs.items() if not finished[words]]
+        check_machine(to_train, cfg)
+        for words, run in runs.items():
+            if finished[words]:
+                print(f"{run.folder} is finished", flush=True)
+        train_all(to_train, cfg)
 
     # results
     from laws import study_report
 
     out = Path(cfg.out or Path(cfg.runs) / cfg.scale / f"study_{study}")
-    how = shlex.join([*shown, f"--scale={cfg.scale}", *quoted_flags])
+    how = shown_study([*command, f"--scale={cfg.scale}"], flags)
     text = study_report.write_table(study, STUDIES[study], cfg, runs, how)
     with all_or_none(out) as building:
         (building / "table.md").write_text(text, encoding="utf-8")

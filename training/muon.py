@@ -1,8 +1,8 @@
 """Muon for the matrices inside the blocks: momentum with all singular values near 1 (docs/math.md §13).
 
-It computes what torch.optim.Muon does, which takes one whole matrix after the other, in bf16, whatever the
-gradient is. Here the matrices of one shape go through every product together, sharded ones are gathered for
-it, and a bad gradient changes nothing, without the host's waiting for it.
+It computes what torch.optim.Muon does, which takes one whole matrix after the other, always in bf16. Here the
+matrices of one shape go through every product together, in the run's dtype; sharded ones are gathered for it,
+and a bad gradient changes nothing, without the host's waiting for it.
 """
 
 import math
@@ -25,8 +25,8 @@ def orthogonalize(x, dtype):
     They end between 0.68 and 1.2, but for those that are below a hundredth of the matrix's norm.
     """
     is_tall = x.shape[-2] > x.shape[-1]
-    y = (x.mT if is_tall else x).to(dtype)
-    y = y / y.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    y = x.mT if is_tall else x
+    y = (y / y.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)).to(dtype)
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
         gram = y @ y.mT
@@ -37,12 +37,12 @@ def orthogonalize(x, dtype):
 class Muon(torch.optim.AdamW):
     """AdamW, but for the groups that say `muon`: Muon, by the same learning rate and weight decay.
 
-    As AdamW's fused kernel does, it leaves everything as it is where `found_inf` is 1.
+    As AdamW's fused kernel does, it leaves everything as it is where `found_inf` is 1. dtype: of its products.
     """
 
-    def __init__(self, groups, **settings):
+    def __init__(self, groups, dtype, **settings):
         super().__init__(groups, fused=True, **settings)
-        self.found_inf = None
+        self.dtype, self.found_inf = dtype, None
 
     @torch.no_grad()
     def step(self):
@@ -67,7 +67,8 @@ class Muon(torch.optim.AdamW):
 
         momentum = torch.stack(momenta)
         new_momentum = momentum.lerp(gradient, 1 - MOMENTUM)
-        update = orthogonalize_shards(gradient.lerp(new_momentum, MOMENTUM), params[0])  # Nesterov's
+        update = gradient.lerp(new_momentum, MOMENTUM)  # Nesterov's
+        update = orthogonalize_shards(update, params[0], self.dtype)
         # selected, not multiplied by 0: what is bad may be NaN
         new_momentum = torch.where(is_bad > 0, momentum, new_momentum)
         update = torch.where(is_bad > 0, 0.0, step_size * update)
@@ -102,12 +103,11 @@ def flops(params):
     return total
 
 
-def orthogonalize_shards(x, p):
+def orthogonalize_shards(x, p, dtype):
     """`orthogonalize` of K matrices, (K, m, n), that are sharded as the parameter p is; this rank's rows.
 
     Every rank computes all of it: a share of a step that falls with the tokens per rank.
     """
-    dtype = torch.bfloat16 if x.is_cuda else torch.float32
     if not is_dtensor(p):
         return orthogonalize(x, dtype)
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
