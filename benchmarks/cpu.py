@@ -139,6 +139,31 @@ def blocks(cfg, device):
     return table(["rows", "block", "ms", "K tokens/s", "of full diffusion's time"], lines)
 
 
+OPTIMIZERS_TEXT = (
+    "A step with AdamW and with Muon, without and with a moving average of the weights, at nanoGPT's CPU "
+    "shape (4 layers of 128, 12 rows of 64). Muon's own work does not grow with the tokens of a step: here "
+    "there are few.")
+
+
+def optimizers(cfg, device):
+    """Time steps with each optimizer."""
+    rows, seq_len = (4, 32) if cfg.smoke else (12, 64)
+    lines = []
+    for objective in ("ar", "masked"):
+        config = model_shape(4, 4, 128, 256, seq_len, causal=objective == "ar")
+        for name, dtype in dtypes(device).items():
+            torch._dynamo.reset()
+            rivals = {}
+            for optimizer, ema in itertools.product(("adamw", "muon"), (0.0, 0.99)):
+                step = TrainingStep(config, objective, rows, device, dtype, optimizer=optimizer, ema=ema)
+                rivals[optimizer + ", averaged" * bool(ema)] = step
+            times = take_turns(rivals, device, cfg.rounds, 1 if cfg.smoke else 10)
+            for rival, t in times.items():
+                slower = "" if rival == "adamw" else speedup(t, times["adamw"])
+                lines.append([objective, name, rival, spread(t, 1), slower])
+    return table(["objective", "type", "optimizer", "ms", "of AdamW's time"], lines)
+
+
 CHOICES_TEXT = "The choice in kernels.py that holds on a CPU: attention by plain products for short rows."
 
 
@@ -338,6 +363,7 @@ PARTS = dict(
     gathered=Part(gathered, GATHERED_TEXT),
     bf16=Part(bf16, BF16_TEXT),
     blocks=Part(blocks, BLOCKS_TEXT),
+    optimizers=Part(optimizers, OPTIMIZERS_TEXT),
     choices=Part(choices, CHOICES_TEXT),
     host=Part(host, HOST_TEXT),
     loading=Part(loading, LOADING_TEXT),

@@ -21,6 +21,7 @@ from configurator.ladder import swiglu_width
 from corpus import python_docs
 from model import ModelConfig, Transformer
 from training import update
+from training.average import WeightAverage
 from training.objective import Objective, compile_and_wrap
 from training.transfer import to_device, to_tensors
 
@@ -61,12 +62,13 @@ class TrainingStep:
     """A training step as train.py takes it, on a few batches of real tokens in turn: call it to take one.
 
     full_head: the whole network, its head and loss run at every position. plain_loss: that, and the loss is
-    computed from fp32 logits, without kernels. compile, cuda_graphs and short_rows as train.py's settings;
-    `use` as in `Transformer.use`.
+    computed from fp32 logits, without kernels. compile, cuda_graphs, short_rows, optimizer and ema as
+    train.py's settings; `use` as in `Transformer.use`.
     """
 
     def __init__(self, config, objective, rows, device, dtype, compile="whole", full_head=False,
-                 plain_loss=False, n_batches=4, cuda_graphs=False, short_rows=0.0, **use):
+                 plain_loss=False, n_batches=4, cuda_graphs=False, short_rows=0.0, optimizer="adamw", ema=0.0,
+                 **use):
         torch.manual_seed(0)
         process = diffusion.Process(
             objective, config.n_vocab, config.mask_id, config.seq_len, block=config.diffusion_block)
@@ -80,7 +82,8 @@ class TrainingStep:
         if plain_loss:
             objective.loss_figures = full_logits_loss
         self.objective = compile_and_wrap(objective, compile, cuda_graphs=cuda_graphs)
-        self.optimizer = update.make_optimizer(self.network, 2e-4, (0.9, 0.95), 0.1)
+        self.optimizer = update.make_optimizer(self.network, 2e-4, (0.9, 0.95), 0.1, optimizer, dtype)
+        self.average = WeightAverage(objective, ema) if ema else None
         self.cuda_graphs = cuda_graphs
         self.device, self.in_bf16 = device, dtype == torch.bfloat16
 
@@ -103,6 +106,8 @@ class TrainingStep:
         nn.utils.clip_grads_with_norm_(parameters, 1.0, self.norm)
         self.optimizer.found_inf = update.is_bad(self.norm, 0.0).float()
         self.optimizer.step()
+        if self.average:
+            self.average.add(self.optimizer)
         self.optimizer.zero_grad(set_to_none=not self.cuda_graphs)
         self.loss = loss.detach()
 

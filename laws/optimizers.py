@@ -242,8 +242,8 @@ def write_table(found, how):
 
     lines += [
         "", "## What Muon needs to end where AdamW ends", "",
-        f"Read off its runs of {', '.join(f'{share:g}' for share in (*SHARES, 1.0))} of the steps, seed by seed;",
-        f"{SHARES[0]:g} is an upper bound. Its time is that many steps at the ratio of the minutes.",
+        f"Read off its runs of {', '.join(f'{share:g}' for share in (*SHARES, 1.0))} of the steps, seed by",
+        f"seed; {SHARES[0]:g} is an upper bound. Its time is that many steps at the ratio of the minutes.",
         "",
         "| model | of AdamW's tokens | of its time |", "|---|---|---|",
     ]

@@ -17,7 +17,7 @@ from benchmarks import common, gpu, sampling, training
 from model import Transformer
 from training import transfer
 
-PART_NAMES = "shakespeare, gathered, bf16, blocks, choices, host, loading, prepare"
+PART_NAMES = "shakespeare, gathered, bf16, blocks, optimizers, choices, host, loading, prepare"
 MISSING_ON_CPU = "(cudnn|efficient)_attention|varlen"
 
 

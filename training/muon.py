@@ -37,7 +37,7 @@ def orthogonalize(x, dtype):
 class Muon(torch.optim.AdamW):
     """AdamW, but for the groups that say `muon`: Muon, by the same learning rate and weight decay.
 
-    As AdamW's fused kernel does, it leaves everything as it is where `found_inf` is 1. dtype: of its products.
+    As AdamW's fused kernel does, it leaves everything as it is where `found_inf` is 1. dtype: of products.
     """
 
     def __init__(self, groups, dtype, **settings):

@@ -477,8 +477,8 @@ def test_launch_prints_what_runs(name, tmp_path, monkeypatch, here):
 
 @pytest.mark.parametrize("argv, line", [
     (["kernl"],
-     "there is no study 'kernl'; choose from kernel, schedule, time, loss, batch, lr, weight_decay, block"),
-    ([], "which study?; choose from kernel, schedule, time, loss, batch, lr, weight_decay, block"),
+     "there is no study 'kernl'; choose from kernel, schedule, time, loss, batch, lr, weight_decay, block, optimizer"),
+    ([], "which study?; choose from kernel, schedule, time, loss, batch, lr, weight_decay, block, optimizer"),
     (["lr", "--scale=big"], "--scale=big: choose from tiny, gpu, paper"),
     (["lr", "--", "--lrr=3"], "--lrr=3: unknown setting 'lrr'; did you mean 'lr'?"),
 ])
