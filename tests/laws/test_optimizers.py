@@ -161,7 +161,8 @@ def test_a_run_that_fails_ends_the_study(corpus, tmp_path):
                      "--unique_tokens=1000000000")
     assert done.returncode == 2 and done.stdout.count("train.py") == 2 and done.stderr.count("\n") == 1
     assert "exit code 2 from: python train.py" in done.stderr
-    assert "unique_tokens" in (tmp_path / "cpu/AR_adamw_lr0.001_share0.5_seed1.log").read_text(encoding="utf-8")
+    log = tmp_path / "cpu/AR_adamw_lr0.001_share0.5_seed1.log"
+    assert "unique_tokens" in log.read_text(encoding="utf-8")
 
 
 @pytest.mark.slow  # the search over made-up runs, a real run's outcome and --launch are not

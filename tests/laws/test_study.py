@@ -475,10 +475,12 @@ def test_launch_prints_what_runs(name, tmp_path, monkeypatch, here):
     assert last == then and not list(tmp_path.iterdir())
 
 
+CHOICES = "choose from kernel, schedule, time, loss, batch, lr, weight_decay, block, optimizer"
+
+
 @pytest.mark.parametrize("argv, line", [
-    (["kernl"],
-     "there is no study 'kernl'; choose from kernel, schedule, time, loss, batch, lr, weight_decay, block, optimizer"),
-    ([], "which study?; choose from kernel, schedule, time, loss, batch, lr, weight_decay, block, optimizer"),
+    (["kernl"], f"there is no study 'kernl'; {CHOICES}"),
+    ([], f"which study?; {CHOICES}"),
     (["lr", "--scale=big"], "--scale=big: choose from tiny, gpu, paper"),
     (["lr", "--", "--lrr=3"], "--lrr=3: unknown setting 'lrr'; did you mean 'lr'?"),
 ])
