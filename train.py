@@ -500,8 +500,9 @@ def build(run, clock):
     compiled = compile_and_wrap(objective, cfg.compile, run.ranks, cfg.layout(), cfg.shard_size, run.dtype,
                                 run.device, cfg.cuda_graphs, clock)
     betas = cfg.beta1, cfg.beta2
+    fuse = run.on_gpu and cfg.compile != "no"
     optimizer = update.make_optimizer(
-        network, cfg.lr, betas, cfg.weight_decay, cfg.optimizer, run.dtype)
+        network, cfg.lr, betas, cfg.weight_decay, cfg.optimizer, run.dtype, fuse)
     return objective, compiled, optimizer
 
 

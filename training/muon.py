@@ -19,6 +19,14 @@ COPIES = 8  # of these that exist at a time
 RMS = 0.2  # of an update, about AdamW's: so that its learning rate and weight decay carry over
 
 
+def advance(momenta, gradients, is_bad):
+    """The momentum of K matrices after a gradient, and Nesterov's direction, from lists → two (K, m, n)."""
+    momentum, gradient = torch.stack(momenta), torch.stack(gradients)
+    new_momentum = momentum.lerp(gradient, 1 - MOMENTUM)
+    direction = gradient.lerp(new_momentum, MOMENTUM)
+    return torch.where(is_bad > 0, momentum, new_momentum), direction
+
+
 def orthogonalize(x, dtype):
     """Bring the singular values of matrices (K, m, n) near 1, by Newton-Schulz in `dtype`. → as x
 
@@ -34,15 +42,28 @@ def orthogonalize(x, dtype):
     return (y.mT if is_tall else y).to(x.dtype)
 
 
+def apply_update(weights, momenta, momentum, direction, is_bad, step_size, decay):
+    """Move K weights along their directions, and keep their momenta; scalars are on the device."""
+    # selected, not multiplied by 0: what is bad may be NaN
+    step = torch.where(is_bad > 0, 0.0, step_size * direction)
+    torch._foreach_copy_(momenta, list(momentum.unbind()))
+    torch._foreach_mul_(weights, 1 - decay * (1 - is_bad))
+    torch._foreach_sub_(weights, list(step.unbind()))
+
+
 class Muon(torch.optim.AdamW):
     """AdamW, but for the groups that say `muon`: Muon, by the same learning rate and weight decay.
 
     As AdamW's fused kernel does, it leaves everything as it is where `found_inf` is 1. dtype: of products.
+    fuse: compile what is around them, which is worth its time on a GPU.
     """
 
-    def __init__(self, groups, dtype, **settings):
+    def __init__(self, groups, dtype, fuse=False, **settings):
         super().__init__(groups, fused=True, **settings)
         self.dtype, self.found_inf = dtype, None
+        parts = advance, orthogonalize, apply_update
+        parts = [torch.compile(part, dynamic=False) for part in parts] if fuse else parts
+        self.advance, self.orthogonalize, self.apply_update = parts
 
     @torch.no_grad()
     def step(self):
@@ -57,24 +78,20 @@ class Muon(torch.optim.AdamW):
     def update_matrices(self, params, lr, weight_decay):
         """Update K parameters of one shape (m, n)."""
         weights = [local_tensor(p) for p in params]  # of sharded ones this rank's rows
-        gradient = torch.stack([local_tensor(p.grad) for p in params])  # (K, m, n)
+        scalar = weights[0].new_full
         for p in params:
             if not self.state[p]:
-                self.state[p] = dict(step=gradient.new_zeros(()), momentum=torch.zeros_like(p))
+                self.state[p] = dict(step=scalar((), 0.0), momentum=torch.zeros_like(p))
         momenta = [local_tensor(self.state[p]["momentum"]) for p in params]
-        is_bad = gradient.new_zeros(()) if self.found_inf is None else self.found_inf
-        step_size = lr * RMS * math.sqrt(max(params[0].shape))
+        is_bad = scalar((), 0.0) if self.found_inf is None else self.found_inf
 
-        momentum = torch.stack(momenta)
-        new_momentum = momentum.lerp(gradient, 1 - MOMENTUM)
-        update = gradient.lerp(new_momentum, MOMENTUM)  # Nesterov's
-        update = orthogonalize_shards(update, params[0], self.dtype)
-        # selected, not multiplied by 0: what is bad may be NaN
-        new_momentum = torch.where(is_bad > 0, momentum, new_momentum)
-        update = torch.where(is_bad > 0, 0.0, step_size * update)
-        torch._foreach_copy_(momenta, list(new_momentum.unbind()))
-        torch._foreach_mul_(weights, 1 - lr * weight_decay * (1 - is_bad))
-        torch._foreach_sub_(weights, list(update.unbind()))
+        momentum, direction = self.advance(momenta, [local_tensor(p.grad) for p in params], is_bad)
+        direction = self.orthogonalize(whole_matrices(direction, params[0]), self.dtype)
+        direction = rows_of_rank(direction, params[0])
+        # tensors: their values change with every step, which would compile anew
+        step_size = scalar((), lr * RMS * math.sqrt(max(params[0].shape)))
+        decay = scalar((), lr * weight_decay)
+        self.apply_update(weights, momenta, momentum, direction, is_bad, step_size, decay)
         torch._foreach_add_([self.state[p]["step"] for p in params], 1 - is_bad)
 
 
@@ -103,18 +120,30 @@ def flops(params):
     return total
 
 
-def orthogonalize_shards(x, p, dtype):
-    """`orthogonalize` of K matrices, (K, m, n), that are sharded as the parameter p is; this rank's rows.
-
-    Every rank computes all of it: a share of a step that falls with the tokens per rank.
-    """
+def whole_matrices(x, p):
+    """K whole matrices (K, m, n) of this rank's rows of them, sharded as the parameter p is."""
     if not is_dtensor(p):
-        return orthogonalize(x, dtype)
-    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+        return x
+    from torch.distributed.tensor import DTensor
 
-    placements = [Shard(1) if place.is_shard() else place for place in p.placements]  # p's rows
     shape = len(x), *p.shape
     stride = shape[1] * shape[2], shape[2], 1
-    whole = DTensor.from_local(x, p.device_mesh, placements, run_check=False, shape=shape, stride=stride)
-    result = orthogonalize(whole.full_tensor(), dtype)
-    return distribute_tensor(result, p.device_mesh, placements, src_data_rank=None).to_local()
+    placements = placements_of_rows(p)
+    return DTensor.from_local(
+        x, p.device_mesh, placements, run_check=False, shape=shape, stride=stride).full_tensor()
+
+
+def rows_of_rank(x, p):
+    """This rank's rows of K matrices (K, m, n): what `whole_matrices` has gathered, the other way."""
+    if not is_dtensor(p):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x, p.device_mesh, placements_of_rows(p), src_data_rank=None).to_local()
+
+
+def placements_of_rows(p):
+    """p's placements, for K matrices in one tensor: rows are its dimension 1."""
+    from torch.distributed.tensor import Shard
+
+    return [Shard(1) if place.is_shard() else place for place in p.placements]

@@ -23,10 +23,10 @@ def state_numbers(network, optimizer, ema=0.0, size_of=torch.Tensor.numel):
     return total
 
 
-def make_optimizer(network, lr, betas, weight_decay, optimizer="adamw", dtype=torch.float32):
+def make_optimizer(network, lr, betas, weight_decay, optimizer="adamw", dtype=torch.float32, fuse=False):
     """AdamW, or Muon with AdamW for what is no matrix of a block; norms and biases never decay.
 
-    dtype: of Muon's products; weights and states are float32.
+    dtype, fuse: as Muon takes them; weights and states are float32.
     """
     matrices = [p for p in network.parameters() if p.dim() >= 2]
     vectors = [p for p in network.parameters() if p.dim() < 2]
@@ -36,7 +36,7 @@ def make_optimizer(network, lr, betas, weight_decay, optimizer="adamw", dtype=to
     inside = {p for name, p in network.named_parameters() if is_muons(name, p)}
     groups[0]["params"] = [p for p in matrices if p not in inside]
     in_blocks = dict(params=[p for p in matrices if p in inside], weight_decay=weight_decay, muon=True)
-    return Muon([in_blocks, *(group | dict(muon=False) for group in groups)], dtype, lr=lr, betas=betas)
+    return Muon([in_blocks, *(group | dict(muon=False) for group in groups)], dtype, fuse, lr=lr, betas=betas)
 
 
 def parameters(optimizer):

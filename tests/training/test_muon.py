@@ -1,11 +1,13 @@
 """Muon against torch's own, against fp64, sharded against whole; what it refuses, keeps and resumes."""
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from runs import equal_runs, equal_tensors, figures, largest_difference, weights
 from safetensors.torch import load_file
+from torch._dynamo import lookup_backend
 from torch.optim import _muon as torchs
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -140,6 +142,33 @@ def test_a_bad_gradient_changes_nothing(bad):
     states = [update.state_tensors(net, optimizer) for net, optimizer in zip((skipped, clean), optimizers)]
     assert equal_tensors(dict(skipped.named_parameters()), dict(clean.named_parameters()))
     assert equal_tensors(*states) and update.updates(optimizers[0]) == update.updates(optimizers[1]) == 4
+
+
+@pytest.mark.parametrize("backend", ("eager", pytest.param("inductor", marks=pytest.mark.slow)))
+def test_fused_it_is_the_same(monkeypatch, backend):
+    """Compiled in one piece, once for every shape, though the learning rate moves and a step is refused."""
+    compile, graphs = torch.compile, []
+
+    def backend_of_test(graph, inputs):
+        graphs.append(graph)
+        return lookup_backend(backend)(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", partial(compile, backend=backend_of_test, fullgraph=True))
+    torch._dynamo.reset()
+    fused, plain = network(), network()
+    optimizers = [update.make_optimizer(net, LR, (0.9, 0.95), DECAY, "muon", fuse=fuse)
+                  for net, fuse in ((fused, True), (plain, False))]
+    n_shapes = len({p.shape for name, p in fused.named_parameters() if update.is_muons(name, p)})
+    for step in range(4):
+        for net, optimizer in zip((fused, plain), optimizers):
+            draw_gradients(net, step)
+            update.set_learning_rate(optimizer, LR / (1 + step))
+            optimizer.found_inf = torch.tensor(float(step == 2))
+            optimizer.step()
+        assert len(graphs) == 3 * n_shapes
+    for p, q, start in zip(fused.parameters(), plain.parameters(), network().parameters()):
+        assert (p - q).norm() <= 1e-5 * (q - start).norm()
+    torch._dynamo.reset()
 
 
 # ------------------------------------------------------------------------------------------------------- runs
