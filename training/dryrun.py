@@ -194,8 +194,10 @@ def report(run):
                  f"({flops / 1e6:.1f} MFLOP per token; {share:.1%} of the positions get a head); "
                  f"with recomputation {repeated:.2f} × that")
     if cfg.optimizer == "muon":
-        own = muon.flops([p for name, p in network.named_parameters() if is_muons(name, p)])
-        lines.append(f"Muon: {own:.3g} FLOP more on each rank, and every matrix gathered; in no time below")
+        matrices = [p for name, p in network.named_parameters() if is_muons(name, p)]
+        own = muon.flops(matrices, world if layout == "no" else shards)
+        sent = " and every matrix sent to its rank and back" * (world > 1)
+        lines.append(f"Muon: {own:.3g} FLOP more on each rank{sent}; in no time below")
 
     # disk
     size, temporary = checkpoint.checkpoint_bytes(network, cfg.optimizer, cfg.ema, layout != "no")

@@ -1,13 +1,15 @@
 """Muon for the matrices inside the blocks: momentum with all singular values near 1 (docs/math.md §13).
 
 It computes what torch.optim.Muon does, which takes one whole matrix after the other, always in bf16. Here the
-matrices of one shape go through every product together, in the run's dtype; sharded ones are gathered for it,
-and a bad gradient changes nothing, without the host's waiting for it.
+matrices of one shape go through every product together, in the dtype of the run; ranks divide them among each
+other, whatever they hold of them; and a bad gradient changes nothing, without the host's waiting for it.
 """
 
 import math
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 
 from training.distributed import is_dtensor, local_tensor
 
@@ -19,27 +21,28 @@ COPIES = 8  # of these that exist at a time
 RMS = 0.2  # of an update, about AdamW's: so that its learning rate and weight decay carry over
 
 
-def advance(momenta, gradients, is_bad):
-    """The momentum of K matrices after a gradient, and Nesterov's direction, from lists → two (K, m, n)."""
+def advance(momenta, gradients, is_bad, dtype):
+    """The momentum of K matrices after a gradient, and Nesterov's direction in `dtype`, both (K, m, n)."""
     momentum, gradient = torch.stack(momenta), torch.stack(gradients)
     new_momentum = momentum.lerp(gradient, 1 - MOMENTUM)
     direction = gradient.lerp(new_momentum, MOMENTUM)
-    return torch.where(is_bad > 0, momentum, new_momentum), direction
+    return torch.where(is_bad > 0, momentum, new_momentum), direction.to(dtype)
 
 
-def orthogonalize(x, dtype):
-    """Bring the singular values of matrices (K, m, n) near 1, by Newton-Schulz in `dtype`. → as x
+def orthogonalize(x):
+    """Bring the singular values of matrices (K, m, n) near 1, by Newton-Schulz in their dtype.
 
     They end between 0.68 and 1.2, but for those that are below a hundredth of the matrix's norm.
     """
     is_tall = x.shape[-2] > x.shape[-1]
     y = x.mT if is_tall else x
-    y = (y / y.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)).to(dtype)
+    norm = y.norm(dim=(-2, -1), keepdim=True, dtype=torch.float32)
+    y = (y / norm.clamp(min=1e-7)).to(x.dtype)
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
         gram = y @ y.mT
         y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
-    return (y.mT if is_tall else y).to(x.dtype)
+    return y.mT if is_tall else y
 
 
 def apply_update(weights, momenta, momentum, direction, is_bad, step_size, decay):
@@ -85,9 +88,10 @@ class Muon(torch.optim.AdamW):
         momenta = [local_tensor(self.state[p]["momentum"]) for p in params]
         is_bad = scalar((), 0.0) if self.found_inf is None else self.found_inf
 
-        momentum, direction = self.advance(momenta, [local_tensor(p.grad) for p in params], is_bad)
-        direction = self.orthogonalize(whole_matrices(direction, params[0]), self.dtype)
-        direction = rows_of_rank(direction, params[0])
+        gradients = [local_tensor(p.grad) for p in params]
+        momentum, direction = self.advance(momenta, gradients, is_bad, self.dtype)
+        share = share_of_shards if is_dtensor(params[0]) else share_of_copies
+        direction = share(self.orthogonalize, direction, params[0])
         # tensors: their values change with every step, which would compile anew
         step_size = scalar((), lr * RMS * math.sqrt(max(params[0].shape)))
         decay = scalar((), lr * weight_decay)
@@ -111,39 +115,41 @@ def workspace(params):
     return 4 * COPIES * max(len(same) * same[0].numel() for same in alike(params))
 
 
-def flops(params):
-    """FLOPs of the products of an update of matrices: every rank computes all of them."""
+def flops(params, ranks=1):
+    """FLOPs of the products of an update of matrices, on the busiest of the ranks that divide them."""
     total = 0
-    for p in params:
-        short, long = sorted(p.shape)
-        total += ITERATIONS * (4 * short * short * long + 2 * short**3)
+    for same in alike(params):
+        short, long = sorted(same[0].shape)
+        total += -(-len(same) // ranks) * ITERATIONS * (4 * short * short * long + 2 * short**3)
     return total
 
 
-def whole_matrices(x, p):
-    """K whole matrices (K, m, n) of this rank's rows of them, sharded as the parameter p is."""
-    if not is_dtensor(p):
-        return x
-    from torch.distributed.tensor import DTensor
+def share_of_copies(compute, x, _):
+    """compute(x) of matrices (K, m, n) that every rank has: each takes some of them."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world == 1:
+        return compute(x)
+    count = -(-len(x) // world)
+    mine = x[dist.get_rank() * count :][:count]
+    mine = compute(mine) if len(mine) else mine
+    results = x.new_empty(world * count, *x.shape[1:])
+    dist.all_gather_into_tensor(results, F.pad(mine, (0, 0, 0, 0, 0, count - len(mine))).contiguous())
+    return results[: len(x)]
+
+
+def share_of_shards(compute, x, p):
+    """compute(x) of matrices (K, m, n) of which this rank has the same rows as of p: each takes whole ones."""
+    from torch.distributed.tensor import DTensor, Shard
 
     shape = len(x), *p.shape
     stride = shape[1] * shape[2], shape[2], 1
-    placements = placements_of_rows(p)
-    return DTensor.from_local(
-        x, p.device_mesh, placements, run_check=False, shape=shape, stride=stride).full_tensor()
 
+    def redistribute(part, dim_before, dim_after):
+        before, after = ([Shard(dim) if place.is_shard() else place for place in p.placements]
+                         for dim in (dim_before, dim_after))
+        whole = DTensor.from_local(
+            part.contiguous(), p.device_mesh, before, run_check=False, shape=shape, stride=stride)
+        return whole.redistribute(placements=after).to_local()
 
-def rows_of_rank(x, p):
-    """This rank's rows of K matrices (K, m, n): what `whole_matrices` has gathered, the other way."""
-    if not is_dtensor(p):
-        return x
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(x, p.device_mesh, placements_of_rows(p), src_data_rank=None).to_local()
-
-
-def placements_of_rows(p):
-    """p's placements, for K matrices in one tensor: rows are its dimension 1."""
-    from torch.distributed.tensor import Shard
-
-    return [Shard(1) if place.is_shard() else place for place in p.placements]
+    mine = redistribute(x, 1, 0)
+    return redistribute(compute(mine) if len(mine) else mine, 0, 1)

@@ -43,7 +43,7 @@ def test_it_is_torchs_muon_and_adamw(monkeypatch):
 
     def in_fp32(grad, coefficients, n_steps, eps):
         assert (coefficients, n_steps) == (muon.COEFFICIENTS, muon.ITERATIONS)
-        return muon.orthogonalize(grad[None], torch.float32)[0]
+        return muon.orthogonalize(grad[None].float())[0]
 
     for own in (False, True):
         ours, theirs = network(), network()
@@ -80,7 +80,7 @@ def test_singular_values_of_an_update_are_near_one(shape, dtype):
     u, s, v = torch.linalg.svd(x, full_matrices=False)
     s = torch.logspace(0, -1.3, s.shape[-1], dtype=torch.float64).expand(s.shape)
     x = u @ torch.diag_embed(s) @ v
-    y = muon.orthogonalize(x.float(), dtype).double()
+    y = muon.orthogonalize(x.to(dtype)).double()
     values = torch.linalg.svdvals(y)
     assert 0.675 < values.min() and values.max() < 1.15, (values.min(), values.max())
     core = u.mT @ y @ v.mT  # diagonal, in the basis of x
@@ -97,7 +97,7 @@ def test_the_iteration_is_its_polynomial():
     a, b, c = muon.COEFFICIENTS
     for _ in range(muon.ITERATIONS):
         s = a * s + b * s**3 + c * s**5
-    y = muon.orthogonalize(x[None], torch.float32)[0]
+    y = muon.orthogonalize(x[None])[0]
     torch.testing.assert_close(y.double(), u @ torch.diag(s) @ v, rtol=0, atol=1e-5)
 
 
@@ -119,8 +119,9 @@ def test_the_flops_of_an_update():
     """As torch counts them."""
     x = torch.randn(3, 40, 24)
     with FlopCounterMode(display=False) as counter:
-        muon.orthogonalize(x, torch.float32)
+        muon.orthogonalize(x)
     assert muon.flops(list(x)) == counter.get_total_flops()
+    assert muon.flops(list(x), 2) * 3 == muon.flops(list(x)) * 2  # two of three matrices on one of two ranks
 
 
 @pytest.mark.parametrize("bad", (float("nan"), float("inf")))
