@@ -138,7 +138,7 @@ def share_of_copies(compute, x, _):
 
 
 def share_of_shards(compute, x, p):
-    """compute(x) of matrices (K, m, n) of which this rank has the same rows as of p: each takes whole ones."""
+    """compute(x) of matrices (K, m, n), of which this rank has the rows that it has of p: each takes some."""
     from torch.distributed.tensor import DTensor, Shard
 
     shape = len(x), *p.shape
