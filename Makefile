@@ -19,11 +19,11 @@ $(VENV)/ready-to-test: requirements-test.txt | $(VENV)/ready
 	$(RUN) -m pip install --quiet --no-compile --disable-pip-version-check -r requirements-test.txt
 	touch $@
 
-corpora/docs/meta.json: | $(VENV)/ready
-	$(RUN) data.py docs
+corpora/docs_bpe/meta.json: | $(VENV)/ready
+	$(RUN) data.py docs --tokenizer=bpe:2048 --name=docs_bpe
 
 # QUICKSTART_FLAGS shortens it: make quickstart QUICKSTART_FLAGS=--steps=40
-quickstart: $(VENV)/ready corpora/docs/meta.json
+quickstart: $(VENV)/ready corpora/docs_bpe/meta.json
 	$(RUN) train.py configurator/quickstart_ar.py --run_dir=$(RUNS)/quickstart_ar --resume=auto $(QUICKSTART_FLAGS)
 	$(RUN) train.py configurator/quickstart.py --run_dir=$(RUNS)/quickstart --compare=$(RUNS)/quickstart_ar --resume=auto $(QUICKSTART_FLAGS)
 	$(RUN) sample.py --run_dir=$(RUNS)/quickstart --batch=2

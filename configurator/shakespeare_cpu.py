@@ -2,7 +2,7 @@
 # bytes of context.
 # Hardware: two CPU cores, about twenty minutes (18M tokens). Expect 1.81 nats per byte of validation NELBO.
 # Corpus: python data.py shakespeare
-from configurator.quickstart import *
+from configurator.docs_cpu import *
 
 run_dir = "runs/shakespeare_cpu"
 corpus = "corpora/shakespeare"

@@ -33,11 +33,8 @@ def learn(size, sources, cfg, path):
     The vocabulary is smaller where the text has not so many pairs. Digits are tokens of their own, and no
     token reaches from a word into the next. Raises ValueError for bad input, as tokenizing it would.
     """
-    try:
-        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    except ImportError:
-        raise ValueError(
-            "learning a tokenizer needs the tokenizers package: pip install '.[data]'") from None
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
     split = split_pattern("")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([

@@ -259,10 +259,8 @@ def parse_tokenizer_json(raw, path):
 
 def build_tokenizer(text, path):
     """The tokenizers.Tokenizer of the text of a tokenizer.json. Raises ValueError, naming the path."""
-    try:
-        import tokenizers
-    except ImportError:
-        raise ValueError("a tokenizer.json needs the tokenizers package: pip install '.[data]'") from None
+    import tokenizers
+
     with explain_failure(f"{path}: no tokenizer.json"):
         inner = tokenizers.Tokenizer.from_str(text)
     inner.encode_special_tokens = True  # as text

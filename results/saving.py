@@ -1,4 +1,4 @@
-"""What saving costs: quickstart steps with a checkpoint every 50 against steps without, in turns.
+"""What saving costs: steps of docs_cpu.py with a checkpoint every 50 against steps without, in turns.
 
     PYTHONPATH=. python results/saving.py corpora/docs
 
@@ -25,7 +25,7 @@ STEPS = 50
 
 folder = tempfile.mkdtemp()
 flags = [f"--corpus={sys.argv[1]}", "--device=cpu", f"--run_dir={folder}/run"]
-cfg = configurator.load(train.Config, ["configurator/quickstart.py", *flags])
+cfg = configurator.load(train.Config, ["configurator/docs_cpu.py", *flags])
 n_rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 12
 
 run = checks.open_run(cfg, SINGLE, torch.device("cpu"))._replace(steps=10**6)

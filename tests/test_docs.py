@@ -77,9 +77,11 @@ def test_data_commands(tmp_path):
     """Prepare, inspect, export, one after the other in a folder of their own."""
     outputs = {}
     for command in those_of("data.py"):
-        outputs[command.split()[2]] = run(command, folder=tmp_path)
-    assert list(outputs) == ["docs", "inspect", "export"]
+        name = "bpe" if "bpe:" in command else command.split()[2]
+        outputs[name] = run(command, folder=tmp_path)
+    assert sorted(outputs) == ["bpe", "docs", "export", "inspect"]
     assert "corpora/docs/train.bin: " in outputs["docs"] and "all SHA-256 sums agree" in outputs["inspect"]
+    assert "corpora/docs_bpe/train.bin: " in outputs["bpe"]
     assert (tmp_path / "megatron/docs_train.idx").is_file()
 
 

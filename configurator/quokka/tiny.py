@@ -4,11 +4,11 @@
 # documentation of CPython 3.11).
 # Corpus: python data.py docs
 #
-# The network is quickstart.py's, found by measuring (results/quickstart.md). The rest is in the paper's
+# The network is docs_cpu.py's, found by measuring (results/quickstart.md). The rest is in the paper's
 # shares: cosine, warm-up 1 % of the steps. So few steps leave the paper's weight decay of 0.1 no time to act:
 # lr · weight_decay · steps would be 0.3 (there: 3.7). It is 1.2 here; the paper's product would cost a
 # twentieth of a nat.
-from configurator.quickstart import (  # noqa: F401
+from configurator.docs_cpu import (  # noqa: F401
     batch_size,
     beta1,
     corpus,

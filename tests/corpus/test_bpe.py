@@ -148,14 +148,6 @@ def test_what_it_refuses(tmp_path, monkeypatch, capsys, flags, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_without_the_package_it_names_the_extra(tmp_path, monkeypatch):
-    path = write_jsonl(tmp_path / "in.jsonl", TEXTS)
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ValueError, match=r"pip install '.\[data\]'"):
-        prepared(tmp_path / "out", path, tokenizer="bpe:275")
-    assert not list(tmp_path.glob("*out*"))
-
-
 def test_bad_text_is_named_as_in_any_preparation(tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_bytes(b'{"text": "fine"}\n{"text": \n')

@@ -9,7 +9,13 @@ LONG = f"{RUN} --steps=150 --log_every=10 --eval_every=75"
 LOCAL = "--n_layer=2 --n_head=4 --d_model=48 --local_init --init_std=0.06 --rope_base=100"  # learns sooner
 NEXT = f"{RUN} --init_from=runs/writer_masked --lr=2e-3"  # goes on with a network that looks at its context
 NEXT_AR = f"{RUN} --init_from=runs/writer_ar --lr=2e-3 --objective=ar"
-QUICK = "--compile=no --device=cpu --steps=40 --log_every=1 --eval_every=20"
+QUICK = (  # 48006ab's configurator/quickstart.py
+    "--compile=no --device=cpu --steps=40 --log_every=1 --eval_every=20 --corpus=corpora/docs --n_layer=2"
+    " --n_head=8 --n_kv_head=2 --d_model=128 --block_len=64 --rope_base=100 --tied=False --init_std=0.06"
+    " --scaled_init=False --local_init --batch_size=16 --lr=2e-3 --lr_schedule=wsd --warmup=50 --decay=0.3"
+    " --beta1=0.8 --weight_decay=0.05 --eval_rows=1024"
+)
+QUICK_MASKED = f"{QUICK} --schedule=poly2"
 
 TRAIN = {
     "ar": f"{RUN} {SHAPE} --objective=ar",
@@ -32,9 +38,9 @@ TRAIN = {
     "all_of_two": f"{RUN} {SHAPE} --corpus=corpora/words,corpora/sums",
     "megatron": f"{RUN} {SHAPE} --corpus=corpora/megatron --tokenizer=bytes",
     "tokenizer_json": f"{RUN} {SHAPE} --corpus=corpora/pieces",
-    "quickstart": f"quickstart.py {QUICK} --dtype=float32",
-    "quickstart_ar": f"quickstart_ar.py {QUICK} --dtype=float32",
-    "quickstart_bfloat16": f"quickstart.py {QUICK} --dtype=bfloat16",
+    "quickstart": f"{QUICK_MASKED} --dtype=float32",
+    "quickstart_ar": f"{QUICK} --objective=ar --dtype=float32",
+    "quickstart_bfloat16": f"{QUICK_MASKED} --dtype=bfloat16",
     "writer_ar": f"{LONG} {LOCAL} --objective=ar",
     "writer_masked": f"{LONG} {LOCAL}",
     "writer_paper": f"{LONG} {LOCAL} --objective=uniform --loss=paper",
