@@ -82,7 +82,9 @@ class TrainingStep:
         if plain_loss:
             objective.loss_figures = full_logits_loss
         self.objective = compile_and_wrap(objective, compile, cuda_graphs=cuda_graphs)
-        self.optimizer = update.make_optimizer(self.network, 2e-4, (0.9, 0.95), 0.1, optimizer, dtype)
+        fuse = device.type == "cuda" and compile != "no"
+        self.optimizer = update.make_optimizer(
+            self.network, 2e-4, (0.9, 0.95), 0.1, optimizer, dtype, fuse)
         self.average = WeightAverage(objective, ema) if ema else None
         self.cuda_graphs = cuda_graphs
         self.device, self.in_bf16 = device, dtype == torch.bfloat16

@@ -193,11 +193,13 @@ def report(run):
     lines.append(f"a step of {tokens:,} tokens takes {flops * tokens:.3g} FLOP, forward and backward "
                  f"({flops / 1e6:.1f} MFLOP per token; {share:.1%} of the positions get a head); "
                  f"with recomputation {repeated:.2f} × that")
+    own = 0  # FLOP of Muon on a rank
     if cfg.optimizer == "muon":
         matrices = [p for name, p in network.named_parameters() if is_muons(name, p)]
-        own = muon.flops(matrices, world if layout == "no" else shards)
-        sent = " and every matrix sent to its rank and back" * (world > 1)
-        lines.append(f"Muon: {own:.3g} FLOP more on each rank{sent}; in no time below")
+        sharing = shards if layout != "no" else world  # ranks that divide the matrices
+        own = muon.flops(matrices, sharing, shards)
+        sent = "; what it sends is not in the time below" * (world > 1)
+        lines.append(f"Muon takes {own:.3g} FLOP more on the busiest rank{sent}")
 
     # disk
     size, temporary = checkpoint.checkpoint_bytes(network, cfg.optimizer, cfg.ema, layout != "no")
@@ -211,7 +213,7 @@ def report(run):
         return "\n".join(lines)
     dtype_bytes = 2 if run.dtype == torch.bfloat16 else 4
     moved = traffic(n_params, layout, world, cfg.ranks_per_node(), shards, run.accumulation, dtype_bytes)
-    total, _, exposed = step_seconds(flops * tokens * repeated, moved, world)
+    total, _, exposed = step_seconds(flops * tokens * repeated + own * world, moved, world)
     if world > 1:
         within, between = human_bytes(moved.within), human_bytes(moved.between)
         lines.append(f"a rank sends {within} within its node and {between} between nodes per step: "

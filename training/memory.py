@@ -132,13 +132,13 @@ def weigh(timeline, model_config, dtype, on_gpu, lasting_gradients=False, layout
         return MemoryNeed(weights, state, gradients, gathered, activations, peak)
 
     needs = [need(*bytes_then) for bytes_then in timeline]
-    return max(*needs, at_update(network, weights, state, optimizer), key=lambda need: need.peak)
+    return max(*needs, at_update(network, weights, state, optimizer, shards), key=lambda need: need.peak)
 
 
-def at_update(network, weights, state, optimizer):
+def at_update(network, weights, state, optimizer, shards=1):
     """The `MemoryNeed` while the optimizer works: AdamW's kernel needs nothing for itself."""
     params = [p for name, p in network.named_parameters() if is_muons(name, p)]
-    extra = muon.workspace(params) if optimizer == "muon" else 0
+    extra = muon.workspace(params, shards) if optimizer == "muon" else 0
     return MemoryNeed(weights, state, weights, 0, extra, 2 * weights + state + extra)
 
 

@@ -1,8 +1,8 @@
 """Muon for the matrices inside the blocks: momentum with all singular values near 1 (docs/math.md §13).
 
 It computes what torch.optim.Muon does, which takes one whole matrix after the other, always in bf16. Here the
-matrices of one shape go through every product together, in the dtype of the run; ranks divide them among each
-other, whatever they hold of them; and a bad gradient changes nothing, without the host's waiting for it.
+matrices of one shape go through every product together, in the dtype of the run. Each of several ranks takes
+some of them, also where all hold shards. A bad gradient changes nothing, and the host need not wait to know.
 """
 
 import math
@@ -16,8 +16,8 @@ from training.distributed import is_dtensor, local_tensor
 MOMENTUM = 0.95
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # Jordan's quintic: steep at 0, between 0.68 and 1.2 beyond
 ITERATIONS = 5
-AT_ONCE = 1 << 26  # numbers of matrices of one shape that are updated together, or one matrix
-COPIES = 8  # of these that exist at a time
+AT_ONCE = 1 << 26  # numbers that a rank has of the matrices that are updated together, or of one matrix
+COPIES = 6  # of these that exist at a time
 RMS = 0.2  # of an update, about AdamW's: so that its learning rate and weight decay carry over
 
 
@@ -48,7 +48,7 @@ def orthogonalize(x):
 def apply_update(weights, momenta, momentum, direction, is_bad, step_size, decay):
     """Move K weights along their directions, and keep their momenta; scalars are on the device."""
     # selected, not multiplied by 0: what is bad may be NaN
-    step = torch.where(is_bad > 0, 0.0, step_size * direction)
+    step = torch.where(is_bad > 0, 0.0, step_size * direction.float())
     torch._foreach_copy_(momenta, list(momentum.unbind()))
     torch._foreach_mul_(weights, 1 - decay * (1 - is_bad))
     torch._foreach_sub_(weights, list(step.unbind()))
@@ -75,7 +75,7 @@ class Muon(torch.optim.AdamW):
         super().step()
         self.param_groups = groups
         for group in groups:
-            for params in alike(group["params"]) if group["muon"] else ():
+            for params in divide_by_shape(group["params"], shards_of(group)) if group["muon"] else ():
                 self.update_matrices(params, group["lr"], group["weight_decay"])
 
     def update_matrices(self, params, lr, weight_decay):
@@ -90,8 +90,10 @@ class Muon(torch.optim.AdamW):
 
         gradients = [local_tensor(p.grad) for p in params]
         momentum, direction = self.advance(momenta, gradients, is_bad, self.dtype)
-        share = share_of_shards if is_dtensor(params[0]) else share_of_copies
-        direction = share(self.orthogonalize, direction, params[0])
+        if is_dtensor(params[0]):
+            direction = divide_shards(self.orthogonalize, direction, params[0])
+        else:
+            direction = divide_copies(self.orthogonalize, direction)
         # tensors: their values change with every step, which would compile anew
         step_size = scalar((), lr * RMS * math.sqrt(max(params[0].shape)))
         decay = scalar((), lr * weight_decay)
@@ -99,46 +101,59 @@ class Muon(torch.optim.AdamW):
         torch._foreach_add_([self.state[p]["step"] for p in params], 1 - is_bad)
 
 
-def alike(params):
-    """Lists of parameters of one shape, as many as may be updated together."""
+def shards_of(group):
+    """How many ranks share each matrix of a group."""
+    p = next(iter(group["params"]), None)
+    if not is_dtensor(p):
+        return 1
+    return math.prod(p.device_mesh.size(i) for i, place in enumerate(p.placements) if place.is_shard())
+
+
+def divide_by_shape(params, shards=1):
+    """Yield lists of parameters that are updated together: of one shape, equally many in each list of it.
+
+    So that a rank holds AT_ONCE numbers of them, or one matrix: of sharded ones a rank takes its share.
+    """
     shapes = {}
     for p in params:
         shapes.setdefault(p.shape, []).append(p)
     for shape, same in shapes.items():
-        count = max(1, AT_ONCE // shape.numel())
+        most = max(1, AT_ONCE // shape.numel()) * shards
+        # equally many: another number of matrices would be compiled anew
+        count = next(n for n in range(min(most, len(same)), 0, -1) if len(same) % n == 0)
         for start in range(0, len(same), count):
             yield same[start : start + count]
 
 
-def workspace(params):
-    """Bytes, about, that an update of these parameters takes for a while."""
-    return 4 * COPIES * max(len(same) * same[0].numel() for same in alike(params))
+def workspace(params, shards=1):
+    """Bytes, about, that an update of these parameters takes on a rank for a while."""
+    return 4 * COPIES * max(len(same) * same[0].numel() for same in divide_by_shape(params, shards)) // shards
 
 
-def flops(params, ranks=1):
+def flops(params, ranks=1, shards=1):
     """FLOPs of the products of an update of matrices, on the busiest of the ranks that divide them."""
     total = 0
-    for same in alike(params):
+    for same in divide_by_shape(params, shards):
         short, long = sorted(same[0].shape)
         total += -(-len(same) // ranks) * ITERATIONS * (4 * short * short * long + 2 * short**3)
     return total
 
 
-def share_of_copies(compute, x, _):
-    """compute(x) of matrices (K, m, n) that every rank has: each takes some of them."""
+def divide_copies(compute, x):
+    """compute(x) of matrices (K, m, n) that every rank has: each computes some, and sends them to all."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world == 1:
         return compute(x)
     count = -(-len(x) // world)
-    mine = x[dist.get_rank() * count :][:count]
-    mine = compute(mine) if len(mine) else mine
-    results = x.new_empty(world * count, *x.shape[1:])
-    dist.all_gather_into_tensor(results, F.pad(mine, (0, 0, 0, 0, 0, count - len(mine))).contiguous())
-    return results[: len(x)]
+    own = x[dist.get_rank() * count :][:count]
+    own = compute(own) if len(own) else own
+    results = x.new_empty(world, count, *x.shape[1:])
+    dist.all_gather(list(results), F.pad(own, (0, 0, 0, 0, 0, count - len(own))).contiguous())
+    return results.flatten(0, 1)[: len(x)]
 
 
-def share_of_shards(compute, x, p):
-    """compute(x) of matrices (K, m, n), of which this rank has the rows that it has of p: each takes some."""
+def divide_shards(compute, x, p):
+    """compute(x) of matrices (K, m, n) of which this rank has its rows of p: each computes some, whole."""
     from torch.distributed.tensor import DTensor, Shard
 
     shape = len(x), *p.shape
@@ -147,9 +162,9 @@ def share_of_shards(compute, x, p):
     def redistribute(part, dim_before, dim_after):
         before, after = ([Shard(dim) if place.is_shard() else place for place in p.placements]
                          for dim in (dim_before, dim_after))
-        whole = DTensor.from_local(
+        matrices = DTensor.from_local(
             part.contiguous(), p.device_mesh, before, run_check=False, shape=shape, stride=stride)
-        return whole.redistribute(placements=after).to_local()
+        return matrices.redistribute(placements=after).to_local()
 
-    mine = redistribute(x, 1, 0)
-    return redistribute(compute(mine) if len(mine) else mine, 0, 1)
+    own = redistribute(x, 1, 0)
+    return redistribute(compute(own) if len(own) else own, 0, 1)

@@ -124,6 +124,18 @@ def test_the_flops_of_an_update():
     assert muon.flops(list(x), 2) * 3 == muon.flops(list(x)) * 2  # two of three matrices on one of two ranks
 
 
+def test_matrices_are_divided_by_shape(monkeypatch):
+    """At most AT_ONCE numbers on a rank, equally many in each list of a shape; shards allow more of them."""
+    monkeypatch.setattr(muon, "AT_ONCE", 5 * 6)
+    params = [torch.empty(shape) for shape in [(2, 3)] * 12 + [(3, 2)] * 7 + [(40, 2)] * 3]
+    lists = [(len(same), tuple(same[0].shape)) for same in muon.divide_by_shape(params)]
+    assert lists == [(4, (2, 3))] * 3 + [(1, (3, 2))] * 7 + [(1, (40, 2))] * 3
+    sharded = [(len(same), tuple(same[0].shape)) for same in muon.divide_by_shape(params, 4)]
+    assert sharded == [(12, (2, 3)), (7, (3, 2)), (3, (40, 2))]
+    assert sum(muon.divide_by_shape(params), []) == params
+    assert muon.workspace(params, 4) == 4 * muon.COPIES * 3 * 80 // 4
+
+
 @pytest.mark.parametrize("bad", (float("nan"), float("inf")))
 def test_a_bad_gradient_changes_nothing(bad):
     """Weights, momenta and the count of updates stay to the bit, as if the step had not been."""
@@ -195,12 +207,15 @@ def averages(run):
     return load_file(checkpoints(run)[0] / "ema/model.safetensors")
 
 
-LAYOUTS = {"ddp2": (2, "--shard=no"), "full2": (2, "--shard=full"), "optim2": (2, "--shard=optim"),
+LAYOUTS = {"ddp4": (4, "--shard=no"), "full2": (2, "--shard=full"), "optim2": (2, "--shard=optim"),
            "hybrid2x2": (4, "--shard=hybrid", "--shard_size=2")}
 
 
 def test_every_layout_computes_the_same(train_on, corpus, tmp_path):
-    """Losses, weights and averages, though two ranks can't halve 85 rows; one goes on with what two saved."""
+    """Losses, weights and averages, though two ranks can't halve 85 rows, and not each of four has a matrix.
+
+    One goes on with what two saved.
+    """
     flags = [*FLAGS, f"--corpus={corpus}", "--d_ff=85", "--ema=0.9"]
     one = tmp_path / "one"
     train_on(1, *flags, f"--run_dir={one}")
