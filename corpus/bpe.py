@@ -13,7 +13,8 @@ from corpus.tokenizers import split_pattern
 PREFIX = "bpe:"
 EOS = "<|endoftext|>"
 FEWEST, MOST = 257, 1 << 20  # tokens: all bytes and the end of a document
-LEARNED_BYTES = 100_000_000  # of the training split's first text: more would not change so few tokens
+LEARNED_BYTES = 100_000_000  # of the training split's first text
+LONGEST = 256  # bytes of a token: or a line of dashes would become one
 
 
 def vocabulary_size(name):
@@ -43,7 +44,7 @@ def learn(size, sources, cfg, path):
     ])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=[EOS], show_progress=False,
+        vocab_size=size, special_tokens=[EOS], show_progress=False, max_token_length=LONGEST,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(training_texts(sources, cfg), trainer)
     unfinished = path.with_name(f".{path.name}")
@@ -56,11 +57,12 @@ def training_texts(sources, cfg):
     seen, left = set(), LEARNED_BYTES
     for task, _, _ in make_tasks(sources, Place(), cfg):
         for text in texts_of(task, cfg):
-            digest = hashlib.sha256(text.encode("utf-8")).digest()
+            raw = text.encode("utf-8")
+            digest = hashlib.sha256(raw).digest()
             is_new = digest not in seen or not cfg.dedup
             if is_new and (task.kind == "piece" or choose_split(digest, cfg.val) == "train"):
                 seen.add(digest)
-                left -= len(text)
+                left -= len(raw)
                 yield text
             if left <= 0:
                 return

@@ -233,8 +233,11 @@ def prepare_by_name(names, folder, cfg):
     """Prepare a corpus of the sources with these names, with a progress bar. Returns its meta.json."""
     # What is wrong with folder or tokenizer, before anything is downloaded.
     work_folder_of(folder)
-    if bpe.vocabulary_size(cfg.tokenizer) is None:
+    size = bpe.vocabulary_size(cfg.tokenizer)
+    if size is None:
         load_tokenizer(cfg)
+    else:
+        print(f"learns {size:,} tokens from the training documents first", flush=True)
 
     files = []
     for name in names:
@@ -313,7 +316,7 @@ def prepare_in(work_folder, sources, folder, cfg, progress, stdin):
             sources = [*sources, fetch.save_standard_input(stdin, work_folder, cfg)]
         cfg = learn_tokenizer(sources, cfg, work_folder)
         tokenizer = load_tokenizer(cfg)
-        plan = make_plan(sources, cfg, tokenizer)
+        plan = make_plan(sources, cfg, tokenizer.name)
         if state:
             check_plan(ledger.read("plan"), plan, work_folder)
         else:
@@ -339,11 +342,15 @@ def prepare_in(work_folder, sources, folder, cfg, progress, stdin):
 
 
 def learn_tokenizer(sources, cfg, work_folder):
-    """Learn a tokenizer into the work folder, if the settings ask for one; settings that name its file."""
+    """Learn a tokenizer into the work folder, if the settings ask for one; settings that name its file.
+
+    One that is there goes on, if it was learned from the same sources by the same settings.
+    """
     size = bpe.vocabulary_size(cfg.tokenizer)
     if size is None:
         return cfg
-    path = work_folder / f"bpe_{size}.json"
+    learned_from = json.dumps(make_plan(sources, cfg, cfg.tokenizer)).encode("utf-8")
+    path = work_folder / f"bpe_{hashlib.sha256(learned_from).hexdigest()[:16]}.json"
     if not path.exists():
         bpe.learn(size, sources, cfg, path)
     return replace(cfg, tokenizer=str(path), eos=bpe.EOS)
@@ -384,12 +391,12 @@ def open_ledger(work_folder, cfg):
         raise
 
 
-def make_plan(sources, cfg, tokenizer):
+def make_plan(sources, cfg, tokenizer_name):
     """What a preparation that goes on must have in common with the one that was interrupted."""
     neutral_settings = configurator.neutral_settings(Config)
     options = {name: value for name, value in asdict(cfg).items() if name not in neutral_settings}
     uses_docs = any(source.kind == "docs" for source in sources)
-    options |= dict(tokenizer=tokenizer.name, python=sys.version if uses_docs else "", version=VERSION)
+    options |= dict(tokenizer=tokenizer_name, python=sys.version if uses_docs else "", version=VERSION)
     return dict(options=options, sources=[list(source) for source in sources])
 
 

@@ -131,15 +131,15 @@ def make_run(words, cfg, flags):
     return Run(folder, arguments, configurator.load(train.Config, arguments))
 
 
-def is_finished(run):
-    """True if a run is complete; exits with code 2 if it was trained with other settings."""
+def is_finished(run, ignored=()):
+    """True if a run is complete; exits with code 2 if it was trained with other settings than `ignored`."""
     try:
         _, record = open_checkpoint(run.folder)
     except FileNotFoundError:
         return False
     except (ValueError, OSError) as problem:
         configurator.fail(problem)
-    changes = runner.changed_settings(record["settings"], run.settings)
+    changes = runner.changed_settings(record["settings"], run.settings, ignored)
     if changes:
         configurator.fail(f"{run.folder} was made with other settings ({', '.join(changes)}); "
                           "remove it or choose another --runs")

@@ -10,12 +10,12 @@ FLOORS = [
     {"training"},
     {"evaluation", "interop", "sampling"},
     {"train", "eval", "convert", "sample"},
-    {"laws", "benchmarks"},  # laws.sweep and laws.study read train.Config: they drive train.py
+    {"laws", "benchmarks"},  # laws.sweep, study and optimizers read train.Config: they drive train.py
     {"scaling", "bench"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 COMMANDS = {"train", "eval", "convert", "sample", "scaling", "bench"}
-DRIVERS = {"laws/sweep.py", "laws/study.py"}
+DRIVERS = {"laws/sweep.py", "laws/study.py", "laws/optimizers.py"}
 WITHIN_A_FLOOR = {("data", "corpus"), ("corpus", "configurator"), ("model", "kernels"),
                   ("diffusion", "kernels"), ("evaluation", "sampling")}
 TEXT_CALLS = {"open": 1, "read_text": 0, "write_text": 1}  # where the mode of a file, or its encoding, stands

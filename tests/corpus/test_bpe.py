@@ -38,7 +38,7 @@ def learned_elsewhere(texts, size):
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size, special_tokens=["<|endoftext|>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        max_token_length=256, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(texts, trainer)
     return json.loads(tokenizer.to_str())["model"]
 
@@ -84,20 +84,32 @@ def test_of_a_single_text_it_learns_from_the_beginning(tmp_path):
     assert not any("zq" in token for token in model_of(folders[0])["vocab"])
 
 
-def test_interrupted_it_is_the_same(tmp_path):
-    """A preparation that goes on keeps its tokenizer; another size is another preparation."""
+def test_interrupted_it_is_the_same(tmp_path, monkeypatch):
+    """A preparation that goes on keeps the tokenizer that it has learned."""
+    write_jsonl(tmp_path / "in.jsonl", TEXTS)
+    found = sources.find_sources([str(tmp_path / "in.jsonl")], prepare.Config())
+    cfg = prepare.Config(tokenizer="bpe:275", val=VAL)
+    with task_size(2000):
+        prepare.prepare(found, tmp_path / "whole", cfg)
+        with stop_after_commit(3), pytest.raises(KeyboardInterrupt):
+            prepare.prepare(found, tmp_path / "out", cfg)
+        monkeypatch.setattr(bpe, "learn", None)  # not again
+        prepare.prepare(found, tmp_path / "out", cfg)
+        assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+        monkeypatch.undo()
+
+
+def test_interrupted_it_keeps_its_size(tmp_path):
     write_jsonl(tmp_path / "in.jsonl", TEXTS)
     found = sources.find_sources([str(tmp_path / "in.jsonl")], prepare.Config())
     cfg, other = (prepare.Config(tokenizer=f"bpe:{size}", val=VAL) for size in (275, 270))
     with task_size(2000):
-        prepare.prepare(found, tmp_path / "whole", cfg)
         with stop_after_commit(3), pytest.raises(KeyboardInterrupt):
             prepare.prepare(found, tmp_path / "out", cfg)
         with pytest.raises(ValueError, match="an interrupted preparation with other settings"):
             prepare.prepare(found, tmp_path / "out", other)
         prepare.prepare(found, tmp_path / "out", cfg)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "whole", "out"}
+    assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "out"}
 
 
 def test_restart_learns_again(tmp_path):
@@ -163,4 +175,41 @@ def test_only_so_much_text_is_read(tmp_path, monkeypatch):
     texts = list(bpe.training_texts(sources.find_sources([str(path)], cfg), cfg))
     expected = by_split(TEXTS, VAL)["train"]
     assert texts == expected[: len(texts)] and len(texts) < len(expected)
-    assert sum(map(len, texts[:-1])) < 4000 <= sum(map(len, texts))
+    sizes = [len(text.encode()) for text in texts]
+    assert sum(sizes[:-1]) < 4000 <= sum(sizes)
+
+
+def test_a_line_of_dashes_is_no_token(tmp_path):
+    texts = ["-" * 140_000 + str(i) for i in range(8)]
+    folder = tmp_path / "out"
+    prepared(folder, write_jsonl(tmp_path / "in.jsonl", texts), tokenizer="bpe:275", val=VAL)
+    assert texts_in(folder) == by_split(texts, VAL)
+    assert 128 < max(map(len, model_of(folder)["vocab"])) <= bpe.LONGEST
+
+
+@pytest.mark.parametrize("change", ("text", "settings"))
+def test_killed_before_its_first_commit(tmp_path, monkeypatch, change):
+    """What was learned goes on with the same text and settings, and with no other."""
+    path, settings = write_jsonl(tmp_path / "in.jsonl", TEXTS), dict(tokenizer="bpe:275", val=VAL)
+    load, learned, learn = prepare.load_tokenizer, [], bpe.learn
+
+    def killed(cfg):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bpe, "learn", lambda *arguments: learned.append(learn(*arguments)))
+    monkeypatch.setattr(prepare, "load_tokenizer", killed)
+    monkeypatch.setattr(prepare.shutil, "rmtree", lambda *_, **__: None)  # as after kill -9
+    with pytest.raises(KeyboardInterrupt):
+        prepared(tmp_path / "out", path, **settings)
+    monkeypatch.undo()
+    monkeypatch.setattr(bpe, "learn", lambda *arguments: learned.append(learn(*arguments)))
+    assert prepare.load_tokenizer is load and len(learned) == 1
+    texts = TEXTS
+    if change == "text":
+        texts = [*TEXTS, *stories(20)]
+        write_jsonl(path, texts)
+    else:
+        settings["val"] = 0.5
+    prepared(tmp_path / "out", path, **settings)
+    assert len(learned) == 2
+    assert model_of(tmp_path / "out") == learned_elsewhere(by_split(texts, settings["val"])["train"], 275)

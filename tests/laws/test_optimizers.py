@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, call_main
 
 import configurator
 import train
@@ -74,7 +74,7 @@ def test_the_search_goes_on_until_the_best_is_inside(made_up, tmp_path, capsys):
     assert "| AR | adamw | 0.001 | 3.007 ± 0.001 | 2.997 ± 0.001 | 1.0 |" in text
     assert "| AR | muon | 0.016 | 2.797 ± 0.001 | 2.787 ± 0.001 | 1.5 |" in text  # 0.2 · log(1 / 0.35) less
     assert "| AR | 0.35 ± 0.00 | 0.52 ± 0.00 |" in text
-    assert "`python scaling.py study optimizer --scale=cpu`" in text
+    assert "`python scaling.py study optimizer --models=AR --seeds=3,4`" in text
     rows = list(csv.DictReader((out / "runs.csv").open(encoding="utf-8")))
     assert len(rows) == len(trials) and rows[0].keys() == set(optimizers.COLUMNS)
 
@@ -83,12 +83,45 @@ def test_a_diverged_run_is_never_the_best(made_up, tmp_path, monkeypatch):
     monkeypatch.setitem(BEST, "adamw", 3e-3)
     loss = made_up_loss
     monkeypatch.setattr(sys.modules[__name__], "made_up_loss",
-                        lambda trial: math.nan if trial.lr > 3e-3 else loss(trial))
+                        lambda trial: math.inf if trial.lr > 3e-3 else loss(trial))
     found = Study(Config(models="AR", seeds="1", runs=str(tmp_path)), [])
-    while trials := found.search_trials([("AR", "adamw")]):
-        assert optimizers.run_trials(found, trials)
+    while unfinished := optimizers.read_trials(found, "AR", "adamw"):
+        optimizers.run_trials(found, list(unfinished))
     assert found.best_lr("AR", "adamw") == 2e-3
-    assert found.searched("AR", "adamw")[4e-3] == math.inf
+    assert found.search_losses("AR", "adamw")[4e-3] == math.inf
+
+
+def test_a_search_of_what_always_diverges_ends(made_up, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "made_up_loss", lambda trial: math.inf)
+    optimizers.main(["--models=AR", "--seeds=1", f"--runs={tmp_path}"], [])
+    assert sum(trial.optimizer == "adamw" for trial in made_up.values()) == optimizers.MOST_RATES + 1
+
+
+def test_drawn_in_the_middle(made_up, tmp_path, capsys):
+    """A model that is complete is drawn as it will be in the end, whatever the others lack."""
+    flags = ["--seeds=3,4", f"--runs={tmp_path}"]
+    optimizers.main(["--models=AR", *flags], [])
+    row = "| AR | muon | 0.016 | 2.797 ± 0.001 | 2.787 ± 0.001 | 1.5 |"
+    assert row in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        optimizers.main(["--models=masked,AR", "--draw", *flags], [])
+    drawn = capsys.readouterr()
+    assert row in drawn.out and "| masked | muon | — | — | — | — |" in drawn.out
+    assert "not everything has been trained" in drawn.err
+    with pytest.raises(SystemExit):
+        optimizers.main(["--models=AR", "--seeds=3,4,5", "--draw", f"--runs={tmp_path}"], [])
+    assert "| 2.797 ± 0.001 (2 of 3 seeds) |" in capsys.readouterr().out
+
+
+def test_a_run_that_diverges_ends_with_its_loss(corpus, tmp_path, monkeypatch):
+    """Its steps are refused, and it goes on: a study needs no loss below it."""
+    cfg = Config(runs=str(tmp_path), lrs="1e-3")
+    flags = [*SHORT, f"--corpus={corpus}", "--skip_norm=1e-9", "--max_skips=1"]
+    run = optimizers.make_run(Trial("AR", "adamw", 1e-3, 1), cfg, flags)
+    assert run.settings.max_skips == 1  # a flag of the user's
+    run = optimizers.make_run(Trial("AR", "adamw", 1e-3, 1), cfg, flags[:-1])
+    call_main(monkeypatch, *run.arguments)
+    assert optimizers.outcome(run)["val_loss"] > 5
 
 
 def test_what_a_run_is(tmp_path):
@@ -131,12 +164,35 @@ def test_means_over_seeds():
     ("--seeds=x", "seeds=x: expected different numbers"),
     ("--seeds=", "seeds=: expected different numbers"),
     ("--lrs=0.1,high", "lrs=0.1,high: expected different numbers"),
+    ("--lrs=0", "lrs=0: expected different numbers"),
+    ("--lrs=nan", "lrs=nan: expected different numbers"),
+    ("--models=AR,AR", "models=AR,AR: one of them comes twice"),
 ])  # fmt: skip
 def test_what_it_refuses(capsys, flag, message):
     with pytest.raises(SystemExit):
         optimizers.main([flag], [])
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag, message", [
+    ("--lr=3e-3", "--lr after --: that is what the study varies"),
+    ("--seed=5", "--seed after --"),
+    ("--objective=uniform", "--objective after --"),
+    ("--ema=0", "--ema after --"),
+    ("--steps=0 --tokens=5e4", "tokens and epochs after --: the study needs steps"),
+])  # fmt: skip
+def test_flags_for_every_run_that_it_refuses(capsys, flag, message):
+    with pytest.raises(SystemExit):
+        optimizers.main(["--models=AR", "--launch"], flag.split())
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_steps_of_a_schedule_are_shares_too(tmp_path):
+    flags = ["--lr_schedule=wsd", "--decay=600"]
+    short = optimizers.make_run(Trial("AR", "muon", 2e-3, 7, 0.5), Config(runs=str(tmp_path)), flags).settings
+    assert (short.steps, short.warmup, short.decay) == (1000, 50, 300)
 
 
 def run_study(*argv):
@@ -179,7 +235,7 @@ def test_end_to_end(corpus, tmp_path):
     assert table.read_text(encoding="utf-8") == text
     more = run_study(f"--runs={tmp_path}", "--models=masked", "--seeds=1,2,3", "--draw", *tail)
     assert more.returncode == 2 and "not everything has been trained yet" in more.stderr
-    assert "over seeds (1,2,3)" in table.read_text(encoding="utf-8")
+    assert "(2 of 3 seeds)" in table.read_text(encoding="utf-8")
 
 
 def test_a_run_s_outcome(run_main):
