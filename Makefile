@@ -20,7 +20,7 @@ $(VENV)/ready-to-test: requirements-test.txt | $(VENV)/ready
 	touch $@
 
 corpora/docs_bpe/meta.json: | $(VENV)/ready
-	$(RUN) data.py docs --tokenizer=bpe:2048 --name=docs_bpe
+	$(RUN) data.py docs --tokenizer=bpe:4096 --name=docs_bpe
 
 # QUICKSTART_FLAGS shortens it: make quickstart QUICKSTART_FLAGS=--steps=40
 quickstart: $(VENV)/ready corpora/docs_bpe/meta.json

@@ -4,7 +4,7 @@
     python data.py shakespeare                           # downloads 1.1 MB
     python data.py my.jsonl.gz --field=text --tokenizer=gpt2
     python data.py 'crawl/*.parquet' folder/ --name=web --tokenizer=gpt2 --val=0.01
-    python data.py docs --tokenizer=bpe:1024             # learned from the training documents
+    python data.py docs --tokenizer=bpe:4096             # learned from the training documents
     zcat dump.gz | python data.py - --format=jsonl --name=dump
     python data.py hf:HuggingFaceFW/fineweb-edu --hf_config=sample-10BT --name=edu --tokenizer=gpt2
     python data.py inspect corpora/web                   # what is in it, and is it whole?

@@ -135,7 +135,7 @@ def make_run(trial, cfg, flags):
 
 
 def outcome(run):
-    """What a finished run ended with: a dict of some of COLUMNS, losses infinite if it diverged; else None."""
+    """What a finished run ended with: some of COLUMNS, with infinite losses if it diverged; else None."""
     if not study_runs.is_finished(run, ignored=["max_skips"]):
         return None
     metrics = read_metrics(run.folder)

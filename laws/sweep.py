@@ -55,7 +55,7 @@ AR_DEFAULTS = {name: getattr(train.Config(), name) for name in
 @dataclass
 class Config:
     base: str = setting(
-        "configurator/quickstart.py", "override files that every run starts from, with commas between")
+        "configurator/docs_cpu.py", "override files that every run starts from, with commas between")
     out: str = setting("runs/sweep", "folder of the sweep")
     # the grid: lists with commas
     models: str = setting(

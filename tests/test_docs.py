@@ -183,7 +183,9 @@ def test_scaling_commands(command, tmp_path):
     """The long ones, whole: fit, sweep, plot and study, on the documentation of this Python."""
     folder = elsewhere(tmp_path)
     run("python data.py docs", folder=folder)
-    run(command, folder=folder)
+    tiny = ["--n_layer=1", "--d_model=32", "--steps=8", "--warmup=2", "--corpus=corpora/docs", "--compile=no"]
+    few = ["--models=AR", "--seeds=1", "--lrs=0.1", "--", *tiny] if "study optimizer" in command else []
+    run(command, *few, folder=folder)
 
 
 def elsewhere(folder):
