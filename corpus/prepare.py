@@ -6,6 +6,7 @@
     python data.py 'crawl/*.parquet' folder/ --name=web --tokenizer=gpt2 --val=0.01
     python data.py docs --tokenizer=bpe:4096             # learned from the training documents
     zcat dump.gz | python data.py - --format=jsonl --name=dump
+    python data.py debian:dict-gcide debian:anarchism --name=english   # the text in Debian's packages
     python data.py hf:HuggingFaceFW/fineweb-edu --hf_config=sample-10BT --name=edu --tokenizer=gpt2
     python data.py inspect corpora/web                   # what is in it, and is it whole?
     python data.py export corpora/web megatron/web       # as Megatron's .bin and .idx
@@ -36,7 +37,7 @@ from typing import Literal
 import configurator
 import terminal
 from configurator import neutral, setting
-from corpus import bpe, cutting, fetch, tokenizers
+from corpus import bpe, cutting, debian, fetch, tokenizers
 from corpus.files import no_empty_parents, sha256_of, sync_path
 from corpus.inspect import inspect_corpus
 from corpus.megatron_dataset import write_megatron
@@ -214,6 +215,8 @@ def report(folder, meta):
 
 def default_name(names):
     """The name of a corpus: its first source's."""
+    if names[0].startswith(debian.PREFIX):
+        return names[0].removeprefix(debian.PREFIX)
     name = names[0].removeprefix("hf:")
     if name == "-":
         return "stdin"
@@ -243,6 +246,10 @@ def prepare_by_name(names, folder, cfg):
     for name in names:
         if name == "shakespeare" and not Path(name).exists():
             name = str(fetch.download(fetch.SHAKESPEARE, Path(cfg.out) / ".shakespeare.txt"))
+        if name.startswith(debian.PREFIX):
+            package = name.removeprefix(debian.PREFIX)
+            name = str(debian.download(package, Path(cfg.out) / ".debian"))
+            print(f"{package}: {debian.licences(name)}", flush=True)
         if name != "-":
             files.append(name)
     sources = find_sources(files, cfg, warn)

@@ -22,7 +22,7 @@ BUFFER_BYTES = 1 << 20
 class Source(NamedTuple):
     """Something with documents in it: a file, a dataset, or Python's documentation."""
 
-    kind: str  # docs, txt, jsonl, parquet or hf
+    kind: str  # docs, txt, jsonl, parquet, deb or hf
     path: str
     size: int = 0  # in bytes
     changed: int = 0  # when: an interrupted preparation must find the same size and time again
@@ -122,10 +122,12 @@ def file_source(path, cfg):
     if path.is_fifo():
         raise ValueError(f"{path}: {not_a_file(path)}; give it as standard input: … | python data.py -")
     check_file(path)
+    if cfg.format == "auto" and path.suffix == ".deb":  # by its own name only: no folder's
+        return Source("deb", str(path), *stamp(path))
     kind = kind_of(path) if cfg.format == "auto" else cfg.format
     if not kind:
-        raise ValueError(f"{path}: expected docs, shakespeare, hf:NAME, -, or a {', '.join(SUFFIXES)} file "
-                         f"(or one of these with {', '.join(COMPRESSED)}); "
+        raise ValueError(f"{path}: expected docs, shakespeare, debian:PACKAGE, hf:NAME, -, "
+                         f"or a {', '.join(SUFFIXES)} file (or one of these with {', '.join(COMPRESSED)}); "
                          "--format= says what it is otherwise")
     return Source(kind, str(path), *stamp(path))
 

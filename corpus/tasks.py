@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from corpus import cutting, python_docs
+from corpus import cutting, debian, python_docs
 from corpus.cutting import read_pieces
 from corpus.sources import open_source, packing
 
@@ -52,7 +52,7 @@ def make_tasks(sources, place, cfg, allow_cuts=True):
     allow_cuts: whether the tokenizer lets long documents be cut into pieces.
     """
     functions = dict(docs=documentation_tasks, txt=separated_tasks, jsonl=line_tasks,
-                     parquet=parquet_tasks, hf=dataset_tasks)
+                     parquet=parquet_tasks, deb=package_tasks, hf=dataset_tasks)
     number = place.source
     while number < len(sources):
         source = sources[number]
@@ -238,6 +238,12 @@ def group_records(records, first, source, cfg):
             texts, size = [], 0
     if texts:
         yield texts
+
+
+def package_tasks(source, place, cfg):
+    """The texts in a Debian package."""
+    texts = debian.documents(source.path)
+    yield from record_tasks(texts[place.count :], source, place, cfg, len(texts))
 
 
 def parquet_tasks(source, place, cfg):

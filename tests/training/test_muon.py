@@ -45,9 +45,10 @@ def test_it_is_torchs_muon_and_adamw(monkeypatch):
         assert (coefficients, n_steps) == (muon.COEFFICIENTS, muon.ITERATIONS)
         return muon.orthogonalize(grad[None].float())[0]
 
-    for own in (False, True):
+    cases = (False, torch.float32, 1e-5), (True, torch.float32, 0.1), (True, torch.bfloat16, 0.1)
+    for own, dtype, tolerance in cases:
         ours, theirs = network(), network()
-        optimizer = update.make_optimizer(ours, LR, (0.9, 0.95), DECAY, "muon")
+        optimizer = update.make_optimizer(ours, LR, (0.9, 0.95), DECAY, "muon", dtype)
         if not own:
             monkeypatch.setattr(torchs, "_zeropower_via_newtonschulz", in_fp32)
         else:
@@ -68,7 +69,7 @@ def test_it_is_torchs_muon_and_adamw(monkeypatch):
                 each.step()
             for (name, p), q, start in zip(
                     ours.named_parameters(), theirs.parameters(), network().parameters()):
-                assert (p - q).norm() < (0.1 if own else 1e-5) * (q - start).norm(), name
+                assert (p - q).norm() < tolerance * (q - start).norm(), name
 
 
 @pytest.mark.parametrize("shape", ((3, 64, 64), (2, 48, 128), (1, 128, 48)))
