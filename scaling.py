@@ -7,6 +7,7 @@
     python scaling.py sweep --base=my.py --flops=1e18,3e18 …   train a grid of runs, then fit and draw it
     python scaling.py plot --out=figures                 the paper's figures, from its numbers or yours
     python scaling.py study kernel --scale=tiny          an ablation of the paper, beside its values
+    python scaling.py study optimizer                    AdamW and Muon, each tuned, over seeds
     python scaling.py tables                             the paper's Tables 2 to 5, from its laws
 
 Each command has its own --help. Masked diffusion's losses are bounds in nats per GPT-2 token.

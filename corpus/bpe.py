@@ -31,7 +31,7 @@ def vocabulary_size(name):
 def learn(size, sources, cfg, path):
     """Learn a tokenizer of `size` tokens from the sources' training documents, and write it to `path`.
 
-    The vocabulary is smaller where the text has not so many pairs. Digits are tokens of their own, and no
+    The vocabulary is smaller if the text has too few pairs. Digits are tokens of their own, and no
     token reaches from a word into the next. Raises ValueError for bad input, as tokenizing it would.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -53,7 +53,7 @@ def learn(size, sources, cfg, path):
 
 
 def training_texts(sources, cfg):
-    """Yield the first LEARNED_BYTES of the training split: each document once, long ones in pieces."""
+    """Yield the first LEARNED_BYTES of the training split: documents, each once, and pieces of long ones."""
     seen, left = set(), LEARNED_BYTES
     for task, _, _ in make_tasks(sources, Place(), cfg):
         for text in texts_of(task, cfg):

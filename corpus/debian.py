@@ -9,6 +9,7 @@ import contextlib
 import gzip
 import io
 import itertools
+import lzma
 import os
 import re
 import shutil
@@ -24,7 +25,6 @@ from corpus.files import no_empty_parents
 
 PREFIX = "debian:"
 PACKAGE = r"[a-z0-9][a-z0-9+.-]+"
-RST = re.compile(r"\.rst(\.txt)?$")
 LEFT_OUT = re.compile(  # what a package says about itself, and pages that list others
     r"(copyright|changelog|readme|news|genindex|00index|py-modindex|search|contents\.html)", re.I)
 
@@ -32,14 +32,22 @@ LEFT_OUT = re.compile(  # what a package says about itself, and pages that list 
 # ------------------------------------------------------------------------------------------------ the package
 
 
+def package_of(name):
+    """The package in 'debian:PACKAGE'; None of another name. Raises ValueError."""
+    if not name.startswith(PREFIX):
+        return None
+    package = name.removeprefix(PREFIX)
+    if not re.fullmatch(PACKAGE, package):
+        raise ValueError(f"{name}: no name of a package")
+    return package
+
+
 def download(package, folder):
     """The path of a package's .deb in `folder`, to which apt-get downloads it unless it is there.
 
     Raises ValueError or OSError.
     """
-    if not re.fullmatch(PACKAGE, package):
-        raise ValueError(f"debian:{package}: no name of a package")
-    there = sorted(folder.glob(f"{package}_*.deb"))
+    there = sorted(folder.glob(f"{package}_*.deb"), key=os.path.getmtime)
     if there:
         return there[-1]
     if shutil.which("apt-get") is None:
@@ -68,7 +76,7 @@ def read_files(path):
             for member in archive:
                 if member.isfile():
                     yield member.name.removeprefix("./"), archive.extractfile(member).read()
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as problem:
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as problem:
         raise ValueError(f"{path}: no whole Debian package: {problem}") from None
 
 
@@ -108,26 +116,33 @@ def licences(path):
 
 def documents(path):
     """All texts in a package, as a list. Raises ValueError if there is none of a known kind."""
-    files = {}
+    files, texts = {}, []
     for name, raw in read_files(path):
-        if name.endswith(".gz"):
+        is_packed, name = name.endswith(".gz"), name.removesuffix(".gz")
+        if name.endswith((*READERS, ".index")):
             with explain_damage(path, name):
-                name, raw = name.removesuffix(".gz"), gzip.decompress(raw)
-        files[name] = raw
-    names = [name for name in files if not LEFT_OUT.match(Path(name).name)]
-    sources = {Path(name).stem for name in names if name.endswith(".md")}
-    is_sphinx = any(RST.search(name) for name in names)
-    names = [name for name in names  # no pages that were made of others
-             if not (name.endswith(".html") and (is_sphinx or Path(name).stem in sources))]
-
-    texts = []
-    for name in names:
-        with explain_damage(path, name):
-            texts += texts_of(name, files)
+                files[name] = gzip.decompress(raw) if is_packed else raw
+    for name in files:
+        if not LEFT_OUT.match(Path(name).name) and not is_made_of_another(name, files):
+            with explain_damage(path, name):
+                texts += texts_of(name, files)
     texts = [text.strip() for text in texts if text.strip()]
     if not texts:
         raise ValueError(f"{path}: no text of a kind that is read here ({', '.join(READERS)})")
     return texts
+
+
+def is_made_of_another(name, files):
+    """Whether a page was made of a file that is there, too: Sphinx's html/X.html, anarchism's html/X.html.
+
+    Of Sphinx's own copies, html/_sources/X.rst.txt, too, if the package has Documentation/X.rst.
+    """
+    before, _, page = name.rpartition("html/")
+    if page.startswith("_sources/"):
+        return f"{before}Documentation/{page.removeprefix('_sources/').removesuffix('.txt')}" in files
+    stem = page.removesuffix(".html")
+    sources = f"{before}html/_sources/{stem}.rst.txt", f"{before}markdown/{stem}.md"
+    return name.endswith(".html") and any(source in files for source in sources)
 
 
 @contextlib.contextmanager
@@ -164,7 +179,7 @@ def dictionary_entries(raw, name, files):
     text, places = gzip.decompress(raw), set()  # dictzip is gzip
     for line in files.get(name.removesuffix(".dict.dz") + ".index", b"").splitlines():
         fields = line.split(b"\t")
-        if len(fields) == 3 and not fields[0].startswith(b"00-database"):
+        if len(fields) == 3 and not fields[0].startswith((b"00-database", b"00database")):
             places.add((base64_number(fields[1]), base64_number(fields[2])))
     return [decode(text[start : start + size]) for start, size in sorted(places)]
 
@@ -185,9 +200,10 @@ def html_page(raw, *_):
 
 
 class Page(HTMLParser):
-    """The text of a page: blocks on lines of their own, spaces as a browser shows them."""
+    """The text of a page, with blocks on lines of their own."""
 
-    BLOCKS = set("p div br li ul ol dl dt dd tr table h1 h2 h3 h4 h5 h6 pre blockquote section hr".split())
+    BLOCKS = set("p div br hr li ul ol dl dt dd tr table h1 h2 h3 h4 h5 h6 pre blockquote section article "
+                 "main figure figcaption details summary header aside".split())
     SILENT = {"script", "style", "head", "nav", "footer"}
 
     def __init__(self):
@@ -195,23 +211,34 @@ class Page(HTMLParser):
         self.parts, self.silent, self.verbatim = [], 0, 0
 
     def handle_starttag(self, tag, _):
-        self.silent += tag in self.SILENT
+        self.silent = 0 if tag == "body" else self.silent + (tag in self.SILENT)  # </head> may be left out
         self.verbatim += tag == "pre"
-        if tag in self.BLOCKS:
-            self.parts.append("\n")
+        self.open_block(tag)
+        if tag in ("td", "th"):
+            self.parts.append(" ")
+
+    def handle_startendtag(self, tag, _):
+        self.open_block(tag)
 
     def handle_endtag(self, tag):
         self.silent = max(0, self.silent - (tag in self.SILENT))
         self.verbatim = max(0, self.verbatim - (tag == "pre"))
+        if tag != "br":
+            self.open_block(tag)
+
+    def open_block(self, tag):
+        """Go to a new line, if the tag is a block's."""
         if tag in self.BLOCKS:
             self.parts.append("\n")
 
     def handle_data(self, data):
-        if not self.silent:
-            is_at_start = not self.parts or self.parts[-1].endswith("\n")
-            if not self.verbatim:
-                data = re.sub(r"\s+", " ", data)
-                data = data.lstrip() if is_at_start else data
+        if self.silent:
+            return
+        if not self.verbatim:
+            data = re.sub(r"\s+", " ", data)
+            if not self.parts or self.parts[-1][-1].isspace():
+                data = data.lstrip()
+        if data:
             self.parts.append(data)
 
     def text(self):
@@ -220,23 +247,43 @@ class Page(HTMLParser):
 
 
 def pod_page(raw, *_):
-    """Perl's documentation without its commands and formatting codes."""
+    """Perl's documentation without its commands and formatting codes; indented paragraphs are code."""
     paragraphs, is_read = [], True
     for paragraph in re.split(r"\n\s*\n", decode(raw)):
         command, _, rest = paragraph.partition(" ")
-        if command in ("=begin", "=for", "=encoding", "=cut"):
-            is_read = command != "=begin"
-            continue
-        if command == "=end":
-            is_read = True
-            continue
-        if is_read:
-            paragraphs.append(rest if paragraph.startswith("=") else paragraph)
-    text, before = "\n\n".join(filter(None, paragraphs)), ""
-    while text != before:  # codes hold others
-        before = text
-        text = re.sub(r"\b[A-Z]<([^<>]*)>|\b[A-Z]<< +((?:[^<>]|<(?!<)|>(?!>))*?) +>>", r"\1\2", text)
-    return [text]
+        if paragraph.startswith("="):
+            is_read = command != "=cut" and command != "=begin" and (is_read or command != "=for")
+            if command in ("=begin", "=end", "=for", "=encoding", "=over", "=back", "=cut", "=pod"):
+                continue
+        if is_read and paragraph.startswith((" ", "\t")):
+            paragraphs.append(paragraph)
+        elif is_read:
+            paragraphs.append(without_codes(rest if paragraph.startswith("=") else paragraph))
+    return ["\n\n".join(filter(None, paragraphs))]
+
+
+CODE = re.compile(r"([A-Z])(?:<{2,}\s+((?:(?![A-Z]<).)*?)\s+>{2,}|<((?:(?![A-Z]<)[^>])*)>)", re.S)
+
+
+def without_codes(text):
+    """A paragraph of POD without formatting codes: B<bold>, C<< a < b >>, L<text|target>, E<lt>, X<index>."""
+    before = ""
+    while text != before:  # codes hold others: from the inside out
+        before, text = text, CODE.sub(shown_code, text)
+    return text.replace("\0lt", "<").replace("\0gt", ">")
+
+
+def shown_code(match):
+    """What a reader sees of a formatting code. Its angle brackets become \\0lt and \\0gt: no other code's."""
+    kind, content = match[1], match[2] if match[2] is not None else match[3]
+    if kind == "E":
+        number = re.fullmatch(r"\d+", content)
+        return chr(int(content)) if number else {"lt": "\0lt", "gt": "\0gt", "sol": "/", "verbar": "|",
+                                                 "quot": '"', "amp": "&"}.get(content, content)
+    if kind in "XZ":
+        return ""
+    shown = content.split("|")[0] if kind == "L" else content
+    return shown.replace("<", "\0lt").replace(">", "\0gt")
 
 
 def bible_chapters(raw, *_):

@@ -215,8 +215,8 @@ def report(folder, meta):
 
 def default_name(names):
     """The name of a corpus: its first source's."""
-    if names[0].startswith(debian.PREFIX):
-        return names[0].removeprefix(debian.PREFIX)
+    if package := debian.package_of(names[0]):
+        return package
     name = names[0].removeprefix("hf:")
     if name == "-":
         return "stdin"
@@ -246,8 +246,7 @@ def prepare_by_name(names, folder, cfg):
     for name in names:
         if name == "shakespeare" and not Path(name).exists():
             name = str(fetch.download(fetch.SHAKESPEARE, Path(cfg.out) / ".shakespeare.txt"))
-        if name.startswith(debian.PREFIX):
-            package = name.removeprefix(debian.PREFIX)
+        if package := debian.package_of(name):
             name = str(debian.download(package, Path(cfg.out) / ".debian"))
             print(f"{package}: {debian.licences(name)}", flush=True)
         if name != "-":

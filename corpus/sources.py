@@ -122,11 +122,11 @@ def file_source(path, cfg):
     if path.is_fifo():
         raise ValueError(f"{path}: {not_a_file(path)}; give it as standard input: … | python data.py -")
     check_file(path)
-    if cfg.format == "auto" and path.suffix == ".deb":  # by its own name only: no folder's
+    if path.suffix.lower() == ".deb":  # by its own name only, not a folder's
         return Source("deb", str(path), *stamp(path))
     kind = kind_of(path) if cfg.format == "auto" else cfg.format
     if not kind:
-        raise ValueError(f"{path}: expected docs, shakespeare, debian:PACKAGE, hf:NAME, -, "
+        raise ValueError(f"{path}: expected docs, shakespeare, debian:PACKAGE, hf:NAME, -, a .deb, "
                          f"or a {', '.join(SUFFIXES)} file (or one of these with {', '.join(COMPRESSED)}); "
                          "--format= says what it is otherwise")
     return Source(kind, str(path), *stamp(path))

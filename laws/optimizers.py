@@ -4,7 +4,7 @@
     python scaling.py study optimizer --scale=gpu       nanoGPT's GPU settings
     python scaling.py study optimizer --models=AR,masked --seeds=1,2
     python scaling.py study optimizer --launch          the commands that can run now
-    python scaling.py study optimizer --draw            only the table, of what is there
+    python scaling.py study optimizer --draw            only the table, of what is there (code 2: not all)
     python scaling.py study optimizer -- --steps=500    flags after -- go to every run
 
 First the search: half the steps, the first seed, learning rates a factor of two apart, further ones while
@@ -239,7 +239,8 @@ def write_table(study, command):
     lines += [
         "", "## What Muon needs to end where AdamW ends", "",
         f"Read off its runs of {', '.join(f'{share:g}' for share in (*SHARES, 1.0))} of the steps, seed by",
-        f"seed; {SHARES[0]:g} is an upper bound. Its time is that many steps at the ratio of the minutes.",
+        f"seed; {SHARES[0]:g} is an upper bound. Its time is that many steps at the ratio of the minutes,",
+        "which are those of an undisturbed machine only if the runs had one to themselves.",
         "",
         "| model | of AdamW's tokens | of its time |", "|---|---|---|",
     ]
@@ -327,7 +328,7 @@ def main(argv, flags):
         return
 
     own = [f"--{name}={value}" for name, value in configurator.changed(cfg).items()
-           if name not in ("draw", "runs", "out")]
+           if name not in ("draw", "jobs", "runs", "out")]
     command = study_runs.shown_study(["python", "scaling.py", "study", "optimizer", *own], flags)
     out = Path(cfg.out or Path(cfg.runs) / cfg.scale / "study_optimizer")
     text = write_table(study, command)

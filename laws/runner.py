@@ -20,6 +20,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 import configurator
 import terminal
 
@@ -44,6 +46,16 @@ def changed_settings(recorded, settings, ignored=()):
     recorded = asdict(type(settings)()) | recorded
     return [f"{name} {recorded[name]!r} → {value!r}" for name, value in asdict(settings).items()
             if name not in neutral and recorded[name] != value]
+
+
+def environment_of(slot, jobs):
+    """The environment of a child beside others: one of our GPUs; its share of the cores, unless ours says."""
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)), **os.environ}
+    n_gpus = torch.cuda.device_count()
+    if n_gpus > 1:
+        names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(n_gpus)))
+        environment["CUDA_VISIBLE_DEVICES"] = names.split(",")[slot % n_gpus]
+    return environment
 
 
 class Child(NamedTuple):
@@ -88,9 +100,8 @@ class Runner:
         """Start a command; its output is appended to the file `log`, or goes where ours goes.
 
         The log is locked as long as the child lives, even if this process does not: raises BlockingIOError if
-        another process holds it. environment: variables for the child, unless ours has them.
+        another process holds it. environment: the child's (None: ours).
         """
-        environment = {**(environment or {}), **os.environ}
         with contextlib.ExitStack() as stack:
             output = None
             if log:

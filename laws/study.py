@@ -186,7 +186,8 @@ def train_all(runs, cfg):
             for child in training.ended():
                 if child.returncode and not training.signum:
                     command = shown_command(child.key, cfg)
-                    failed.append(f"exit code {child.returncode} from: {command}")
+                    where = f"; see {log_of(child.key)}" if cfg.jobs > 1 else ""
+                    failed.append(f"exit code {child.returncode} from: {command}{where}")
             slot = training.free_slot()
             if waiting and not failed and slot is not None:
                 number = min(waiting)
@@ -201,19 +202,23 @@ def train_all(runs, cfg):
         configurator.fail("; ".join(failed))
 
 
+def log_of(run):
+    """The file of what a run says that trains beside others."""
+    return run.folder.with_name(f"{run.folder.name}.log")
+
+
 def start(run, cfg, training, slot):
     """Train a run in processes of its own; returns why it can't be, in a list, or an empty one."""
-    log, environment = None, {}
+    log, environment = None, None
     if cfg.jobs > 1:
-        log = run.folder.with_name(f"{run.folder.name}.log")
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // cfg.jobs))
-        if torch.cuda.device_count() > 1:
-            environment["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
+        log, environment = log_of(run), runner.environment_of(slot, cfg.jobs)
     command = runner.train_command([*run.arguments, "--resume=auto"], cfg.processes())
     try:
         training.start(run, command, slot, log, environment)
     except BlockingIOError:
         return [f"{run.folder}: another process is training it"]
+    except OSError as problem:
+        return [f"{log}: {problem.strerror}"]
     return []
 
 

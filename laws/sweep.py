@@ -28,8 +28,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import torch
-
 import configurator
 import terminal
 import train
@@ -444,11 +442,8 @@ def start(run, runs, cfg, training, slot):
     step, folder = branch_point(run, runs) if cfg.share else (0, None)
     if step > run.saved_step:
         branch_off(run, step, folder)
-    environment = dict(OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // cfg.jobs)))
-    if torch.cuda.device_count() > 1:
-        environment["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
     command = runner.train_command([write_config(run, cfg)])
-    training.start(run, command, slot, log_of(run, cfg), environment)
+    training.start(run, command, slot, log_of(run, cfg), runner.environment_of(slot, cfg.jobs))
 
 
 def last_validation(run):

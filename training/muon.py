@@ -126,8 +126,9 @@ def divide_by_shape(params, shards=1):
 
 
 def workspace(params, shards=1):
-    """Bytes, about, that an update of these parameters takes on a rank for a while."""
-    return 4 * COPIES * max(len(same) * same[0].numel() for same in divide_by_shape(params, shards)) // shards
+    """Bytes, about, that an update of these parameters takes on a rank for a while: of whole matrices."""
+    return 4 * COPIES * max(
+        -(-len(same) // shards) * same[0].numel() for same in divide_by_shape(params, shards))
 
 
 def flops(params, ranks=1, shards=1):

@@ -30,7 +30,7 @@ def test_no_torch_to_prepare_a_corpus():
     (["here.txt", "absent/*.txt"], "absent/*.txt: no file matches"),
     (["here.txt", "absent.txt"], "absent.txt: no such file"),
     (["picture.png"],
-     "picture.png: expected docs, shakespeare, debian:PACKAGE, hf:NAME, -, or a .txt, .jsonl, .ndjson, "),
+     "picture.png: expected docs, shakespeare, debian:PACKAGE, hf:NAME, -, a .deb, or a .txt, "),
     (["pictures"], "pictures: no .txt, .jsonl, .ndjson, .parquet files in it"),
     (["h*.txt"], "h*.txt: give the corpus a name with --name="),
     (["here.txt", "--val=0"], "--val=0: must be above 0"),

@@ -20,8 +20,49 @@ HTML = b"""<html><head><title>no</title><script>var no;</script></head><body><na
 <h1>A  title</h1><p>Some <b>bold</b>
 text &amp; more.</p><pre>  kept
     as it is</pre><ul><li>one</li><li>two</li></ul></body></html>"""
-POD = b"""=head1 NAME\n\nperl - B<bold I<and> more> C<< a->b >>\n\n=begin html\n\nno\n\n=end html\n
-=over\n\nyes\n\n=cut\n"""
+POD = b"""=encoding utf8
+
+=head1 NAME E<lt>perlE<gt>
+
+perl - B<bold I<and> more> C<< $a->{b} >>, C<<< a << b >>>, L<text|target/x>, trE<sol>aE<sol>, X<no>E<233>,
+S<<-- HERE>, C<(?<=x)>
+
+=begin html
+
+no
+
+=for text no
+
+no
+
+=end html
+
+=over 4
+
+=item * yes
+
+    $a<$b and $c>3;  X<kept>
+
+=back
+
+=cut
+
+no
+
+=pod
+
+again
+"""
+POD_TEXT = """NAME <perl>
+
+perl - bold and more $a->{b}, a << b, text, tr/a/, é,
+<-- HERE, (?<=x)
+
+* yes
+
+    $a<$b and $c>3;  X<kept>
+
+again"""
 
 
 def archive(files, compression="xz"):
@@ -103,8 +144,9 @@ EVERY_KIND = {
     "usr/bin/x": b"\x7fELF no",
     "a/page.html": HTML,
     "b/other.html.gz": gzip.compress(b"<p>na\xefve Latin-1</p>"),
-    "c/twice.html": b"<p>no</p>",
-    "c/twice.md": b"# Once\r\n",
+    "c/html/twice.html": b"<p>no</p>",
+    "c/markdown/twice.md": b"# Once\r\n",
+    "c/data.bin.gz": b"not read",
     "d/words.dict.dz": dictionary(["apple a fruit", "Bär a bear", "cat\n  a pet"])[0],
     "d/words.index": dictionary(["apple a fruit", "Bär a bear", "cat\n  a pet"])[1],
     "e/perl.pod": POD,
@@ -113,7 +155,7 @@ EVERY_KIND = {
 }  # fmt: skip
 ITS_TEXTS = [
     "A title\n\nSome bold text & more.\n\n  kept\n    as it is\n\none\n\ntwo", "naïve Latin-1", "# Once",
-    "apple a fruit", "Bär a bear", "cat\n  a pet", "NAME\n\nperl - bold and more a->b\n\nyes",
+    "apple a fruit", "Bär a bear", "cat\n  a pet", POD_TEXT,
     "In the\nbeginning", "Thus", "Paul", "\n".join(LINES)]  # fmt: skip
 
 
@@ -126,8 +168,22 @@ def test_every_kind(tmp_path, compression):
 
 def test_sphinx_s_sources_instead_of_its_pages(tmp_path):
     files = {"html/a.html": b"<p>no</p>", "html/_sources/a.rst.txt": b"Title\n=====\n",
-             "b.rst.gz": gzip.compress(b"yes")}
-    assert debian.documents(write_package(tmp_path / "x.deb", files)) == ["Title\n=====", "yes"]
+             "html/other.html": b"<p>other</p>", "AUTHORS.rst.gz": gzip.compress(b"me"),
+             "notes/other.md": b"note",
+             "Documentation/b.rst": b"once", "html/_sources/b.rst.txt": b"once"}
+    texts = debian.documents(write_package(tmp_path / "x.deb", files))
+    assert texts == ["Title\n=====", "other", "me", "note", "once"]
+
+
+@pytest.mark.parametrize("page, text", [
+    ("<table><tr><td>a</td><td>b</td></tr><tr><td>c</td></tr></table>", "a b\n\n c"),
+    ("a<br/>b<br>c", "a\nb\nc"),
+    ("<p>a <b> b</b></p><p> <b> x</b>", "a b\n\nx"),
+    ("<article>a</article><article>b</article>", "a\n\nb"),
+    ("<html><head><title>no</title><body><p>all", "all"),
+])  # fmt: skip
+def test_pages(page, text):
+    assert debian.html_page(page.encode())[0].strip() == text
 
 
 def test_a_corpus_of_packages(tmp_path):
@@ -190,7 +246,7 @@ def test_downloaded_once(apt_get, tmp_path, monkeypatch, capsys):
     ("debian:", "debian:: no name of a package"),
 ])  # fmt: skip
 def test_packages_that_are_not_there(apt_get, tmp_path, monkeypatch, capsys, name, message):
-    code, _, error = run_data(monkeypatch, capsys, name, f"--out={tmp_path / 'out'}", "--name=x")
+    code, _, error = run_data(monkeypatch, capsys, name, f"--out={tmp_path / 'out'}")
     assert code == 2 and error == f"data.py: {message}\n"
     assert not (tmp_path / "out").exists()
 
@@ -201,13 +257,9 @@ def test_without_apt_get(tmp_path, monkeypatch, capsys):
     assert code == 2 and "debian:x1 needs apt-get; elsewhere, download the package" in error
 
 
-def damaged(files):
-    return {name: raw[: len(raw) // 2] for name, raw in files.items()}
-
-
 @pytest.mark.parametrize("files, message", [
     ({"usr/bin/x": b"no text"}, "no text of a kind that is read here (.dict.dz, .html, "),
-    ({"a.txt.gz": gzip.compress(b"text" * 99)[:15]}, "a.txt.gz in it can't be read"),
+    ({"a.txt.gz": gzip.compress(b"text" * 99)[:15]}, "a.txt in it can't be read"),
     ({"a.dict.dz": EVERY_KIND["d/words.dict.dz"][:20]}, "a.dict.dz in it can't be read"),
     ({"a.dict.dz": EVERY_KIND["d/words.dict.dz"], "a.index": b"x\t?\tB"}, "a.dict.dz in it can't be read"),
     ({"bible.data": EVERY_KIND["f/bible.data"][:0x58]}, "bible.data in it can't be read"),
@@ -226,3 +278,21 @@ def test_damaged_packages(tmp_path, cut):
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(ValueError, match="no (whole )?Debian package"):
         debian.documents(path)
+
+
+def test_a_damaged_stream(tmp_path):
+    path = write_package(tmp_path / "x.deb", EVERY_KIND)
+    raw = bytearray(path.read_bytes())
+    for i in range(len(raw) - 600, len(raw) - 500):
+        raw[i] ^= 255
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match="no whole Debian package"):
+        debian.documents(path)
+
+
+def test_a_package_whatever_its_ending_and_the_format(tmp_path):
+    """--format= is of what comes beside it."""
+    path = write_package(tmp_path / "X.DEB", EVERY_KIND)
+    prepared(tmp_path / "out", path, val=0.3, format="jsonl")
+    texts = texts_in(tmp_path / "out")
+    assert sorted(texts["train"] + texts["val"]) == sorted(ITS_TEXTS)

@@ -122,6 +122,9 @@ def test_a_run_that_diverges_ends_with_its_loss(corpus, tmp_path, monkeypatch):
     run = optimizers.make_run(Trial("AR", "adamw", 1e-3, 1), cfg, flags[:-1])
     call_main(monkeypatch, *run.arguments)
     assert optimizers.outcome(run)["val_loss"] > 5
+    with open(run.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 8, "tokens": 9, "objective": "ar", "val_loss": NaN, "val_ema": NaN}\n')
+    assert optimizers.outcome(run)["val_loss"] == math.inf
 
 
 def test_what_a_run_is(tmp_path):
@@ -216,7 +219,7 @@ def test_a_run_that_fails_ends_the_study(corpus, tmp_path):
     done = run_study(f"--runs={tmp_path}", "--models=AR", "--jobs=2", "--", *SHORT, f"--corpus={corpus}",
                      "--unique_tokens=1000000000")
     assert done.returncode == 2 and done.stdout.count("train.py") == 2 and done.stderr.count("\n") == 1
-    assert "exit code 2 from: python train.py" in done.stderr
+    assert "exit code 2 from: python train.py" in done.stderr and "; see " in done.stderr
     log = tmp_path / "cpu/AR_adamw_lr0.001_share0.5_seed1.log"
     assert "unique_tokens" in log.read_text(encoding="utf-8")
 
