@@ -19,7 +19,7 @@ DRIVERS = {"laws/sweep.py", "laws/study.py", "laws/optimizers.py"}
 WITHIN_A_FLOOR = {("data", "corpus"), ("corpus", "configurator"), ("model", "kernels"),
                   ("diffusion", "kernels"), ("evaluation", "sampling")}
 TEXT_CALLS = {"open": 1, "read_text": 0, "write_text": 1}  # where the mode of a file, or its encoding, stands
-OTHER_OPENS = {"os", "self", "Image"}  # whose open() is not of text
+OTHER_OPENS = {"os", "self", "Image", "tarfile"}  # whose open() is not of text
 
 
 def imports_of(path):

@@ -237,7 +237,7 @@ def test_downloaded_once(apt_get, tmp_path, monkeypatch, capsys):
     texts = texts_in(tmp_path / "out/python3.11-x")
     assert sorted(texts["train"] + texts["val"]) == sorted(ITS_TEXTS)
     code, *_ = run_data(monkeypatch, capsys, "debian:python3.11-x", *flags, "--name=again")
-    assert code == 0 and (tmp_path / "calls").read_text().count("called") == 1
+    assert code == 0 and (tmp_path / "calls").read_text(encoding="utf-8").count("called") == 1
 
 
 @pytest.mark.parametrize("name, message", [
