@@ -1,11 +1,8 @@
-# The autoregressive twin of quickstart: same network, half the tokens, after which it begins to know its text
-# by heart.
-# Hardware: two CPU cores, about X minutes. Expect about X bits/byte.
+# The autoregressive twin of quickstart: same network, same tokens, of which it knows some by heart in the end.
+# Hardware: two CPU cores, about three minutes. Expect about 1.76 bits/byte, 1.74 with averaged weights.
 
 from configurator.quickstart import *
 
 run_dir = "runs/quickstart_ar"
 objective = "ar"
 schedule = "linear"  # AR has no noise; this is the default
-lr = 6e-3
-steps = 500
