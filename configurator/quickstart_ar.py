@@ -1,4 +1,4 @@
-# The autoregressive twin of quickstart: same network, same tokens, of which it knows some by heart in the end.
+# The autoregressive twin of quickstart: same network, same tokens; in the end it knows some of them by heart.
 # Hardware: two CPU cores, about three minutes. Expect about 1.76 bits/byte, 1.74 with averaged weights.
 
 from configurator.quickstart import *

@@ -134,7 +134,9 @@ def test_matrices_are_divided_by_shape(monkeypatch):
     sharded = [(len(same), tuple(same[0].shape)) for same in muon.divide_by_shape(params, 4)]
     assert sharded == [(12, (2, 3)), (7, (3, 2)), (3, (40, 2))]
     assert sum(muon.divide_by_shape(params), []) == params
-    assert muon.workspace(params, 2) == 4 * muon.COPIES * 2 * 80  # two whole ones of three, over two shards
+    # of twelve small ones a rank works at three; of three large ones at one, whole
+    assert muon.workspace(params[:12], 4) == 4 * muon.COPIES * 3 * 6
+    assert muon.workspace(params[-3:], 4) == 4 * muon.COPIES * 80
 
 
 @pytest.mark.parametrize("bad", (float("nan"), float("inf")))
