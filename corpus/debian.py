@@ -150,7 +150,8 @@ def explain_damage(path, name):
     """Turn what readers raise into a ValueError of one line."""
     try:
         yield
-    except (EOFError, OSError, ValueError, struct.error, zlib.error, subprocess.CalledProcessError):
+    except (EOFError, OSError, OverflowError, ValueError, struct.error, zlib.error,
+            subprocess.CalledProcessError):
         raise ValueError(f"{path}: {name} in it can't be read") from None
 
 

@@ -122,7 +122,7 @@ def file_source(path, cfg):
     if path.is_fifo():
         raise ValueError(f"{path}: {not_a_file(path)}; give it as standard input: … | python data.py -")
     check_file(path)
-    if path.suffix.lower() == ".deb":  # by its own name only, not a folder's
+    if path.suffix.lower() == ".deb":  # whatever --format says of the rest
         return Source("deb", str(path), *stamp(path))
     kind = kind_of(path) if cfg.format == "auto" else cfg.format
     if not kind:

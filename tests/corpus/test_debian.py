@@ -262,6 +262,7 @@ def test_without_apt_get(tmp_path, monkeypatch, capsys):
     ({"a.txt.gz": gzip.compress(b"text" * 99)[:15]}, "a.txt in it can't be read"),
     ({"a.dict.dz": EVERY_KIND["d/words.dict.dz"][:20]}, "a.dict.dz in it can't be read"),
     ({"a.dict.dz": EVERY_KIND["d/words.dict.dz"], "a.index": b"x\t?\tB"}, "a.dict.dz in it can't be read"),
+    ({"a.pod": b"E<99999999999999999999>"}, "a.pod in it can't be read"),
     ({"bible.data": EVERY_KIND["f/bible.data"][:0x58]}, "bible.data in it can't be read"),
     ({"data/Rdata.rdb": EVERY_KIND["g/data/Rdata.rdb"][5:]}, "data/Rdata.rdb in it can't be read"),
 ])  # fmt: skip
