@@ -5,12 +5,13 @@
 
 A corpus is two long streams of tokens, for training and for validation (corpus/tokenfiles.py). Here they
 become rows of seq_len tokens, each a pure function of the seed and its number, with the positions of it that
-count.
+count. Question-answer pairs (data.py --sft) do not run on from row to row: they are packed into rows whole.
 """
 
 import terminal  # isort: skip  # first: Ctrl-C during the imports
 
 import functools
+from typing import NamedTuple
 
 import numpy as np
 
@@ -95,6 +96,8 @@ class Sequences:
     there is not one.
     """
 
+    has_pairs = False
+
     def __init__(self, stream, length, seed=0, unique_tokens=0, n_vocab=2**31, split="training",
                  exact_up_to=EXACT_UP_TO):
         self.stream = stream if isinstance(stream, Stream) else Stream([stream])
@@ -138,12 +141,7 @@ class Sequences:
         Returns (B, length + 1) int32. Raises ValueError for tokens outside the vocabulary.
         """
         rows = self.stream.windows(ids * self.length, self.length + 1)
-        largest = int(rows.max(initial=0))
-        least = int(rows.min(initial=0)) if rows.dtype.kind == "i" else 0
-        if least < 0 or largest >= self.n_vocab:
-            token = least if least < 0 else largest
-            raise ValueError(f"the {self.split} split holds token {token}, beyond its vocabulary of "
-                             f"{self.n_vocab}; another tokenizer's, or damaged: prepare it again")
+        check_vocabulary(rows, self.n_vocab, self.split)
         return rows.astype(np.int32)
 
     def documents(self, ids, rows, eos_id, causal):
@@ -162,6 +160,151 @@ class Sequences:
         return np.cumsum(is_eos, axis=1, dtype=np.int32) - (0 if causal or opens else is_eos)
 
 
+def check_vocabulary(tokens, n_vocab, split):
+    """Raise ValueError if there are tokens outside the vocabulary."""
+    largest = int(tokens.max(initial=0))
+    least = int(tokens.min(initial=0)) if tokens.dtype.kind == "i" else 0
+    if least < 0 or largest >= n_vocab:
+        token = least if least < 0 else largest
+        raise ValueError(f"the {split} split holds token {token}, beyond its vocabulary of "
+                         f"{n_vocab}; another tokenizer's, or damaged: prepare it again")
+
+
+class PairLayout(NamedTuple):
+    """How question-answer pairs stand in rows."""
+
+    packing: bool = True  # several in a row, as many as fit
+    long_pairs: str = "cut"  # those that are longer than a row: cut, or skip
+    eos_padding: str = "none"  # separators after the answer that count as its own: none, block or row
+    block: int = 1  # positions of a row at whose multiples pairs begin: block diffusion's
+
+
+class PairRows:
+    """Question-answer pairs as rows of `length` tokens, with the methods of Sequences.
+
+    A row holds whole pairs, each a document of its own, and padding behind them; every row begins behind a
+    separator. Of each pair the answer counts, the separator that closes it included. A pair that is cut has
+    none; where nothing of its answer would be left it is skipped.
+
+    pairs: the stream's PairIndex. available and n: rows. n_cut and n_skipped: pairs. Raises ValueError where
+    there is not one row.
+    """
+
+    has_pairs = True
+
+    def __init__(self, stream, pairs, length, eos_id, layout, seed=0, n_vocab=2**31, split="training",
+                 exact_up_to=EXACT_UP_TO):
+        self.stream, self.length, self.eos_id, self.seed = stream, length, eos_id, seed
+        self.n_vocab, self.split, self.exact_up_to = n_vocab, split, exact_up_to
+        alone = layout.eos_padding == "row" or not layout.packing
+
+        is_long = pairs.size > length
+        kept = ~is_long if layout.long_pairs == "skip" else pairs.n_prompt < length
+        self.n_cut, self.n_skipped = int((is_long & kept).sum()), int((~kept).sum())
+        if not kept.any():
+            raise ValueError(f"the {split} split has no question-answer pair that has a place in a row of "
+                             f"{length:,} tokens; raise --seq_len")
+        start, n_prompt, size, is_long = (
+            part[kept] for part in (pairs.start, pairs.n_prompt, np.minimum(pairs.size, length), is_long))
+        room = np.minimum(-(-size // layout.block) * layout.block, length)
+
+        rows = np.arange(len(size)) if alone else pack_rows(room, length, seed)
+        order = np.argsort(rows, kind="stable")
+        self.n = self.available = int(rows.max()) + 1
+        self.first = np.searchsorted(rows[order], np.arange(self.n + 1))  # each row's first pair
+        self.start, self.n_prompt, self.size = start[order], n_prompt[order], size[order]
+        taken = np.cumsum(room[order]) - room[order]
+        self.column = taken - taken[self.first[rows[order]]]  # where each pair begins in its row
+        end = dict(none=self.size, block=room[order], row=np.full(len(size), length))[layout.eos_padding]
+        self.stop = self.column + np.where(is_long[order], self.size, end)  # behind its last answer token
+
+    def ids(self, sample):
+        """As `Sequences.ids`."""
+        epoch, place = np.divmod(sample, self.n)
+        return permute(place, self.n, self.seed, epoch, self.exact_up_to)
+
+    def subset(self, number):
+        """As `Sequences.subset`: all rows are in use."""
+        return number
+
+    def by_source(self, ids):
+        """As `Mixture.by_source`: there is one."""
+        yield np.ones(len(ids), bool), self, ids
+
+    def pairs_in(self, ids):
+        """(which of a batch's rows, which pair) for each pair in the rows `ids`, (K,) both."""
+        counts = self.first[ids + 1] - self.first[ids]
+        return np.repeat(np.arange(len(ids)), counts), spans(self.first[ids], counts)
+
+    def rows(self, sample):
+        """As `Sequences.rows`."""
+        return self.read(self.ids(sample))
+
+    def read(self, ids):
+        """As `Sequences.read`: a separator, then the pairs; separators where there is none."""
+        rows = np.full((len(ids), self.length + 1), self.eos_id, np.int32)
+        row, pair = self.pairs_in(ids)
+        size = self.size[pair]
+        tokens = self.stream.take(spans(self.start[pair], size))
+        check_vocabulary(tokens, self.n_vocab, self.split)
+        rows[np.repeat(row, size), 1 + spans(self.column[pair], size)] = tokens
+        return rows
+
+    def documents(self, ids, rows, eos_id, causal):
+        """As `Sequences.documents`: a pair is one, with the separator before it if causal; padding is −1."""
+        numbers = np.full((len(ids), self.length), -1, np.int32)
+        row, pair = self.pairs_in(ids)
+        size = self.stop[pair] - self.column[pair]
+        number = np.repeat(pair - self.first[ids][row], size)
+        numbers[np.repeat(row, size), spans(self.column[pair], size)] = number
+        return numbers
+
+    def eligible(self, ids):
+        """The positions of answers in the rows `ids`, (B, length) bool."""
+        is_answer = np.zeros((len(ids), self.length), bool)
+        row, pair = self.pairs_in(ids)
+        first = self.column[pair] + self.n_prompt[pair]
+        size = self.stop[pair] - first
+        is_answer[np.repeat(row, size), spans(first, size)] = True
+        return is_answer
+
+    def n_pairs(self, ids):
+        """How many pairs there are in the rows `ids`."""
+        return int((self.first[ids + 1] - self.first[ids]).sum())
+
+
+def spans(starts, sizes):
+    """The numbers starts[i] … starts[i] + sizes[i] − 1 of all spans, one after the other."""
+    before = np.cumsum(sizes) - sizes
+    return np.repeat(starts - before, sizes) + np.arange(int(sizes.sum()))
+
+
+def pack_rows(sizes, length, seed):
+    """The row of `length` tokens into which each of sizes (N,) goes: (N,) int64.
+
+    In a random order, each into the row with the least room that is enough (best fit): few gaps, and no row
+    tells its pairs' lengths. `has_room` is a set of numbers as bits: those at which there are rows.
+    """
+    order = permute(np.arange(len(sizes)), len(sizes), seed, np.full(len(sizes), -2))
+    rows, n_rows = np.empty(len(sizes), np.int64), 0
+    open_rows, has_room = [[] for _ in range(length + 1)], 0  # by their room
+    for number in order.tolist():
+        size = int(sizes[number])
+        fitting = has_room >> size
+        if fitting:
+            room = size + (fitting & -fitting).bit_length() - 1
+            row = open_rows[room].pop()
+            if not open_rows[room]:
+                has_room ^= 1 << room
+        else:
+            row, room, n_rows = n_rows, length, n_rows + 1
+        rows[number] = row
+        open_rows[room - size].append(row)
+        if room > size:
+            has_room |= 1 << room - size
+    return rows
+
+
 class Mixture:
     """Sequences of several sources as one, with the same methods.
 
@@ -175,6 +318,7 @@ class Mixture:
         self.sources, self.seed, self.length = sources, seed, sources[0].length
         self.exact_up_to = sources[0].exact_up_to
         self.n, self.available = sum(s.n for s in sources), sum(s.available for s in sources)
+        self.has_pairs = sources[0].has_pairs
         # the numbers of each source's first sequence, and of its first in use
         self.first = np.cumsum([0] + [s.available for s in sources])
         self.first_in_use = np.cumsum([0] + [s.n for s in sources])
@@ -251,6 +395,17 @@ class Mixture:
             numbers[here] = source.documents(number, rows[here], eos_id, causal)
         return numbers
 
+    def eligible(self, ids):
+        """As `PairRows.eligible`."""
+        is_answer = np.empty((len(ids), self.length), bool)
+        for here, source, number in self.by_source(ids):
+            is_answer[here] = source.eligible(number)
+        return is_answer
+
+    def n_pairs(self, ids):
+        """As `PairRows.n_pairs`."""
+        return sum(source.n_pairs(number) for _, source, number in self.by_source(ids))
+
 
 def positions_within(documents):
     """Each token's place in its document, as far as the row shows it.
@@ -277,34 +432,45 @@ def short_row_lengths(seed, sample, seq_len, share):
     return np.where(u[:, 0] <= share, length, seq_len).astype(np.int64)
 
 
-def eligible_counts(cfg, sample):
-    """How many positions count in each row of a run with these settings, (N,) int64; None: all of them."""
-    if not cfg.short_rows:
+def eligible_positions(cfg, sequences, ids, sample=None):
+    """Which positions count in each row of a run with these settings, (N, L) bool; None: all of them.
+
+    ids: of the rows' sequences; sample: their numbers in the run, None for validation, where no row is short.
+    """
+    if sequences.has_pairs:
+        return sequences.eligible(ids)
+    if sample is None or not cfg.short_rows:
         return None
-    return short_row_lengths(cfg.seed, sample, cfg.seq_len, cfg.short_rows)
+    counts = short_row_lengths(cfg.seed, sample, cfg.seq_len, cfg.short_rows)
+    return np.arange(cfg.seq_len) < counts[:, None]
 
 
-def eligible_positions(cfg, sample):
-    """Which positions count in each row of a run with these settings, (N, L) bool; None: all of them."""
-    counts = eligible_counts(cfg, sample)
-    return None if counts is None else np.arange(cfg.seq_len) < counts[:, None]
+def count_by_block(process, eligible):
+    """How many positions count in each block of rows: (N, L) bool → (N, M); None, for all, stays None."""
+    import diffusion  # as above
+
+    if eligible is None:
+        return None
+    return diffusion.by_block(process, eligible).sum(1).reshape(len(eligible), -1)
 
 
 def read_batch(cfg, eos_id, process, sequences, ids, levels, rows, eligible=None, valid=None, spacing=None):
     """The sequences `ids` (B,) as a diffusion.Batch of the step's `rows`, with documents as cfg has them.
 
-    eligible (B, L) bool: the positions that count; the rest is padding, a document of its own (−1) that no
-    other attends to (a causal network never sees it). valid and spacing as in diffusion.make_batch.
+    eligible (B, L) bool: the positions that count, None for all. In text the rest is padding, a document of
+    its own (−1) that no other attends to (a causal network never sees it). Question-answer pairs are
+    documents in any case, and positions begin anew in each. valid and spacing as in diffusion.make_batch.
     """
     import diffusion  # as above
 
     tokens = sequences.read(ids)
     causal = process.objective == "ar"
     documents = positions = None
-    if cfg.document_attention:
+    if cfg.document_attention or sequences.has_pairs:
         documents = sequences.documents(ids, tokens, eos_id, causal)
-        positions = positions_within(documents) if cfg.reset_positions else None
-    if eligible is not None and not causal:
+        if cfg.reset_positions or sequences.has_pairs:
+            positions = positions_within(documents)
+    if eligible is not None and not causal and not sequences.has_pairs:
         documents = np.where(eligible, 0 if documents is None else documents, -1).astype(np.int32)
     batch = diffusion.make_batch(process, tokens, levels, rows, eligible, valid, spacing, documents)
     return batch._replace(positions=positions)

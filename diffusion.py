@@ -300,7 +300,7 @@ def make_batch(p, x, levels, rows, eligible=None, valid=None, spacing=None, docu
     if eligible is None:
         eligible = np.ones((B, L), bool)
     scored = eligible if valid is None else eligible & valid[:, None]
-    total = levels.n_eligible.sum()  # tokens of the global batch that count
+    total = max(1, levels.n_eligible.sum())  # tokens of the global batch that count
     if p.objective == "ar":
         weights = stack_weights(scored / total)
         return Batch(x[:, :-1], x[:, 1:].reshape(-1).astype(np.int64), weights, documents=documents)
@@ -308,7 +308,7 @@ def make_batch(p, x, levels, rows, eligible=None, valid=None, spacing=None, docu
     bits = random_bits(p.seed, MASK, levels.sample[rows], L)
     if p.objective == "masked":
         noisy, weight = masked_weights(p, levels, rows, bits, eligible)
-        weight = weight / (levels.count.sum() if p.loss == "maskgit" else total)
+        weight = weight / (max(1, levels.count.sum()) if p.loss == "maskgit" else total)
         weights = scored * at_positions(p, weight)
         batch = pack(p, x, noisy, weights, documents, capacity(p, B, spacing))
     else:
@@ -318,7 +318,7 @@ def make_batch(p, x, levels, rows, eligible=None, valid=None, spacing=None, docu
 
 def uniform_batch(p, x, levels, rows, bits, eligible, scored, documents):
     """A Batch of uniform diffusion: noisy positions hold uniform draws of text tokens (docs/math.md §6)."""
-    L, t, total = p.seq_len, levels.t[rows], levels.n_eligible.sum()
+    L, t, total = p.seq_len, levels.t[rows], max(1, levels.n_eligible.sum())
     drawn = random_bits(p.seed, REPLACE, levels.sample[rows], L) >> np.uint64(32)
     drawn = (drawn * np.uint64(p.n_vocab) >> np.uint64(32)).astype(np.int64)
     targets, time = x.reshape(-1), t.astype(np.float32)

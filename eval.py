@@ -35,7 +35,7 @@ import configurator
 import kernels
 from configurator import setting, split
 from corpus.files import check_no_pipes
-from evaluation import compare, frontier, measure, report, texts
+from evaluation import compare, exact_match, frontier, measure, report, texts
 from evaluation.likelihood import ORDERS
 from evaluation.watch import ScoreLog
 from sampling.generator import Generator
@@ -59,6 +59,9 @@ class Config:
     ordered: str = setting(
         "", "orders, with commas: left_to_right, confidence, random; each takes a pass per token of a row")
     ordered_rows: int = setting(64, "of the validation rows, for these", low=1)
+    # question-answer pairs
+    answers: int = setting(
+        0, "of a validation split of pairs: answers to write greedily and to compare token for token", low=0)
     # benchmarks
     tasks: str = setting(
         "", "of lm-evaluation-harness, with commas; paper: HellaSwag and MMLU as in Quokka's figures")
@@ -123,8 +126,8 @@ class Config:
         has_texts = self.samples or self.texts
         for is_wrong, problem in (
             (self.samples and self.texts, "give samples (to be written) or texts (that are there)"),
-            (not (self.bound or self.ordered or self.tasks or has_texts),
-             "nothing to do: bound=False, and neither ordered, tasks, samples nor texts"),
+            (not (self.bound or self.ordered or self.answers or self.tasks or has_texts),
+             "nothing to do: bound=False, and neither ordered, answers, tasks, samples nor texts"),
             (self.texts and not Path(self.texts).is_file(), f"texts={self.texts}: no such file"),
             (self.samples == 1, "samples=1: one text has no error; write at least two"),
             (self.steps and self.order == "first_hitting",
@@ -228,8 +231,12 @@ def open_inputs(cfg, generator, ranks, tasks=None):
     Raises OSError, and ValueError, also if the settings don't suit the checkpoint.
     """
     check_objective(cfg, generator)
-    needs_validation = cfg.bound or cfg.ordered or (cfg.samples or cfg.texts) and cfg.match
+    needs_validation = cfg.bound or cfg.ordered or cfg.answers or (cfg.samples or cfg.texts) and cfg.match
     validation = measure.open_validation(generator, cfg.corpus) if needs_validation else None
+    if cfg.ordered and validation.sequences.has_pairs:
+        raise ValueError("ordered is of whole rows of text; of question-answer pairs there is the bound")
+    if cfg.answers and not validation.sequences.has_pairs:
+        raise ValueError(f"answers={cfg.answers}: the validation split is text, not question-answer pairs")
     judge = texts.open_judge(cfg.judge, cfg.device, generator) if cfg.judge else None
     if cfg.length > generator.seq_len:
         raise ValueError(f"length={cfg.length} is more than the model's context of {generator.seq_len}")
@@ -292,6 +299,9 @@ def measure_checkpoint(cfg, generator, inputs, ranks):
             measured["bound"], losses = measure.measure_bound(cfg, subject)
         if cfg.ordered:
             measured["ordered"] = measure.measure_ordered(cfg, subject)
+        if cfg.answers and ranks.rank == 0:
+            measured["answers"] = exact_match.measure_answers(
+                cfg, generator, inputs.validation.sequences, inputs.validation.layout)
         if cfg.tasks:
             measured["tasks"] = measure.measure_tasks(cfg, subject, inputs.tasks)
         if (cfg.samples or cfg.texts) and ranks.rank == 0:

@@ -2,6 +2,7 @@
 
     python sample.py --run_dir=runs/quickstart --prompt="Return the " --length=40 --show
     python sample.py --run_dir=runs/quickstart --text="def [MASK:20](self):[MASK:30]" --order=threshold
+    python sample.py --run_dir=runs/sft --chat              # questions, line by line; --prompt= asks one
 """
 
 import terminal  # isort: skip  # first: Ctrl-C during the imports
@@ -17,7 +18,7 @@ import torch
 
 import configurator
 from configurator import setting
-from sampling import film
+from sampling import conversation, film
 from sampling.decode import DecodeConfig
 from sampling.generator import Generator
 from sampling.prompts import read_rows
@@ -45,6 +46,10 @@ class Config:
         "", "a file of many: a prompt per line, or .jsonl with prompt, suffix and length, or text, per line")
     suffix: str = setting("", "text that follows after the new tokens (needs length)")
     text: str = setting("", "text with holes to fill: [MASK] is one token, [MASK:12] is twelve")
+    chat: bool = setting(
+        False, "answer questions from the terminal, or the prompt alone, through the chat template that the "
+        "model was trained with")
+    system: str = setting("", "of chat: the system message before the first question")
     length: int = setting(0, "new tokens after the prompt (0: as many as fit)", low=0)
     max_length: int = setting(
         0, "tokens of prompt, new text and suffix together (0: the model's context)", low=0)
@@ -102,12 +107,13 @@ class Config:
     out: str = setting("", "write all samples as .jsonl, too")
 
     NEEDS = {
+        "system": "chat",
         "min_length": "stop=True",
         "threshold": "order=threshold",
         "fallback": "order=threshold",
         "remask": "order=ancestral",
         "eta": "remask=capped|rescaled",
-        "guidance": "prompt or prompt_file or prompts or text",
+        "guidance": "prompt or prompt_file or prompts or text or chat",
         "refresh": "block, cache=prefix|dual",
     }
 
@@ -116,6 +122,11 @@ class Config:
         problems, changed = [], set(configurator.changed(self))
         if len(changed & {"prompt", "prompt_file", "prompts", "text"}) > 1:
             problems.append("give one of prompt, prompt_file, prompts and text")
+        of_texts = {"prompts", "text", "suffix", "max_length", "stop", "min_length", "batch", "micro_batch",
+                    "show", "gif", "html", "out"}
+        if self.chat and changed & of_texts:
+            names = ", ".join(sorted(changed & of_texts))
+            problems.append(f"chat answers questions one by one: leave {names} out")
         of_prompts = sorted(changed & {"length", "suffix", "max_length"})
         if self.text and of_prompts:
             names = ", ".join(of_prompts)
@@ -187,14 +198,21 @@ def decode_config(cfg, generator):
 
 
 def open_run(cfg):
-    """Open the Generator of cfg.run_dir and the rows of the prompts; exit with a line if one can't be."""
+    """Open the Generator of cfg.run_dir, the rows of the prompts or else the chat template.
+
+    Exits with a line if one can't be.
+    """
     try:
         generator = Generator.from_checkpoint(cfg.run_dir, cfg.device, cfg.dtype, cfg.weights)
         check_objective(cfg, generator)
-        rows = read_rows(cfg, generator.tokenizer, generator.seq_len, generator.block)
+        template = rows = None
+        if cfg.chat:
+            template = conversation.open_template(generator)
+        else:
+            rows = read_rows(cfg, generator.tokenizer, generator.seq_len, generator.block)
         if cfg.compile:
             compiler.check(generator.device)
-        return generator.load_weights(), rows
+        return generator.load_weights(), rows, template
     except UnicodeDecodeError as problem:
         configurator.fail(f"{cfg.prompt_file or cfg.prompts} is not UTF-8: {problem}")
     except (ValueError, OSError) as problem:
@@ -234,14 +252,30 @@ def print_cache_gap(cache, gaps):
           f"{other:.1%} other likeliest tokens]", file=sys.stderr)
 
 
+def chat(cfg, generator, template, decoding):
+    """Answer the prompt, or questions from standard input; exit with a line where one can't be."""
+    try:
+        answering = conversation.Conversation(generator, template, decoding, cfg.length, cfg.system)
+        if not (cfg.prompt or cfg.prompt_file):
+            return conversation.run_chat(answering)
+        question = cfg.prompt or Path(cfg.prompt_file).read_text(encoding="utf-8-sig")
+        print(answering.ask(question))
+    except UnicodeDecodeError as problem:
+        configurator.fail(f"{cfg.prompt_file} is not UTF-8: {problem}")
+    except (ValueError, OSError) as problem:
+        configurator.fail(str(problem))
+
+
 def main():
     if "--frontier" in sys.argv:
         configurator.fail("speed against quality is now: python eval.py frontier --run_dir=… --judge=…")
     cfg = configurator.load(Config, about=__doc__, aliases=ALIASES)
     if cfg.out or cfg.gif or cfg.html:
         terminal.keep_going()
-    generator, prompt_rows = open_run(cfg)
+    generator, prompt_rows, template = open_run(cfg)
     tokenizer, decoding = generator.tokenizer, decode_config(cfg, generator)
+    if cfg.chat:
+        return chat(cfg, generator, template, decoding)
     rows = [row for row in prompt_rows for _ in range(cfg.batch)]
     recording = film.Recording(rows[0], tokenizer) if cfg.show or cfg.gif or cfg.html else None
 

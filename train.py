@@ -25,6 +25,7 @@ import data
 import diffusion
 import kernels
 from configurator import neutral, setting
+from corpus import chat
 from evaluation import likelihood
 from model import Transformer
 from training import checkpoint, checks, dryrun, transfer, update, watchdog
@@ -100,6 +101,14 @@ class Config:
     reset_positions: bool = setting(False, "positions start again in each document")
     short_rows: float = setting(
         0.0, "share of rows cut to a random length (the paper's recipe: 0.01)", low=0, high=1)
+
+    # question-answer pairs: a corpus of data.py --sft, of which the answers are learned
+    packing: bool = setting(True, "several pairs in a row, each seeing itself alone (False: one in a row)")
+    long_pairs: Literal["cut", "skip"] = setting(
+        "cut", "those longer than a row: cut, without a separator behind the answer, or left out")
+    eos_padding: Literal["none", "block", "row"] = setting(
+        "none", "separators behind an answer that are learned as part of it: the one that closes it; more, "
+        "to the end of its block; or of its row: from those masked diffusion learns to stop")
 
     # the network
     model: str = setting(
@@ -210,6 +219,7 @@ class Config:
         "eos": "tokenizer",
         "eos_opens": "tokenizer",
         "reset_positions": "document_attention",
+        "eos_padding=block": "diffusion_block",
         "fp8": "dtype=auto|bfloat16",
         "cuda_graphs": "compile=whole",
         "shard_size": "shard=hybrid",
@@ -271,7 +281,9 @@ def batches(run, first_step, first_sample):
             ids = run.sequences.ids(sample[0] + np.arange(ahead * cfg.batch_size)).reshape(ahead, -1)
 
         # one lattice of noise levels over all rows of the step, whichever rank or micro-batch they are in
-        counts = data.eligible_counts(cfg, sample)
+        step_ids = ids[(step - first_step) % ahead]
+        eligible = data.eligible_positions(cfg, run.sequences, step_ids, sample)
+        counts = data.count_by_block(run.process, eligible)
         levels = diffusion.noise_levels(run.process, sample[0], cfg.batch_size, step / run.steps, counts)
         visible = None
         if step < cfg.anneal:
@@ -279,11 +291,10 @@ def batches(run, first_step, first_sample):
 
         for part in range(rank, parts, world):
             rows = levels.microbatch_rows(part, parts)
-            eligible = data.eligible_positions(cfg, sample[rows])
-            row_ids = ids[(step - first_step) % ahead][rows]
+            inside = None if eligible is None else eligible[rows]
             try:
                 batch = data.read_batch(
-                    cfg, run.eos_id, run.process, run.sequences, row_ids, levels, rows, eligible)
+                    cfg, run.eos_id, run.process, run.sequences, step_ids[rows], levels, rows, inside)
             except ValueError as problem:  # foreign tokens, in a corpus too large to check before
                 configurator.fail(f"step {step + 1}: {problem}", everywhere=True)
             yield batch._replace(visible=visible)
@@ -573,8 +584,11 @@ def prepare_run_folder(run, tracker, resumed):
     if resumed:
         checkpoint.set_aside_after(resumed[0])
     (run.folder / "settings.json").write_text(configurator.dump(run.cfg) + "\n", encoding="utf-8")
-    if run.corpora[0].tokenizer_file:  # sampling needs it
-        shutil.copyfile(run.corpora[0].tokenizer_file, run.folder / "tokenizer.json")
+    corpus = run.corpora[0]
+    if corpus.tokenizer_file:  # sampling needs it
+        shutil.copyfile(corpus.tokenizer_file, run.folder / "tokenizer.json")
+    if corpus.train_pairs is not None:  # and so does a chat
+        chat.copy_template(corpus.folder, run.folder)
     if tracker:
         (run.folder / "wandb_id.txt").write_text(tracker.id, encoding="utf-8")
 

@@ -122,10 +122,10 @@ def make_batches(process, rows, n_batches, short_rows=0.0):
     batches, shares = [], []
     for first in range(0, n_batches * rows, rows):
         sample = first + np.arange(rows)
-        counts = data.eligible_counts(settings, sample)
-        levels = diffusion.noise_levels(process, first, rows, n_eligible=counts)
-        eligible = data.eligible_positions(settings, sample)
         ids = sequences.ids(sample)
+        eligible = data.eligible_positions(settings, sequences, ids, sample)
+        counts = data.count_by_block(process, eligible)
+        levels = diffusion.noise_levels(process, first, rows, n_eligible=counts)
         batches.append(
             data.read_batch(settings, None, process, sequences, ids, levels, np.arange(rows), eligible))
         is_masked = process.objective == "masked"

@@ -60,7 +60,8 @@ def training_texts(sources, cfg):
             raw = text.encode("utf-8")
             digest = hashlib.sha256(raw).digest()
             is_new = digest not in seen or not cfg.dedup
-            if is_new and (task.kind == "piece" or choose_split(digest, cfg.val) == "train"):
+            is_chosen = cfg.sft or task.kind == "piece"
+            if is_new and (is_chosen or choose_split(digest, cfg.val) == "train"):
                 seen.add(digest)
                 left -= len(raw)
                 yield text
@@ -69,9 +70,14 @@ def training_texts(sources, cfg):
 
 
 def texts_of(task, cfg):
-    """The texts of a task that may be for training."""
+    """The texts of a task that may be for training; of pairs and pieces those that are."""
     if task.kind == "undecodable":
         return []
     if task.kind == "piece":
         return [task.content.text] if task.content.split == "train" else []
+    if cfg.sft:
+        pairs = TaskReader(cfg).pairs(task)
+        trained = [pair for pair, conversation, _ in pairs if choose_split(conversation, cfg.val) == "train"]
+        return ["\n".join([*(message["content"] for message in pair.messages), pair.answer])
+                for pair in trained]
     return TaskReader(cfg).texts(task)

@@ -15,7 +15,8 @@ def save_standard_input(stream, folder, cfg):
 
     Raises ValueError if an interrupted preparation, of which the folder is, had another one.
     """
-    path = folder / f"stdin.{'txt' if cfg.format == 'auto' else cfg.format}"
+    default = "jsonl" if cfg.sft else "txt"
+    path = folder / f"stdin.{default if cfg.format == 'auto' else cfg.format}"
     partial = folder / "stdin.part"
     try:
         with open(partial, "wb") as file:

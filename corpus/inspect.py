@@ -38,6 +38,11 @@ def inspect_corpus(folder, seed=None, show=print, **foreign):
         contents = survey(stream, meta["eos_id"])
         n_bytes = f"; {meta[split]['bytes']:,} bytes" if is_prepared else ""
         show(f"\n{split}: {describe(stream, contents)}{n_bytes}")
+        pairs = corpus.train_pairs if split == "train" else corpus.val_pairs
+        if pairs is not None:
+            n_pairs, n_answers = len(pairs.start), int(pairs.n_answer.sum())
+            show(f"  {n_pairs:,} question-answer pairs, {n_answers:,} tokens of answers")
+            show_pair(stream, pairs, int(random.integers(0, n_pairs)), tokenizer, show)
         show_histogram(contents.buckets, show)
         wrong = contents.smallest_id if contents.smallest_id < 0 else contents.largest_id
         if not 0 <= wrong < meta["n_vocab"]:
@@ -104,10 +109,19 @@ def show_histogram(buckets, show):
         show(f"  ≤ {2**power:>13,} tokens  {buckets[power]:>12,}  {bar}")
 
 
+def show_pair(stream, pairs, number, tokenizer, show):
+    """Show the first tokens of a pair's prompt and answer."""
+    start, n_prompt, n_answer = (int(part[number]) for part in pairs)
+    border = start + n_prompt
+    parts = stream.read(start, start + min(n_prompt, 256)), stream.read(border, border + min(n_answer, 256))
+    prompt, answer = (tokenizer.decode(part.tolist(), continues=True) for part in parts)
+    show(f"  pair {number:,}: {prompt!r} → {answer!r}")
+
+
 def check_digests(corpus):
     """Raise ValueError unless each token file of a prepared corpus has the SHA-256 in its meta.json."""
     for split in ("train", "val"):
-        for file in corpus.meta[split]["files"]:
+        for file in (*corpus.meta[split]["files"], *corpus.meta[split].get("answer_files", ())):
             path = corpus.folder / file["name"]
             if sha256_of(path) != file["sha256"]:
                 raise ValueError(f"{path}: its SHA-256 is not the one in meta.json; prepare the corpus again")

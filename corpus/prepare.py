@@ -8,6 +8,7 @@
     zcat dump.gz | python data.py - --format=jsonl --name=dump
     python data.py debian:dict-gcide debian:anarchism --name=english   # the text in Debian's packages
     python data.py hf:HuggingFaceFW/fineweb-edu --hf_config=sample-10BT --name=edu --tokenizer=gpt2
+    python data.py chat.jsonl --sft --tokenizer=smollm/  # question-answer pairs, with its chat template
     python data.py inspect corpora/web                   # what is in it, and is it whole?
     python data.py export corpora/web megatron/web       # as Megatron's .bin and .idx
 
@@ -37,7 +38,7 @@ from typing import Literal
 import configurator
 import terminal
 from configurator import neutral, setting
-from corpus import bpe, cutting, debian, fetch, tokenizers
+from corpus import bpe, chat, cutting, debian, fetch, tokenizers
 from corpus.files import no_empty_parents, sha256_of, sync_path
 from corpus.inspect import inspect_corpus
 from corpus.megatron_dataset import write_megatron
@@ -64,9 +65,9 @@ class Config:
         "or bpe:N: one of N tokens that is learned from the training documents first")
     eos: str = setting("", "the token that ends a document, where a tokenizer.json leaves it open")
     field: str = setting("text", "the text's field in .jsonl and .parquet files and datasets")
-    format: Literal["auto", "txt", "jsonl", "parquet"] = setting(
-        "auto", "of all sources (auto: by their names; standard input is txt); "
-        "names every file of a folder a source")
+    format: Literal["auto", "txt", "jsonl", "json", "parquet"] = setting(
+        "auto", "of all sources (auto: by their names; standard input is txt, of pairs jsonl); "
+        "names every file of a folder a source; json: a list of pairs")
     separator: str = setting(
         "", r"what stands between documents in .txt files, \n for a line's end (also \r\n's), \t, \r "
         "(empty: a file is one document)")
@@ -84,6 +85,11 @@ class Config:
     workers: int = neutral(
         0, "processes that tokenize (0: one per core, none for small inputs)", low=0, high=1024)
     shard_tokens: int = setting(1 << 30, "tokens per file", low=1)
+    sft: bool = setting(
+        False, "the sources are question-answer pairs: prompt and answer, or messages with roles")
+    template: str = setting(
+        "auto", "of pairs: the chat template, a Jinja file; plain: every message on lines of its own; "
+        "auto: that of the tokenizer's folder, plain if it has none")
     hf_config: str = setting("", "configuration of a Hugging Face dataset")
     hf_split: str = setting("train", "split of a Hugging Face dataset")
     restart: bool = neutral(False, "throw away what an interrupted preparation left")
@@ -93,7 +99,15 @@ class Config:
     eos_opens: bool = neutral(
         False, "inspect and export: the eos of others' token files begins each document instead of ending it")
 
+    NEEDS = {"template": "sft=True", "format=json": "sft=True"}
+
     def problems(self):
+        if self.sft:
+            for name in ("field", "separator"):
+                if getattr(self, name) != getattr(Config, name):
+                    yield f"{name} is of texts; pairs have fields of their own (docs/data.md)"
+        if self.sft and self.format == "txt":
+            yield "format=txt: text has no pairs"
         if "/" in self.name:
             yield f"--name={self.name}: a folder's name holds no '/'; --out says where it is"
         try:
@@ -168,6 +182,9 @@ def run(names, cfg):
 def export(folder, prefix, cfg):
     """Write a corpus as Megatron's PREFIX_train.bin, .idx and PREFIX_val.bin, .idx: both splits, or none."""
     corpus = load_corpus(folder, **cfg.foreign())
+    if corpus.train_pairs:
+        raise ValueError(f"{folder} holds question-answer pairs: Megatron's files can't say which tokens are "
+                         "answers")
     streams = {f"{prefix}_train": corpus.train, f"{prefix}_val": corpus.val}
     for path in files_of(streams):
         if path.exists():
@@ -195,8 +212,11 @@ def report(folder, meta):
     for split in ("train", "val"):
         counts, files = meta[split], meta[split]["files"]
         more = f" and {len(files) - 1} more" if len(files) > 1 else ""
-        print(f"{folder}/{files[0]['name']}{more}: {counts['documents']:,} documents, "
-              f"{counts['tokens']:,} tokens, {counts['bytes']:,} bytes")
+        what, answers = "documents", ""
+        if "answer_files" in counts:
+            what, answers = "pairs", f" ({counts['answer_tokens']:,} of answers)"
+        print(f"{folder}/{files[0]['name']}{more}: {counts['documents']:,} {what}, "
+              f"{counts['tokens']:,} tokens{answers}, {counts['bytes']:,} bytes")
     left_out = [f"{n:,} {reason}" for reason, n in meta["left_out"].items() if n]
     if left_out:
         print(f"left out: {', '.join(left_out)}")
@@ -238,7 +258,11 @@ def prepare_by_name(names, folder, cfg):
     work_folder_of(folder)
     size = bpe.vocabulary_size(cfg.tokenizer)
     if size is None:
-        load_tokenizer(cfg)
+        tokenizer = load_tokenizer(cfg)
+        missing = chat.template_of(cfg, tokenizer).missing_tokens if cfg.sft else []
+        if missing:
+            warn(f"the chat template's {', '.join(missing[:5])} are no special tokens of tokenizer "
+                 f"'{tokenizer.name}': they become text")
     else:
         print(f"learns {size:,} tokens from the training documents first", flush=True)
 
@@ -322,7 +346,8 @@ def prepare_in(work_folder, sources, folder, cfg, progress, stdin):
             sources = [*sources, fetch.save_standard_input(stdin, work_folder, cfg)]
         cfg = learn_tokenizer(sources, cfg, work_folder)
         tokenizer = load_tokenizer(cfg)
-        plan = make_plan(sources, cfg, tokenizer.name)
+        template = chat.template_of(cfg, tokenizer) if cfg.sft else None
+        plan = make_plan(sources, cfg, tokenizer.name, template)
         if state:
             check_plan(ledger.read("plan"), plan, work_folder)
         else:
@@ -333,7 +358,7 @@ def prepare_in(work_folder, sources, folder, cfg, progress, stdin):
         tokenize(sources, corpus_folder, cfg, tokenizer, state, ledger, progress)
         for source in sources:
             check_unchanged(source)
-        meta = finish(sources, corpus_folder, cfg, tokenizer, state)
+        meta = finish(sources, corpus_folder, cfg, tokenizer, state, template)
         corpus_folder.rename(folder)
     except (KeyboardInterrupt, BrokenProcessPool):
         keep = True
@@ -397,12 +422,14 @@ def open_ledger(work_folder, cfg):
         raise
 
 
-def make_plan(sources, cfg, tokenizer_name):
+def make_plan(sources, cfg, tokenizer_name, template=None):
     """What a preparation that goes on must have in common with the one that was interrupted."""
     neutral_settings = configurator.neutral_settings(Config)
     options = {name: value for name, value in asdict(cfg).items() if name not in neutral_settings}
     uses_docs = any(source.kind == "docs" for source in sources)
     options |= dict(tokenizer=tokenizer_name, python=sys.version if uses_docs else "", version=VERSION)
+    if template:
+        options["template"] = hashlib.sha256(template.source.encode("utf-8")).hexdigest()[:16]
     return dict(options=options, sources=[list(source) for source in sources])
 
 
@@ -463,7 +490,7 @@ def count_processes(sources, cfg):
     return n if n > 1 else 0
 
 
-def finish(sources, folder, cfg, tokenizer, state):
+def finish(sources, folder, cfg, tokenizer, state, template=None):
     """Check what came out, and complete the corpus with its meta.json, which is returned."""
     names = list(dict.fromkeys(Path(source.path).name for source in sources))
     check_text(names, cfg, state)
@@ -473,12 +500,19 @@ def finish(sources, folder, cfg, tokenizer, state):
                 without_separator=state.without_separator[:100])
     for split, counts in state.counts.items():
         files = describe_files(folder, split, state.files[split])
-        digests = [file["sha256"] for file in files]
+        answer_files = []
+        if cfg.sft:
+            answer_files = describe_files(folder, f"answers_{split}", state.answer_files[split])
+        digests = [file["sha256"] for file in (*files, *answer_files)]
         digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
         meta[split] = dict(counts, sha256=digest, files=files)
+        if cfg.sft:
+            meta[split]["answer_files"] = answer_files
 
     if isinstance(tokenizer, tokenizers.HuggingFaceTokenizer):
         tokenizer.copy_to(folder)
+    if template:
+        chat.save_template(template, folder)
     tokenizer.token_bytes().tofile(folder / "token_bytes.bin")
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     for path in (*folder.iterdir(), folder):

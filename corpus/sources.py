@@ -14,6 +14,7 @@ from typing import NamedTuple
 from corpus.files import SYSTEM_NAMES, check_file, list_folder, not_a_file, stamp
 
 SUFFIXES = {".txt": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+OF_PAIRS = {".json": "json"} | {suffix: kind for suffix, kind in SUFFIXES.items() if kind != "txt"}
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 DAMAGED = "its compressed data are damaged or cut short"
 BUFFER_BYTES = 1 << 20
@@ -22,7 +23,7 @@ BUFFER_BYTES = 1 << 20
 class Source(NamedTuple):
     """Something with documents in it: a file, a dataset, or Python's documentation."""
 
-    kind: str  # docs, txt, jsonl, parquet, deb or hf
+    kind: str  # docs, txt, jsonl, json (a list of records), parquet, deb or hf
     path: str
     size: int = 0  # in bytes
     changed: int = 0  # when: an interrupted preparation must find the same size and time again
@@ -36,6 +37,11 @@ def find_sources(names, cfg, say=lambda line: None):
     sources = []
     for name in names:
         sources += sources_of(name, cfg, say)
+    if cfg.sft:
+        for source in sources:
+            if source.kind in ("docs", "txt", "deb"):
+                raise ValueError(f"{source.path}: text has no question-answer pairs; --sft takes "
+                                 f"{', '.join(OF_PAIRS)} files and data sets")
     return list(dict.fromkeys(sources))
 
 
@@ -93,10 +99,11 @@ def is_dataset(path):
 def files_in(folder, cfg, say):
     """The files of a folder and of those in it that are sources: no hidden ones, none of an unknown kind."""
     paths = readable_files(list_folder(folder, "**/*"), say)
-    files = [path for path in paths if cfg.format != "auto" or kind_of(path)]
+    files = [path for path in paths if cfg.format != "auto" or kind_of(path, cfg)]
     if not files:
-        raise ValueError(f"{folder}: no {', '.join(SUFFIXES)} files in it "
-                         f"(or these with {', '.join(COMPRESSED)}); --format=txt takes every file as text")
+        remedy = "" if cfg.sft else "; --format=txt takes every file as text"
+        raise ValueError(f"{folder}: no {', '.join(suffixes(cfg))} files in it "
+                         f"(or these with {', '.join(COMPRESSED)}){remedy}")
     if len(files) < len(paths):
         endings = sorted({path.suffix or path.name for path in set(paths) - set(files)})
         shown = ", ".join(endings[:5]) + (", …" if len(endings) > 5 else "")
@@ -111,10 +118,15 @@ def packing(path):
     return ending if ending in COMPRESSED else ""
 
 
-def kind_of(path):
-    """txt, jsonl or parquet by the name of a file; None if it says neither."""
+def suffixes(cfg):
+    """{ending of a file's name: the kind of source that it is}."""
+    return OF_PAIRS if cfg.sft else SUFFIXES
+
+
+def kind_of(path, cfg):
+    """txt, jsonl, parquet or, of pairs, json by the name of a file; None if it says none of them."""
     path = Path(path).with_suffix("") if packing(path) else Path(path)
-    return SUFFIXES.get(path.suffix.lower())
+    return suffixes(cfg).get(path.suffix.lower())
 
 
 def file_source(path, cfg):
@@ -124,7 +136,10 @@ def file_source(path, cfg):
     check_file(path)
     if path.suffix.lower() == ".deb":  # whatever --format says of the rest
         return Source("deb", str(path), *stamp(path))
-    kind = kind_of(path) if cfg.format == "auto" else cfg.format
+    kind = kind_of(path, cfg) if cfg.format == "auto" else cfg.format
+    if not kind and cfg.sft:
+        raise ValueError(f"{path}: expected {', '.join(OF_PAIRS)} (or one of these with "
+                         f"{', '.join(COMPRESSED)}), hf:NAME or -; --format= says what it is otherwise")
     if not kind:
         raise ValueError(f"{path}: expected docs, shakespeare, debian:PACKAGE, hf:NAME, -, a .deb, "
                          f"or a {', '.join(SUFFIXES)} file (or one of these with {', '.join(COMPRESSED)}); "

@@ -88,6 +88,15 @@ class Stream:
             rows[i] = self.read(int(start[i]), int(start[i]) + n)
         return rows
 
+    def take(self, positions):
+        """The tokens at any positions (n,), in their order. → (n,)"""
+        which = np.searchsorted(self.offsets, positions, side="right") - 1
+        tokens = np.empty(len(positions), self.dtype)
+        for k in np.unique(which):
+            here = which == k
+            tokens[here] = self.arrays[k][positions[here] - self.offsets[k]]
+        return tokens
+
     def document_numbers(self, positions):
         """The number of the document at each position, growing along the stream, for files with an index."""
         self.align_document_starts()

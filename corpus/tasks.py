@@ -7,6 +7,7 @@ There is one function per kind of source. Each yields (task, next place, bytes o
 """
 
 import hashlib
+import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ import numpy as np
 
 from corpus import cutting, debian, python_docs
 from corpus.cutting import read_pieces
+from corpus.pairs import FIELDS
+from corpus.records import parse_json
 from corpus.sources import open_source, packing
 
 
@@ -51,7 +54,7 @@ def make_tasks(sources, place, cfg, allow_cuts=True):
 
     allow_cuts: whether the tokenizer lets long documents be cut into pieces.
     """
-    functions = dict(docs=documentation_tasks, txt=separated_tasks, jsonl=line_tasks,
+    functions = dict(docs=documentation_tasks, txt=separated_tasks, jsonl=line_tasks, json=list_tasks,
                      parquet=parquet_tasks, deb=package_tasks, hf=dataset_tasks)
     number = place.source
     while number < len(sources):
@@ -240,6 +243,37 @@ def group_records(records, first, source, cfg):
         yield texts
 
 
+def list_tasks(source, place, cfg):
+    """The records of a .json file that is one list of them, as lines of JSON."""
+    with open_source(source) as (file, _):
+        content = file.read(cfg.max_document + 1)
+    if len(content) > cfg.max_document:
+        raise ValueError(f"{source.path}: more than {cfg.max_document:,} bytes of JSON in one list; "
+                         "--max_document= takes longer ones")
+    records = parse_json(content, source.path)
+    if not isinstance(records, list):
+        raise ValueError(f"{source.path}: no list of records; a file with a record per line is .jsonl")
+    lines = [as_line(record) for record in records[place.count :]]
+    yield from record_tasks(lines, source, place, cfg, len(records))
+
+
+def as_line(record):
+    """A record of a table as a line of JSON, for what reads lines: unknown fields may hold anything."""
+    return json.dumps(record, default=str).encode("utf-8")
+
+
+def columns_of(cfg, names, where):
+    """The columns of a table that are read: the text's, or those that may hold pairs. Raises ValueError."""
+    if not cfg.sft:
+        check_field(cfg.field, names, where)
+        return [cfg.field]
+    columns = [name for name in names if name in FIELDS]
+    if not columns:
+        raise ValueError(f"{where}: no column with pairs; there are {', '.join(names)}, and prompt and "
+                         "answer, or messages, are expected")
+    return columns
+
+
 def package_tasks(source, place, cfg):
     """The texts in a Debian package."""
     texts = debian.documents(source.path)
@@ -257,13 +291,13 @@ def parquet_tasks(source, place, cfg):
     try:
         # pre_buffer would read the whole column first.
         with pyarrow.parquet.ParquetFile(source.path, buffer_size=1 << 20, pre_buffer=False) as file:
-            check_field(cfg.field, file.schema_arrow.names, source.path)
+            columns = columns_of(cfg, file.schema_arrow.names, source.path)
             n_groups = file.num_row_groups
             first_rows = np.cumsum([0] + [file.metadata.row_group(i).num_rows for i in range(n_groups)])
             group = int(np.searchsorted(first_rows, place.count, side="right")) - 1
             groups = list(range(group, n_groups))
-            batches = file.iter_batches(batch_size=256, row_groups=groups, columns=[cfg.field])
-            records = (text for batch in batches for text in text_as_bytes(batch.column(0)).to_pylist())
+            batches = file.iter_batches(batch_size=256, row_groups=groups, columns=columns)
+            records = (record for batch in batches for record in records_of(batch, cfg))
             for _ in range(place.count - int(first_rows[group])):
                 next(records)
             yield from record_tasks(records, source, place, cfg, int(first_rows[-1]))
@@ -272,6 +306,13 @@ def parquet_tasks(source, place, cfg):
             raise
         reason = str(problem).splitlines()[0]
         raise ValueError(f"{source.path}: not a whole parquet file: {reason}") from None
+
+
+def records_of(batch, cfg):
+    """The texts, or the pairs' records as lines of JSON, in an Arrow batch."""
+    if cfg.sft:
+        return map(as_line, batch.to_pylist())
+    return text_as_bytes(batch.column(0)).to_pylist()
 
 
 def text_as_bytes(column):
@@ -288,10 +329,12 @@ def text_as_bytes(column):
 def dataset_tasks(source, place, cfg):
     """The rows of a Hugging Face dataset."""
     table = load_dataset(source.path, cfg)
-    check_field(cfg.field, table.column_names, f"hf:{source.path}")
-    table = table.select_columns([cfg.field])
-    starts = range(place.count, len(table), 256)
-    records = (text for start in starts for text in table[start : start + 256][cfg.field])
+    table = table.select_columns(columns_of(cfg, table.column_names, f"hf:{source.path}"))
+    if cfg.sft:
+        records = (as_line(table[row]) for row in range(place.count, len(table)))
+    else:
+        starts = range(place.count, len(table), 256)
+        records = (text for start in starts for text in table[start : start + 256][cfg.field])
     yield from record_tasks(records, source, place, cfg, len(table))
 
 

@@ -3,6 +3,7 @@
 import collections
 import json
 
+from corpus import pairs
 from corpus.cutting import MARK, SURROGATE, decode_replacing
 from corpus.tasks import separator_pattern
 
@@ -39,18 +40,45 @@ class TaskReader:
                 yield self.text_of_line(line, f"{task.where}:{number}")
 
     def text_of_line(self, line, where):
-        line = self.decode(line, where, unit=" of the line")
-        if line is None:
+        field, record = self.cfg.field, self.parse_line(line, where)
+        if record is None:
             return None
-        field = self.cfg.field
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as problem:  # also integers too long for Python, and deep nesting
-            return self.reject(where, f"not JSON: {problem}")
         if not isinstance(record, dict) or field not in record:
             names = field_names(record)
             return self.reject(where, f"no field '{field}'; there are {names}; name the text's with --field")
         return self.checked_text(record[field], where, f"field '{field}'")
+
+    def parse_line(self, line, where):
+        """What a line of JSON, in bytes, says; None for one that is left out."""
+        line = self.decode(line, where, unit=" of the line")
+        if line is None:
+            return None
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as problem:  # also integers too long for Python, and deep nesting
+            return self.reject(where, f"not JSON: {problem}")
+        return [] if record is None else record  # no record, but none that is left out already
+
+    def pairs(self, task):
+        """Yield (pairs.Pair, digest of its conversation, where it stands) of a task of records.
+
+        Raises ValueError as `texts` does.
+        """
+        if task.kind == "lines":
+            lines, unit = task.content.removeprefix(MARK.encode()).split(b"\n"), ":"
+        else:
+            lines, unit = task.content, ", record "
+        for number, line in enumerate(lines, task.first):
+            where = f"{task.where}{unit}{number}"
+            record = self.parse_line(line, where) if line.strip() else None
+            if record is None:
+                continue
+            try:
+                found, digest = pairs.pairs_of(record)
+            except ValueError as problem:
+                self.reject(where, problem)
+                continue
+            yield from ((pair, digest, where) for pair in found)
 
     def texts_of_records(self, task):
         """The texts in the rows of a table: text, or its bytes."""

@@ -20,6 +20,7 @@ from corpus import tokenizers
 from corpus.characters import read_alphabet
 from corpus.files import check_file, list_folder, map_tokens
 from corpus.megatron_dataset import open_megatron
+from corpus.pairs import PairIndex, index_pairs
 from corpus.records import DIGEST, read_record, real, whole
 from corpus.stream import DocumentStarts, Stream, document_lengths, next_document_start
 
@@ -36,6 +37,8 @@ class Corpus(NamedTuple):
     token_bytes: np.ndarray
     tokenizer_file: Path | None = None  # if its tokenizer is a tokenizer.json
     byte_ratio: float = 1.0  # bytes of the validation text over those that its tokens spell
+    train_pairs: PairIndex | None = None  # where it consists of question-answer pairs
+    val_pairs: PairIndex | None = None
 
 
 def load_corpus(folder, tokenizer_name="", val_share=0.0, eos="", eos_opens=False):
@@ -123,12 +126,15 @@ def parse_corpus(item):
 
 # ---------------------------------------------------------------------------------------- our own layout
 
+FILE = {"name": re.compile(r"[^/\0]+"), "tokens": whole(), "sha256": DIGEST}
 SPLIT = {
     "tokens": whole(),
     "bytes": whole(),
     "token_bytes?": whole(),
     "sha256": str,
-    "files": [{"name": re.compile(r"[^/\0]+"), "tokens": whole(), "sha256": DIGEST}],
+    "files": [FILE],
+    "answer_tokens?": whole(),
+    "answer_files?": [FILE],  # of question-answer pairs: a byte beside each token (corpus/pairs.py)
 }
 META = {  # meta.json
     "format": real(),
@@ -164,10 +170,33 @@ def load_prepared(folder):
     if not tokenizer_file.is_file():
         tokenizer_file = None
     train, val = Stream(arrays["train"]), Stream(arrays["val"])
+    train_pairs, val_pairs = (load_pairs(folder, split, meta, len(stream), is_small)
+                              for split, stream in (("train", train), ("val", val)))
     ratio = 1.0
     if meta["tokenizer"].startswith("tokenizer.json "):  # which may change the text before it becomes tokens
         ratio = meta["val"]["bytes"] / (meta["val"].get("token_bytes") or count_bytes(val, token_bytes))
-    return Corpus(folder, meta, train, val, token_bytes, tokenizer_file, ratio)
+    return Corpus(folder, meta, train, val, token_bytes, tokenizer_file, ratio, train_pairs, val_pairs)
+
+
+def load_pairs(folder, split, meta, n_tokens, is_small):
+    """The PairIndex of a split, None for text. Raises ValueError where a file is not as meta.json says."""
+    if "answer_files" not in meta[split]:
+        return None
+    arrays = []
+    for file in meta[split]["answer_files"]:
+        path = folder / file["name"]
+        array = map_tokens(path, np.dtype(np.uint8), file["tokens"], "meta.json")
+        if is_small:
+            check_tokens(path, array, file["sha256"], 256)
+        arrays.append(array)
+    marks = np.concatenate([np.empty(0, np.uint8), *arrays])
+    try:
+        if len(marks) != n_tokens:
+            raise ValueError(f"{len(marks)} marks for {n_tokens} tokens")
+        return index_pairs(marks)
+    except ValueError as problem:
+        raise ValueError(f"{folder}: the files answers_{split} are damaged ({problem}); "
+                         "prepare the corpus again") from None
 
 
 def count_bytes(stream, token_bytes):

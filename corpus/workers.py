@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from corpus import cutting, tokenizers
+from corpus import chat, cutting, tokenizers
 from corpus.cutting import cut_text
+from corpus.tasks import choose_split
 from corpus.texts import TaskReader
 
 
@@ -31,6 +32,7 @@ class Document(NamedTuple):
     is_first: bool = True
     is_last: bool = True
     split: str = ""  # if the digest does not decide it
+    n_answer: int = 0  # of a pair: tokens of its answer, the eos included
 
 
 class Result(NamedTuple):
@@ -51,6 +53,7 @@ class TaskTokenizer:
         self.dtype = token_dtype(self.tokenizer)
         self.eos = np.array([self.tokenizer.eos_id], self.dtype)
         self.token_bytes = self.tokenizer.token_bytes()
+        self.template = chat.template_of(cfg, self.tokenizer) if cfg.sft else None
 
     def __call__(self, task):
         """The Result of a task. Raises ValueError for bad input that the settings do not let it leave out."""
@@ -59,13 +62,34 @@ class TaskTokenizer:
         if task.kind == "undecodable":
             return Result([], dict(undecodable=1))
 
-        reader, documents = TaskReader(self.cfg), []
-        texts = reader.texts(task)
+        reader = TaskReader(self.cfg)
+        if self.cfg.sft:
+            documents = list(self.tokenize_pairs(reader, task))
+        else:
+            documents = self.tokenize_texts(reader.texts(task))
+        return Result(documents, dict(reader.left_out), reader.n_replaced, tuple(reader.without_separator))
+
+    def tokenize_texts(self, texts):
+        """The Documents of whole texts."""
+        documents = []
         for text, ids in zip(texts, self.encode(texts)):
             raw = text.encode("utf-8")
             tokens = np.append(ids, self.eos).tobytes()
             documents.append(Document(hashlib.sha256(raw).digest(), len(raw), self.count_bytes(ids), tokens))
-        return Result(documents, dict(reader.left_out), reader.n_replaced, tuple(reader.without_separator))
+        return documents
+
+    def tokenize_pairs(self, reader, task):
+        """Yield the Documents of a task's question-answer pairs; those of a conversation are of one split."""
+        for pair, conversation, where in reader.pairs(task):
+            try:
+                encoded = self.template.encode_pair(pair)
+            except ValueError as problem:
+                reader.reject(where, problem)
+                continue
+            ids = np.concatenate((encoded.prompt, encoded.answer)).astype(self.dtype)
+            yield Document(
+                pair.digest(), encoded.n_bytes, self.count_bytes(ids), ids.tobytes(),
+                split=choose_split(conversation, self.cfg.val), n_answer=len(encoded.answer))
 
     def tokenize_piece(self, piece):
         """The Result of a piece of a long document."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from corpus.files import sync_to_disk
+from corpus.pairs import mark_tokens
 from corpus.tasks import Place, choose_split
 from corpus.workers import token_dtype
 
@@ -31,6 +32,7 @@ class State:
     dropping: bool = False  # whether the last document, of which more pieces may come, is a duplicate
     counts: dict = field(default_factory=lambda: {split: dict.fromkeys(COUNTS, 0) for split in SPLITS})
     files: dict = field(default_factory=lambda: {s: [] for s in SPLITS})  # [name, tokens] of each token file
+    answer_files: dict = field(default_factory=lambda: {s: [] for s in SPLITS})  # of pairs: the marks' files
 
     def total(self, what):
         """The tokens, bytes or documents of both splits together."""
@@ -45,10 +47,17 @@ class CorpusWriter:
         self.dtype = token_dtype(tokenizer)
         self.shards = {split: ShardWriter(folder, split, cfg.shard_tokens, self.dtype, state.files[split])
                        for split in SPLITS}
+        self.marks = {}
+        if cfg.sft:
+            self.marks = {split: ShardWriter(folder, f"answers_{split}", cfg.shard_tokens, np.dtype(np.uint8),
+                                             state.answer_files[split]) for split in SPLITS}
         for split in SPLITS:
             if not state.counts[split]["tokens"]:  # each split begins with an eos
                 self.shards[split].write(np.array([tokenizer.eos_id], self.dtype).tobytes())
                 state.counts[split]["tokens"] = 1
+                if cfg.sft:
+                    self.marks[split].write(bytes(1))
+                    state.counts[split]["answer_tokens"] = 0
 
     def add(self, result, next_place):
         """Write a task's Result, but no document that came before. next_place: where the next task starts."""
@@ -62,8 +71,11 @@ class CorpusWriter:
                 continue
             split = document.split or choose_split(document.digest, self.cfg.val)
             self.shards[split].write(document.tokens)
-            counts = state.counts[split]
-            counts["tokens"] += len(document.tokens) // self.dtype.itemsize
+            counts, n_tokens = state.counts[split], len(document.tokens) // self.dtype.itemsize
+            if self.cfg.sft:
+                self.marks[split].write(mark_tokens(n_tokens, document.n_answer))
+                counts["answer_tokens"] += document.n_answer
+            counts["tokens"] += n_tokens
             counts["bytes"] += document.n_bytes
             counts["token_bytes"] += document.n_token_bytes
             counts["documents"] += document.is_last
@@ -75,19 +87,22 @@ class CorpusWriter:
 
     def commit(self):
         """Make the files last, then the state that describes them."""
-        for shards in self.shards.values():
+        for shards in self.all_shards():
             shards.sync()
         self.ledger.commit(state=asdict(self.state))
 
     def close(self):
         """Close the files; what was written is on the disk then."""
-        for shards in self.shards.values():
+        for shards in self.all_shards():
             shards.close()
 
     def abandon(self):
         """Close the files, whether they can be written or not."""
-        for shards in self.shards.values():
+        for shards in self.all_shards():
             shards.abandon()
+
+    def all_shards(self):
+        return [*self.shards.values(), *self.marks.values()]
 
 
 class ShardWriter:

@@ -276,8 +276,9 @@ def held_out_rows(cfg, generator, length):
             raise ValueError("prompts are held-out text, so they need a corpus")
         return None
     try:
-        corpora = open_validation(generator, cfg.corpus).corpora
-        sequences = validation_sequences(corpora, length)
+        validation = open_validation(generator, cfg.corpus)
+        validation.settings.seq_len = length
+        sequences = validation_sequences(validation.settings, validation.corpora)
         sequences.seed = cfg.seed
         return sequences.rows(np.arange(cfg.samples))[:, 1:].tolist()
     except (ValueError, OSError) as problem:

@@ -56,7 +56,7 @@ class RowScorer(NamedTuple):
     """A network, the rows that it scores, and the ranks that share the work."""
 
     objective: Callable
-    sequences: data.Sequences | data.Mixture
+    sequences: data.Sequences | data.PairRows | data.Mixture
     read: Callable  # data.read_batch with the run's settings and separator filled in
     micro_batch: int  # rows per rank and forward pass; does not change the figures
     ranks: distributed.Ranks
@@ -70,6 +70,7 @@ class RowLosses(NamedTuple):
     cells: np.ndarray  # (passes, N, M, P) fp64: what a block adds to its row's nats per token
     ids: np.ndarray  # (passes, N) the number of each row's sequence
     levels: list  # of diffusion.NoiseLevels, one per pass
+    weights: np.ndarray | None = None  # (passes, N) shares of the tokens that count, times N; None: all are 1
 
     @property
     def values(self):
@@ -98,21 +99,24 @@ def evaluate(scorer, process, n_rows, passes=1, on_progress=lambda done, total: 
     same; `on_progress` gets the batches of this rank that are done.
 
     Of a masked network a position weighs L/k of the row's bound and 1/(n_rows·L) of the mean over rows; a
-    row's loss is n_rows times that: the mean cross-entropy of its k masked tokens.
+    row's loss is n_rows times that: the mean cross-entropy of its k masked tokens. Of question-answer pairs
+    the answers count, so the mean is over all their tokens, and a row's loss is n_rows times its part of it.
     """
     shared = scorer.micro_batch * scorer.ranks.world
     n_batches = -(-n_rows // shared) * scorer.ranks.world
     total = passes * n_batches // scorer.ranks.world
-    all_cells, all_ids, all_levels = [], [], []
+    all_cells, all_ids, all_levels, all_weights = [], [], [], []
 
     with eval_mode(scorer.objective):
         for number in range(passes):
-            levels = diffusion.noise_levels(process, number * n_rows, n_rows)
             ids = data.validation_ids(n_rows, scorer.sequences.available, number)
+            eligible = scorer.sequences.eligible(ids) if scorer.sequences.has_pairs else None
+            counts = data.count_by_block(process, eligible)
+            levels = diffusion.noise_levels(process, number * n_rows, n_rows, n_eligible=counts)
             cells = None
             for batch in range(scorer.ranks.rank, n_batches, scorer.ranks.world):
                 rows = levels.microbatch_rows(batch, n_batches)
-                losses = batch_losses(scorer, process, ids, levels, rows, n_batches / n_rows)
+                losses = batch_losses(scorer, process, ids, levels, rows, n_batches / n_rows, eligible)
                 if cells is None:
                     cells = np.zeros((n_rows, *losses.shape[1:]))
                 cells[rows] = n_rows * losses
@@ -120,16 +124,23 @@ def evaluate(scorer, process, n_rows, passes=1, on_progress=lambda done, total: 
             all_cells.append(sum_over_ranks(scorer.ranks, cells))
             all_ids.append(ids)
             all_levels.append(levels)
+            n_counted = levels.n_eligible.sum(1)
+            all_weights.append(n_counted / n_counted.mean())
 
-    return RowLosses(np.stack(all_cells), np.stack(all_ids), all_levels)
+    weights = np.stack(all_weights) if scorer.sequences.has_pairs else None
+    return RowLosses(np.stack(all_cells), np.stack(all_ids), all_levels, weights)
 
 
-def batch_losses(scorer, process, ids, levels, rows, spacing):
-    """The losses of one pass's `rows`, in a batch filled up to micro_batch: (len(rows), M, P) fp64."""
+def batch_losses(scorer, process, ids, levels, rows, spacing, eligible=None):
+    """The losses of one pass's `rows`, in a batch filled up to micro_batch: (len(rows), M, P) fp64.
+
+    eligible (N, L) bool: the positions of all rows that count; None: all.
+    """
     micro, M = scorer.micro_batch, process.n_blocks
     valid = np.arange(micro) < len(rows)
     filled = np.concatenate((rows, np.full(micro - len(rows), len(ids) - 1)))
-    batch = scorer.read(process, scorer.sequences, ids[filled], levels, filled, valid=valid, spacing=spacing)
+    inside = None if eligible is None else eligible[filled]
+    batch = scorer.read(process, scorer.sequences, ids[filled], levels, filled, inside, valid, spacing)
 
     tensors = transfer.to_device(transfer.to_tensors(batch), scorer.device)
     with scorer.autocast():
@@ -221,8 +232,13 @@ def standard_error(losses, exact=False):
 
     Several passes over the same rows average the noise, not the text: `text_variance` tells them apart. Both
     errors are widened for few rows (`student_factor`), and nan of fewer than FEWEST_ROWS.
+
+    Where rows differ in how many tokens count, the mean is a ratio of two sums: its error is that of the
+    residuals, values − mean·weights.
     """
     values = losses.values.sum(2)
+    if losses.weights is not None:
+        values = values - values.mean() * (losses.weights - 1)
     passes, N = values.shape
     if N < FEWEST_ROWS:
         return math.nan, math.nan

@@ -23,6 +23,7 @@ from training.corpora import (
     VOCABULARY,
     mean_token_bytes,
     open_corpora,
+    pair_layout,
     text_digest,
     training_text,
     validation_sequences,
@@ -33,7 +34,8 @@ from training.objective import Objective
 
 # Settings of a run that are needed here, for records of versions that lacked them.
 DEFAULTS = dict(tokenizer="", val_share=0.0, eos="", eos_opens=False, unique_tokens=0, eval_rows=256,
-                schedule="linear", document_attention=False, reset_positions=False)
+                schedule="linear", document_attention=False, reset_positions=False, packing=True,
+                long_pairs="cut", eos_padding="none")
 
 
 class Validation(NamedTuple):
@@ -41,8 +43,9 @@ class Validation(NamedTuple):
 
     settings: SimpleNamespace  # the run's
     corpora: list
-    sequences: data.Sequences | data.Mixture
+    sequences: data.Sequences | data.PairRows | data.Mixture
     is_own: bool  # it is the text on which training validated
+    layout: data.PairLayout  # of question-answer pairs
 
 
 def open_validation(generator, corpus=""):
@@ -57,8 +60,8 @@ def open_validation(generator, corpus=""):
     if differences:
         raise ValueError(f"checkpoint and corpus don't go together: {', '.join(differences)}")
     is_own = text_digest(corpora, "val") == record["corpus"].get("val_sha256")
-    sequences = validation_sequences(corpora, settings.seq_len)
-    return Validation(settings, corpora, sequences, is_own)
+    sequences = validation_sequences(settings, corpora, generator.process.block)
+    return Validation(settings, corpora, sequences, is_own, pair_layout(settings, generator.process.block))
 
 
 class Subject(NamedTuple):
@@ -129,7 +132,12 @@ def measure_bound(cfg, subject):
         text=text_digest(validation.corpora, "val"),
         own_text=validation.is_own,
     )
-    if cfg.bins and not exact:
+    if sequences.has_pairs:
+        n_answers = float(np.mean([sequences.n_pairs(ids) for ids in losses.ids]))
+        n_tokens = float(np.mean([levels.n_eligible.sum() for levels in losses.levels]))
+        bound |= dict(answers=n_answers, nats_per_answer=nats * n_tokens / n_answers,
+                      answer_tokens=n_tokens / n_answers)
+    elif cfg.bins and not exact:
         curve = likelihood.noise_curve(losses, process, cfg.bins)
         bound["curve"] = [point._asdict() for point in curve.values()]
         if generator.objective == "uniform":  # the integrand of this bound is no cross-entropy
@@ -271,7 +279,7 @@ def judge_texts(judge, samples):
 
 def held_out_rows(corpora, seq_len, rows):
     """As many rows of the validation split, cut to the lengths of `rows`."""
-    sequences = validation_sequences(corpora, seq_len)
+    sequences = validation_sequences(SimpleNamespace(**DEFAULTS, seq_len=seq_len), corpora)
     ids = data.validation_ids(min(len(rows), sequences.available), sequences.available)
     held_out = sequences.read(ids)[:, 1:].tolist()
     return [text[: len(row)] for text, row in zip(held_out, rows)]

@@ -37,6 +37,10 @@ def print_report(report, generator):
         print_bound(report["bound"], generator)
     for order, line in report.get("ordered", {}).items():
         print_ordered(order, line)
+    if "answers" in report:
+        line = report["answers"]
+        share = f"{line['exact_match']:.1%} ± {line['error']:.1%}"
+        print(f"{line['answers']:,} answers written: {share} exactly right")
     if report.get("tasks"):
         print_tasks(report["tasks"])
     if "texts" in report:
@@ -50,6 +54,10 @@ def print_bound(bound, generator):
     noise = f"   (noise alone ± {bound['noise_error']:.4f})" if several else ""
     print(f"{bound['kind']:<22}{nats} nats/token   {bits} bits/byte   "
           f"perplexity {bound['perplexity']:.2f}{noise}")
+
+    if "answers" in bound:
+        print(f"{'':<22}of answers given their prompts: {bound['nats_per_answer']:.4f} nats each, "
+              f"{bound['answer_tokens']:.1f} tokens on average")
 
     passes = f", {bound['passes']} passes" if several else ""
     note = ""
@@ -113,7 +121,7 @@ REPORT = {  # eval.json, as far as it is read again
     "ordered?": {},
     "tasks?": {},
 }
-NOT_TASKS = ("bound", "texts", *ORDERS)  # names of measurements beside those of benchmarks
+NOT_TASKS = ("bound", "answers", "texts", *ORDERS)  # names of measurements beside those of benchmarks
 
 
 def figures(report):
@@ -126,6 +134,8 @@ def figures(report):
         if order != "bound":
             line[f"eval/{order}/nats_per_token"] = measured["nats_per_token"]
             line[f"eval/{order}/error"] = measured["error"]
+    if "answers" in report:
+        line["eval/answers/exact_match"] = report["answers"]["exact_match"]
     for task, metrics in report.get("tasks", {}).items():
         for metric, value in metrics.items():
             if isinstance(value, float):

@@ -64,10 +64,10 @@ class Generator:
         """The context in which the blocks' matrix products are in bfloat16, if they are to be."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
-    def generate(self, rows, cfg, first_row=0, on_step=lambda z: None):
-        """`decode.generate` with this model; of the special tokens only the separator is ever written."""
-        specials = self.tokenizer.specials.values()
-        suppressed = {i for i in specials if i < self.tokenizer.n_vocab and i != self.tokenizer.eos_id}
+    def generate(self, rows, cfg, first_row=0, on_step=lambda z: None, allowed=()):
+        """`decode.generate` with this model; of its special tokens only the separator and `allowed` ones."""
+        specials = {i for i in self.tokenizer.specials.values() if i < self.tokenizer.n_vocab}
+        suppressed = specials - {self.tokenizer.eos_id, *allowed}
         cfg = cfg._replace(suppress_tokens=tuple(sorted(suppressed)))
         with self.autocast():
             return decode.generate(self.model, rows, cfg, self.tokenizer.eos_id, self.schedule,

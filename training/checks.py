@@ -23,6 +23,7 @@ from training import checkpoint, compiler
 from training.checkpoint import checkpoints, load_newest, open_checkpoint, weights_folder
 from training.corpora import (
     VOCABULARY,
+    check_meaning,
     mean_token_bytes,
     open_corpora,
     text_digest,
@@ -219,7 +220,8 @@ def keep_data_order(run, record):
 
     Runs that began before data.EXACT_UP_TO have another: it must not change amid an epoch.
     """
-    return run._replace(sequences=training_sequences(run.cfg, run.corpora, record["exact_up_to"]))
+    return run._replace(sequences=training_sequences(
+        run.cfg, run.corpora, block_of(run.cfg), record["exact_up_to"]))
 
 
 def mixture_of(corpus):
@@ -260,9 +262,10 @@ def open_run(cfg, ranks, device):
 def build_run(cfg, ranks, device, initial=None):
     """The Run of these settings; `initial` as `find_initial_checkpoint` returns it. Writes nothing."""
     corpora = open_corpora(cfg)
+    check_meaning(cfg, corpora)
     meta = corpora[0].meta
-    sequences = training_sequences(cfg, corpora)
-    val_sequences = validation_sequences(corpora, cfg.seq_len)
+    sequences = training_sequences(cfg, corpora, block_of(cfg))
+    val_sequences = validation_sequences(cfg, corpora, block_of(cfg))
     steps = cfg.steps or math.ceil(
         (cfg.tokens or cfg.epochs * sequences.n * cfg.seq_len) / (cfg.batch_size * cfg.seq_len))
     check_length(cfg, ranks, steps)

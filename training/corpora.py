@@ -3,7 +3,7 @@
 import numpy as np
 
 from corpus.tokenfiles import Stream, load_corpus, parse_corpora
-from data import EXACT_UP_TO, Mixture, Sequences
+from data import EXACT_UP_TO, Mixture, PairLayout, PairRows, Sequences
 
 # What a corpus and a checkpoint must agree on.
 VOCABULARY = ("tokenizer", "n_vocab", "mask_id", "eos_id")
@@ -20,7 +20,32 @@ def open_corpora(cfg):
         if differences:
             folders = f"{first.folder} and {corpus.folder}"
             raise ValueError(f"{folders} don't go together: {', '.join(differences)}")
+        if (first.train_pairs is None) != (corpus.train_pairs is None):
+            raise ValueError(f"corpus={cfg.corpus}: question-answer pairs and text don't mix; train on one "
+                             "after the other, by --init_from")
     return corpora
+
+
+# settings of a run that are for text, and for question-answer pairs, with what leaves them alone
+OF_TEXT = dict(unique_tokens=0, short_rows=0.0, document_attention=False, reset_positions=False)
+OF_PAIRS = dict(packing=True, long_pairs="cut", eos_padding="none")
+
+
+def check_meaning(cfg, corpora):
+    """Raise ValueError for settings of a run that its corpora have no use for."""
+    has_pairs = corpora[0].train_pairs is not None
+    unused, kind = (OF_TEXT, "question-answer pairs") if has_pairs else (OF_PAIRS, "text")
+    for name, default in unused.items():
+        value = getattr(cfg, name)
+        if value != default:
+            raise ValueError(f"{name}={value} has no meaning for corpus={cfg.corpus}, which is {kind}")
+    if has_pairs and any(unique for _, _, unique in parse_corpora(cfg.corpus)):
+        raise ValueError(f"corpus={cfg.corpus}: unique tokens are of text, not of question-answer pairs")
+
+
+def pair_layout(cfg, block):
+    """How a run's question-answer pairs stand in rows; block: its diffusion_block."""
+    return PairLayout(cfg.packing, cfg.long_pairs, cfg.eos_padding, block or 1)
 
 
 def split_name(split, corpus, corpora):
@@ -28,28 +53,40 @@ def split_name(split, corpus, corpora):
     return f"{split} ({corpus.folder})" if len(corpora) > 1 else split
 
 
-def training_sequences(cfg, corpora, exact_up_to=EXACT_UP_TO):
-    """Sequences of the corpora's training splits, mixed as cfg says; exact_up_to: see data.permute."""
+def training_sequences(cfg, corpora, block=0, exact_up_to=EXACT_UP_TO):
+    """Sequences of the corpora's training splits, or rows of their pairs, mixed as cfg says.
+
+    block: the run's diffusion_block; exact_up_to: see data.permute.
+    """
     parsed = parse_corpora(cfg.corpus)
     sequences = []
     for i, (corpus, (_, _, unique)) in enumerate(zip(corpora, parsed)):
-        name = split_name("training", corpus, corpora)
-        unique = unique or cfg.unique_tokens
-        n_vocab = corpus.meta["n_vocab"]
-        sequences.append(
-            Sequences(corpus.train, cfg.seq_len, cfg.seed + i, unique, n_vocab, name, exact_up_to))
+        name, seed = split_name("training", corpus, corpora), cfg.seed + i
+        n_vocab, eos_id = corpus.meta["n_vocab"], corpus.meta["eos_id"]
+        if corpus.train_pairs is not None:
+            source = PairRows(corpus.train, corpus.train_pairs, cfg.seq_len, eos_id, pair_layout(cfg, block),
+                              seed, n_vocab, name, exact_up_to)
+        else:
+            unique = unique or cfg.unique_tokens
+            source = Sequences(corpus.train, cfg.seq_len, seed, unique, n_vocab, name, exact_up_to)
+        sequences.append(source)
     if len(sequences) == 1:
         return sequences[0]
     weights = [weight for _, weight, _ in parsed]
     return Mixture(sequences, weights if weights[0] else None, cfg.seed)
 
 
-def validation_sequences(corpora, seq_len):
-    """Sequences of all the corpora's validation splits."""
+def validation_sequences(cfg, corpora, block=0):
+    """Sequences of all the corpora's validation splits, or rows of their pairs; block: diffusion_block."""
     sequences = []
     for corpus in corpora:
-        name = split_name("validation", corpus, corpora)
-        sequences.append(Sequences(corpus.val, seq_len, n_vocab=corpus.meta["n_vocab"], split=name))
+        name, n_vocab = split_name("validation", corpus, corpora), corpus.meta["n_vocab"]
+        if corpus.val_pairs is not None:
+            source = PairRows(corpus.val, corpus.val_pairs, cfg.seq_len, corpus.meta["eos_id"],
+                              pair_layout(cfg, block), n_vocab=n_vocab, split=name)
+        else:
+            source = Sequences(corpus.val, cfg.seq_len, n_vocab=n_vocab, split=name)
+        sequences.append(source)
     return sequences[0] if len(sequences) == 1 else Mixture(sequences)
 
 
@@ -78,12 +115,15 @@ def training_text(cfg, corpora, exact_up_to):
 
 
 def mean_token_bytes(corpora, sequences, ids):
-    """Bytes of text per token of exactly these sequences (N,) of the corpora's validation splits."""
-    n_bytes = 0.0
+    """Bytes of text per token of exactly these sequences (N,) of the validation splits (pairs: answers)."""
+    n_bytes = n_tokens = 0.0
     for _, source, numbers in sequences.by_source(ids):
         corpus = next(corpus for corpus in corpora if corpus.val is source.stream)
-        n_bytes += corpus.byte_ratio * float(corpus.token_bytes[source.read(numbers)[:, 1:]].sum())
-    return n_bytes / (len(ids) * sequences.length)
+        lengths = corpus.token_bytes[source.read(numbers)[:, 1:]]
+        counted = source.eligible(numbers) if source.has_pairs else np.ones(lengths.shape, bool)
+        n_bytes += corpus.byte_ratio * float(lengths[counted].sum())
+        n_tokens += counted.sum()
+    return n_bytes / n_tokens
 
 
 def text_digest(corpora, split):

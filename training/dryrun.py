@@ -39,10 +39,10 @@ def predict_memory(run):
     levels = diffusion.noise_levels(run.process, 0, cfg.batch_size)
     rows = levels.microbatch_rows(0, cfg.batch_size // micro_batch)
     tokens = np.zeros((micro_batch, cfg.seq_len + 1), np.int32)
-    has_documents = cfg.document_attention or cfg.short_rows > 0 and cfg.objective != "ar"
-    documents = np.zeros((micro_batch, cfg.seq_len), np.int32) if has_documents else None
+    documents = np.zeros((micro_batch, cfg.seq_len), np.int32) if run.has_documents else None
     batch = diffusion.make_batch(run.process, tokens, levels, rows, documents=documents)
-    batch = batch._replace(positions=documents if cfg.reset_positions else None)
+    has_positions = cfg.reset_positions or run.sequences.has_pairs
+    batch = batch._replace(positions=documents if has_positions else None)
     shards = distributed.ranks_per_copy(cfg.layout(), world, cfg.ranks_per_node(), cfg.shard_size)
     accumulating = run.accumulation > 1
     return memory.predict(

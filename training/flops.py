@@ -17,20 +17,26 @@ def peak_flops(device):
     return next((peak for known, peak in PEAK.items() if known in name), None)
 
 
-def noisy_share(process, first_sample=0, n_rows=0, progress=0.5, lengths=None):
+def noisy_share(process, first_sample=0, n_rows=0, progress=0.5, n_eligible=None):
     """The share of positions that get a head in these rows: of a masked process the masked ones, else all.
 
-    n_rows: 0 for as many as tell it well. lengths as n_eligible in diffusion.noise_levels.
+    n_rows: 0 for as many as tell it well. n_eligible as in diffusion.noise_levels.
     """
     if process.objective != "masked":
         return 1.0
-    if lengths is not None:
-        n_rows = len(lengths)
+    if n_eligible is not None:
+        n_rows = len(n_eligible)
     n_rows = n_rows or max(64, 4096 // process.n_blocks)
-    levels = diffusion.noise_levels(process, first_sample, n_rows, progress, lengths)
+    levels = diffusion.noise_levels(process, first_sample, n_rows, progress, n_eligible)
     return float(levels.count.sum(1).mean()) / process.seq_len
 
 
 def expected_share(run):
     """The `noisy_share` of a run, halfway through."""
-    return noisy_share(run.process, lengths=data.eligible_counts(run.cfg, np.arange(4096)))
+    return noisy_share(run.process, n_eligible=counts_of(run, np.arange(1024)))
+
+
+def counts_of(run, sample):
+    """How many positions count in each block of the samples' rows: (N, M), None for all."""
+    eligible = data.eligible_positions(run.cfg, run.sequences, run.sequences.ids(sample), sample)
+    return data.count_by_block(run.process, eligible)

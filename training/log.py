@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch import nn
 
 import configurator
-import data
 import diffusion
 import kernels
 import terminal
@@ -29,7 +28,7 @@ from configurator.renamed import SETTINGS, renamed
 from corpus.files import open_regular
 from corpus.records import check, parse_json, real, whole
 from training import distributed
-from training.flops import expected_share, noisy_share, peak_flops
+from training.flops import counts_of, expected_share, noisy_share, peak_flops
 from training.transfer import AsyncCopy, seconds_between, timestamp
 
 # ---------------------------------------------------------------------------------------------- for people
@@ -57,6 +56,8 @@ def print_opening(run, network, resumed, to_do):
     place = f"{str(run.dtype)[6:]} on {ranks.world} × {run.device.type}"
     say(ranks, f"{network.n_params():,} parameters ({network.n_params(False):,} without embeddings), "
                f"{flops / 1e6:.1f} MFLOP per token, {place}, attention: {attention_backend(run)}{shard}")
+    if run.sequences.has_pairs:
+        print_pairs(run)
     tokens, n = run.steps * run.tokens_per_step, run.sequences.n
     say(ranks, f"{run.steps:,} steps of {run.tokens_per_step:,} tokens: {tokens:,} tokens, "
                f"{run.steps * cfg.batch_size / n:.2f} epochs of {n * cfg.seq_len:,}")
@@ -72,11 +73,21 @@ def print_opening(run, network, resumed, to_do):
         say(ranks, "the first step compiles the model, which takes up to a minute on a CPU")
 
 
+def print_pairs(run):
+    """Say how many question-answer pairs are in how many rows, and which are cut or left out."""
+    for name, sequences in (("training", run.sequences), ("validation", run.val_sequences)):
+        sources = getattr(sequences, "sources", [sequences])
+        n_pairs, n_cut, n_skipped = (sum(counts) for counts in zip(
+            *((len(source.start), source.n_cut, source.n_skipped) for source in sources)))
+        left = f", {n_cut:,} of them cut" if n_cut else ""
+        left += f"; {n_skipped:,} are left out, as their answers don't fit" if n_skipped else ""
+        say(run.ranks, f"{name}: {n_pairs:,} question-answer pairs in {sequences.n:,} rows{left}")
+
+
 def attention_backend(run):
     """The name of the attention's implementation; warns where a faster one should have been found."""
     cfg, causal = run.cfg, run.model_config.causal
-    within_documents = cfg.document_attention or cfg.short_rows > 0 and not causal
-    has_mask = within_documents or run.model_config.diffusion_block > 0
+    has_mask = run.has_documents or run.model_config.diffusion_block > 0
     query = torch.empty(1, 1, cfg.seq_len, run.model_config.head_dim, dtype=run.dtype, device=run.device)
     backend = kernels.attention_backend(query, causal, has_mask)
     on_hopper = run.device.type == "cuda" and torch.cuda.get_device_capability(run.device) >= (9, 0)
@@ -399,8 +410,8 @@ class StepLog:
             return {}
         run = self.run
         first, n_rows = self.state.samples_at(step - 1, run.cfg.batch_size), run.cfg.batch_size
-        lengths = data.eligible_counts(run.cfg, first + np.arange(n_rows))
-        share = noisy_share(run.process, first, n_rows, (step - 1) / run.steps, lengths)
+        counts = counts_of(run, first + np.arange(n_rows))
+        share = noisy_share(run.process, first, n_rows, (step - 1) / run.steps, counts)
         flops = tokens_per_s * self.network.flops_per_token(share)
         return dict(mfu=flops / (self.peak * run.ranks.world))
 

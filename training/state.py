@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from corpus.tokenfiles import Corpus
-from data import Mixture, Sequences
+from data import Mixture, PairRows, Sequences
 from diffusion import Process
 from model import ModelConfig
 from training.distributed import Ranks
@@ -22,8 +22,8 @@ class Run(NamedTuple):
     folder: Path
     init_checkpoint: tuple | None  # (its weights' folder, record) of what init_from names
     corpora: list[Corpus]
-    sequences: Sequences | Mixture
-    val_sequences: Sequences | Mixture
+    sequences: Sequences | PairRows | Mixture
+    val_sequences: Sequences | PairRows | Mixture
     corpus_record: dict  # what a checkpoint keeps of the corpus
     process: Process
     model_config: ModelConfig
@@ -37,6 +37,12 @@ class Run(NamedTuple):
     @property
     def eos_id(self):
         return self.corpora[0].meta["eos_id"]
+
+    @property
+    def has_documents(self):
+        """Whether attention has to stay within documents, or out of padding."""
+        has_padding = self.cfg.short_rows > 0 and self.cfg.objective != "ar"
+        return self.cfg.document_attention or has_padding or self.sequences.has_pairs
 
     @property
     def tokens_per_step(self):

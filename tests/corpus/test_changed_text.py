@@ -1,6 +1,7 @@
 """Tokenizers that change the text: its bytes, what comes back from tokens, what ends a document in it."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def change_layout(path, out, **changes):
 def bytes_per_token(*folders):
     """Of the whole validation splits of corpora."""
     corpora = [tokenfiles.load_corpus(folder) for folder in folders]
-    sequences = validation_sequences(corpora, 1)
+    sequences = validation_sequences(SimpleNamespace(seq_len=1), corpora)
     return mean_token_bytes(corpora, sequences, np.arange(sequences.available))
 
 

@@ -35,7 +35,7 @@ def test_no_torch_to_prepare_a_corpus():
     (["h*.txt"], "h*.txt: give the corpus a name with --name="),
     (["here.txt", "--val=0"], "--val=0: must be above 0"),
     (["here.txt", "--val=1.5"], "--val=1.5: must be at most 0.999"),
-    (["here.txt", "--format=csv"], "choose from auto, txt, jsonl, parquet"),
+    (["here.txt", "--format=csv"], "choose from auto, txt, jsonl, json, parquet"),
     (["here.txt", "--tokenizer=gtp2"], "unknown tokenizer 'gtp2'; choose bytes, one of gpt2"),
     (["here.txt", "--tokenizer=absent.json"], "absent.json: no such tokenizer file"),
     (["here.txt", "--tokenizer=here.json"], "here.json: no tokenizer.json"),

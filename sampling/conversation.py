@@ -1,0 +1,85 @@
+"""Answers of a model that was trained on question-answer pairs: to one question, or in a chat."""
+
+import sys
+
+from corpus import chat
+
+
+class Conversation:
+    """Messages so far, and a Generator that answers them through its chat template.
+
+    length: new tokens of an answer (0: as many as fit). Old turns are dropped when there is no room for the
+    next one.
+    """
+
+    def __init__(self, generator, template, decoding, length=0, system=""):
+        self.generator, self.template, self.length = generator, template, length
+        self.decoding = decoding._replace(stop=True)
+        self.ends = template.end_of_turn()
+        self.messages = [dict(role="system", content=system)] if system else []
+        self.n_first = len(self.messages)  # messages that are never dropped
+        self.n_asked = 0
+
+    def ask(self, question):
+        """The model's answer to a question, as text. Raises ValueError where the question has no room."""
+        self.messages.append(dict(role="user", content=question))
+        try:
+            row = self.next_row()
+        except ValueError:
+            self.messages.pop()
+            raise
+        result = self.generator.generate([row], self.decoding, self.n_asked, allowed=self.ends)
+        self.n_asked += 1
+        tokenizer = self.generator.tokenizer
+        ids = result.rows[0][row.index(tokenizer.mask_id) :]
+        answer = read_answer(ids, self.ends, tokenizer)
+        self.messages.append(dict(role="assistant", content=answer))
+        return answer
+
+    def next_row(self):
+        """The prompt's ids and masks for the answer, without old turns where these leave no room.
+
+        Raises ValueError if there is none for the question alone.
+        """
+        mask_id, seq_len = self.generator.tokenizer.mask_id, self.generator.seq_len
+        least = self.length or 1
+        while True:
+            prompt = self.template.encode_prompt(self.messages).tolist()
+            if len(prompt) + least <= seq_len:
+                return prompt + [mask_id] * (self.length or seq_len - len(prompt))
+            if len(self.messages) - self.n_first < 3:
+                raise ValueError(f"the question has {len(prompt)} tokens and the model's context {seq_len}: "
+                                 f"no room for an answer of {least}")
+            del self.messages[self.n_first : self.n_first + 2]
+
+
+def read_answer(ids, ends, tokenizer):
+    """The text of an answer's ids, up to the first token that ends it."""
+    stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+    return tokenizer.decode(ids[:stop], continues=True)
+
+
+def open_template(generator):
+    """The ChatTemplate that a run or converted model has beside its tokenizer; plain if it has none.
+
+    Raises ValueError or OSError.
+    """
+    folders = (generator.folder.parent, generator.folder)
+    return chat.find_template(generator.tokenizer, folders)
+
+
+def run_chat(conversation):
+    """Ask what comes on standard input, line by line, and print the answers, until it ends."""
+    is_terminal = sys.stdin.isatty()
+    while True:
+        try:
+            question = input("> " if is_terminal else "")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if not question.strip():
+            continue
+        try:
+            print(conversation.ask(question), flush=True)
+        except ValueError as problem:
+            print(f"sample.py: {problem}", file=sys.stderr, flush=True)
