@@ -1,8 +1,9 @@
-"""Convert checkpoints between Megatron, Hugging Face and nanoquokka.
+"""Convert checkpoints between Megatron, Hugging Face, GGUF (read only) and nanoquokka.
 
     # Megatron → a run of ours; a Hugging Face folder → a run of ours
     python convert.py --source=ckpts/1024_96b_1e_1b_ar --tokenizer=gpt2 --out=runs/imported
     python convert.py --source=Qwen3-0.6B --out=runs/qwen3
+    python convert.py --source=SmolLM2-135M-Instruct.Q4_1.gguf --out=runs/smollm2      # llama.cpp's format
 
     # ours → a Hugging Face folder; ours → Megatron's torch format
     python convert.py --source=runs/quickstart --out=exported
@@ -35,7 +36,7 @@ from rich.progress import Progress
 
 import configurator
 from configurator import setting
-from interop import download, huggingface, mean, megatron, native, verify
+from interop import download, gguf_files, huggingface, mean, megatron, native, verify
 from interop.source import cast_weights, new_folder
 from training.record import MAX_SIZE
 
@@ -46,7 +47,7 @@ LIMIT = 1e-4  # of --verify, which computes in float32 whatever the weights are
 class Config:
     source: str = setting(
         "", "what to convert: a run or checkpoint of ours, a Hugging Face folder, a Megatron run (its latest "
-        "iteration) or iteration")
+        "iteration) or iteration, a .gguf file")
     weights: Literal["auto", "ema", "raw"] = setting(
         "auto", "of a run of ours: the averaged ones, those of training, or the first that it has")
     out: str = setting("", "folder to write, which must not exist")
@@ -77,7 +78,7 @@ class Config:
         """Other settings that can't be, one line each."""
         wrong = [f"give --{name}" for name in ("source", "out") if not getattr(self, name)]
         source, out = Path(self.source), Path(self.out)
-        if self.source and not source.is_dir():
+        if self.source and not source.is_dir() and not gguf_files.is_checkpoint(source):
             problem = "a file; name its folder" if source.exists() else "no such folder"
             wrong.append(f"source={source}: {problem}")
         if self.source and self.out and source.resolve() in out.resolve().parents:
@@ -122,6 +123,8 @@ def open_source(cfg, path):
         return native.open_source(path, cfg.weights)
     if cfg.weights != "auto":
         raise ValueError(f"weights={cfg.weights} is for runs of ours; {path} has weights of one kind")
+    if gguf_files.is_checkpoint(path):
+        return gguf_files.open_source(cfg, path)
     if huggingface.is_checkpoint(path):
         return huggingface.open_source(cfg, path)
     if megatron.is_checkpoint(path):

@@ -149,8 +149,9 @@ def optimizers(cfg, device):
     """Time steps with each optimizer."""
     rows, seq_len = (4, 32) if cfg.smoke else (12, 64)
     lines = []
-    for objective in ("ar", "masked"):
+    for objective in ("ar", "masked", "uniform"):
         config = model_shape(4, 4, 128, 256, seq_len, causal=objective == "ar")
+        config = dataclasses.replace(config, timed=objective == "uniform")
         for name, dtype in dtypes(device).items():
             torch._dynamo.reset()
             rivals = {}

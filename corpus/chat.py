@@ -202,7 +202,13 @@ def find_template(tokenizer, folders, choice="auto"):
     """
     if choice not in ("auto", "plain"):
         return read_template(Path(choice), tokenizer)
-    for folder in map(Path, folders if choice == "auto" else ()):
+    found = own_template(tokenizer, folders) if choice == "auto" else None
+    return found or ChatTemplate(PLAIN, tokenizer)
+
+
+def own_template(tokenizer, folders):
+    """The ChatTemplate in the first of `folders` that has one, or None. Raises ValueError or OSError."""
+    for folder in map(Path, folders):
         if (folder / FILE).is_file():
             return read_template(folder / FILE, tokenizer)
         source = read_json(folder / "tokenizer_config.json").get("chat_template")
@@ -211,7 +217,7 @@ def find_template(tokenizer, folders, choice="auto"):
             source = named.get("default")
         if isinstance(source, str):
             return ChatTemplate(source, tokenizer, special_tokens(folder))
-    return ChatTemplate(PLAIN, tokenizer)
+    return None
 
 
 def template_of(cfg, tokenizer):

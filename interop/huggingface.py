@@ -13,6 +13,7 @@ import re
 import shutil
 from pathlib import Path
 
+from corpus import chat
 from corpus.records import read_json, read_record
 from interop import checks, native, tensors
 from interop.source import VOCABULARY_TENSORS, Source, fit_vocabulary, weight_shapes, write_json
@@ -85,7 +86,8 @@ def open_source(cfg, path):
             shapes[name] = (n_rows, *shapes[name][1:])
     check_tensors(path, {hf_names[name]: shapes[name] for name in shapes}, original)
     weights = fit_vocabulary({name: original[hf_names[name]] for name in shapes}, config)
-    return Source("hf", path, config, objective, weights, original, tokenizer, 0)
+    template = chat.own_template(tokenizer, [path]) if tokenizer else None
+    return Source("hf", path, config, objective, weights, original, tokenizer, 0, template)
 
 
 def read_config(folder):
@@ -266,6 +268,8 @@ def write(folder, source, weights, on_progress):
     if tokenizer and not hasattr(tokenizer, "path"):
         settings["tokenizer_name"] = tokenizer.name  # so that convert.py finds it again
     generation = dict(eos_token_id=tokenizer.eos_id) if tokenizer else {}
+    if source.template and is_ar:
+        generation["eos_token_id"] = sorted(source.template.end_of_turn())
     if not is_ar:
         generation["mask_token_id"] = config.mask_id
     write_json(folder / "config.json", settings)
@@ -274,6 +278,8 @@ def write(folder, source, weights, on_progress):
         shutil.copyfile(Path(__file__).with_name("modeling_nanoquokka.py"), folder / "modeling_nanoquokka.py")
     if tokenizer:
         write_tokenizer(folder, tokenizer, None if is_ar else config.mask_id, config.seq_len)
+    if source.template:
+        (folder / chat.FILE).write_text(source.template.source, encoding="utf-8")
     n_rows = config.n_vocab if is_ar else config.padded_vocab  # stock classes would draw ids that are no text
     hf_weights = {hf_name(name): tensor.with_rows(n_rows) if name in VOCABULARY_TENSORS else tensor
                   for name, tensor in weights.items()}

@@ -6,6 +6,7 @@ sample.py, eval.py and `train.py --init_from` take what is written here like any
 import json
 from dataclasses import asdict
 
+from corpus import chat
 from corpus.tokenizers import load_tokenizer
 from interop import tensors
 from interop.source import Source, write_json
@@ -34,7 +35,8 @@ def open_source(path, which="auto"):
     name = record["corpus"]["tokenizer"]
     tokenizer = load_tokenizer(name, (folder.parent, folder)) if name else None
     objective = record["settings"]["objective"]
-    return Source("ours", place, config, objective, weights, weights, tokenizer, record["step"])
+    template = chat.own_template(tokenizer, (folder.parent, folder)) if tokenizer else None
+    return Source("ours", place, config, objective, weights, weights, tokenizer, record["step"], template)
 
 
 def write(folder, run_dir, source, weights, on_progress):
@@ -44,6 +46,8 @@ def write(folder, run_dir, source, weights, on_progress):
     """
     if hasattr(source.tokenizer, "path"):
         source.tokenizer.copy_to(folder)
+    if source.template:
+        chat.save_template(source.template, folder)
     record = dict(
         settings=run_settings(run_dir, source), model=asdict(source.config), corpus=corpus_record(source),
         step=source.step, converted_from=str(source.folder.resolve()))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 import terminal
+from corpus.chat import ChatTemplate
 from corpus.files import no_empty_parents
 from interop.tensors import LazyTensor
 from model import ModelConfig, Transformer
@@ -22,14 +23,15 @@ VOCABULARY_TENSORS = ("embed.weight", "lm_head.weight")  # a row for each id
 class Source(NamedTuple):
     """A checkpoint; its tensors stay on disk until they are read."""
 
-    format: str  # ours, hf or megatron
-    folder: Path
+    format: str  # ours, hf, megatron or gguf
+    folder: Path  # of gguf: the file
     config: ModelConfig
     objective: str  # masked, uniform or ar
     weights: dict[str, LazyTensor]  # under our names
     original: dict[str, LazyTensor]  # under the names, and in the layout, of its own format
     tokenizer: Any  # as corpus.tokenizers makes them; None without
     step: int
+    template: ChatTemplate | None = None  # for questions, where there is one
 
 
 def weight_shapes(config):

@@ -1,7 +1,7 @@
 """Compare the logits of a checkpoint and its conversion: random tokens, one layer at a time, in float32.
 
 Each format runs in its own layout: ours in our network, Hugging Face's in transformers' stock classes (a
-folder's own code is not run), Megatron's in a network that is written here for its fused tensors.
+folder's own code is not run), Megatron's and GGUF's in networks that are written here for their tensors.
 """
 
 import dataclasses
@@ -39,6 +39,8 @@ def logits(source, ids):
     """Logits of a Source, not shifted even if the model is: ids (B, L) → (B, L, n_vocab or more) fp32."""
     if source.format == "megatron":
         return megatron_logits(source.config, source.original, ids)
+    if source.format == "gguf":
+        return gguf_logits(source.config, source.original, ids)
     if source.format == "hf":
         return transformers_logits(source.config, source.weights, ids)
     return native_logits(source.config, source.weights, ids)
@@ -123,12 +125,7 @@ def megatron_logits(config, original, ids):
 
     original: {Megatron's name: LazyTensor}; ids (B, L) → (B, L, rows of the vocabulary) fp32.
     """
-    c = config
-    L = ids.shape[1]
-    wavenumbers = torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim
-    angles = torch.outer(torch.arange(L, dtype=torch.float64), c.rope_base**-wavenumbers)
-    rotation = torch.polar(torch.ones_like(angles), angles).to(torch.complex64)[:, None]  # (L, 1, head_dim/2)
-    is_hidden = torch.ones(L, L, dtype=torch.bool).triu(1) & c.causal
+    c, rotation = config, rotations(config, ids.shape[1])
 
     def read(name):
         return original[name].read().float()
@@ -146,16 +143,70 @@ def megatron_logits(config, original, ids):
             q = rms_norm(q, read(attention + "q_layernorm.weight"), c.norm_eps)
             k = rms_norm(k, read(attention + "k_layernorm.weight"), c.norm_eps)
         q, k = rotate(q, rotation), rotate(k, rotation)
-        k, v = (t.repeat_interleave(c.n_head // c.n_kv_head, dim=2) for t in (k, v))
-        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / c.head_dim**0.5
-        probs = scores.masked_fill(is_hidden, float("-inf")).softmax(-1)
-        y = torch.einsum("bhqk,bkhd->bqhd", probs, v).flatten(2)
+        y = attend(c, q, k, v)
         x = x + y @ read(attention + "linear_proj.weight").T
         y = rms_norm(x, read(mlp + "linear_fc1.layer_norm_weight"), c.norm_eps)
         gate, up = (y @ read(mlp + "linear_fc1.weight").T).chunk(2, dim=-1)
         x = x + (torch.nn.functional.silu(gate) * up) @ read(mlp + "linear_fc2.weight").T
     head = megatron.EMBEDDING if c.tied else megatron.HEAD
     return rms_norm(x, read("decoder.final_layernorm.weight"), c.norm_eps) @ read(head).T
+
+
+def gguf_logits(config, original, ids):
+    """Logits straight from llama.cpp's tensors in their own layout, with one layer at a time in memory.
+
+    original: {its name: LazyTensor}; ids (B, L) → (B, L, rows of the vocabulary) fp32. Of Llama, neighbouring
+    components of queries and keys turn together.
+    """
+    c, rotation = config, rotations(config, ids.shape[1])
+    is_llama = not (c.qk_norm or c.qkv_bias)
+
+    def read(name):
+        return original[name].read().float()
+
+    x = read("token_embd.weight")[ids]
+    for i in range(c.n_layer):
+        y = rms_norm(x, read(f"blk.{i}.attn_norm.weight"), c.norm_eps)
+        heads = []
+        for name in ("attn_q", "attn_k", "attn_v"):
+            part = y @ read(f"blk.{i}.{name}.weight").T
+            if c.qkv_bias:
+                part = part + read(f"blk.{i}.{name}.bias")
+            part = part.unflatten(-1, (-1, c.head_dim))
+            if c.qk_norm and name != "attn_v":
+                part = rms_norm(part, read(f"blk.{i}.{name}_norm.weight"), c.norm_eps)
+            heads.append(part)
+        q, k, v = heads
+        turn = rotate_neighbours if is_llama else rotate
+        x = x + attend(c, turn(q, rotation), turn(k, rotation), v) @ read(f"blk.{i}.attn_output.weight").T
+        y = rms_norm(x, read(f"blk.{i}.ffn_norm.weight"), c.norm_eps)
+        gate, up = (y @ read(f"blk.{i}.ffn_{name}.weight").T for name in ("gate", "up"))
+        x = x + (torch.nn.functional.silu(gate) * up) @ read(f"blk.{i}.ffn_down.weight").T
+    head = "token_embd.weight" if c.tied else "output.weight"
+    return rms_norm(x, read("output_norm.weight"), c.norm_eps) @ read(head).T
+
+
+def rotations(config, length):
+    """The complex numbers by which positions turn queries and keys: (L, 1, head_dim/2)."""
+    c = config
+    wavenumbers = torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim
+    frequencies = c.rope_base**-wavenumbers
+    if c.rope_stretch:  # of Megatron's there is none
+        factor, low, high, original = c.rope_stretch
+        kept = ((original * frequencies / (2 * torch.pi) - low) / (high - low)).clamp(0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / factor)
+    angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
+    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)[:, None]
+
+
+def attend(config, q, k, v):
+    """Attention of q (B, L, heads, head_dim), k and v (B, L, heads for keys, head_dim) → (B, L, D)."""
+    c, L = config, q.shape[1]
+    is_hidden = torch.ones(L, L, dtype=torch.bool).triu(1) & c.causal
+    k, v = (t.repeat_interleave(c.n_head // c.n_kv_head, dim=2) for t in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / c.head_dim**0.5
+    probs = scores.masked_fill(is_hidden, float("-inf")).softmax(-1)
+    return torch.einsum("bhqk,bkhd->bqhd", probs, v).flatten(2)
 
 
 def rms_norm(x, weight, eps):
@@ -166,3 +217,9 @@ def rotate(x, rotation):
     """Turn x (B, L, heads, head_dim) by complex numbers: a head's halves are real and imaginary parts."""
     z = torch.complex(*x.chunk(2, dim=-1)) * rotation
     return torch.cat((z.real, z.imag), dim=-1)
+
+
+def rotate_neighbours(x, rotation):
+    """As `rotate`: a head's even components are real, its odd ones imaginary parts."""
+    z = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * rotation
+    return torch.view_as_real(z).flatten(-2)
