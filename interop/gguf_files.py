@@ -1,4 +1,4 @@
-"""GGUF, llama.cpp's format: one file with a model's weights, often quantized, its tokenizer and chat template.
+"""GGUF, llama.cpp's format: one file with weights, often quantized, a tokenizer and a chat template.
 
 Llama, Qwen2 and Qwen3 are read, through the gguf package; quantized weights become float32.
 """
@@ -14,7 +14,7 @@ import torch
 
 from corpus import chat
 from corpus.files import check_file
-from corpus.tokenizers import HuggingFaceTokenizer, split_pattern
+from corpus.tokenizers import HuggingFaceTokenizer, load_tokenizer, split_pattern
 from interop import checks
 from interop.pickles import one_line
 from interop.source import VOCABULARY_TENSORS, Source, fit_vocabulary, weight_shapes
@@ -38,7 +38,7 @@ MODULES = {
 }
 OUTSIDE = {"token_embd": "embed", "output_norm": "norm", "output": "lm_head"}
 ROPE_FREQUENCIES = "rope_freqs.weight"  # what each wave of Llama 3.1 is divided by
-NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type; unused: padding
 BYTE_LEVEL = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
 # tokenizer.ggml.pre → the pre-tokenizer's parts before that
 SPLITS = {
@@ -73,7 +73,7 @@ def open_source(cfg, path):
     if cfg.tokenizer == "none":
         tokenizer = None
     else:
-        tokenizer = checks.open_tokenizer(cfg, path, None) if cfg.tokenizer else own_tokenizer(path, metadata)
+        tokenizer = named_tokenizer(cfg, path, metadata) if cfg.tokenizer else own_tokenizer(path, metadata)
     n_rows = tensors["token_embd.weight"].shape[0] if "token_embd.weight" in tensors else 0
     n_vocab, mask_id = checks.choose_vocabulary(path, tokenizer, objective, n_rows, n_rows, None)
     shape["seq_len"] = cfg.seq_len or shape["seq_len"]
@@ -202,13 +202,25 @@ def find_stretch(path, divisors, shape):
 # -------------------------------------------------------------------------------------------------- tokenizer
 
 
+def named_tokenizer(cfg, path, metadata):
+    """The tokenizer that --tokenizer names; raises ValueError if it has not as many tokens as the file's."""
+    tokenizer = load_tokenizer(cfg.tokenizer, (), cfg.eos)
+    types = metadata.get("tokenizer.ggml.token_type") or []
+    n_used = sum(kind != UNUSED for kind in types)
+    if n_used and tokenizer.n_vocab != n_used:
+        raise ValueError(f"{path} has a tokenizer of {n_used:,} tokens, '{tokenizer.name}' has "
+                         f"{tokenizer.n_vocab:,}: {checks.WRONG_TOKENIZER}")
+    return tokenizer
+
+
 def own_tokenizer(path, metadata):
     """The tokenizer in a file's metadata; raises ValueError."""
     prefix = "tokenizer.ggml."
     kind, split = metadata.get(prefix + "model"), metadata.get(prefix + "pre", "gpt-2")
     if kind != "gpt2" or split not in SPLITS:
-        raise ValueError(f"{path}: its tokenizer, {kind} {split}, is not known (gpt2 with {', '.join(SPLITS)} "
-                         "is); give its tokenizer.json with --tokenizer=")
+        known = ", ".join(SPLITS)
+        raise ValueError(f"{path}: its tokenizer, {kind} {split}, is not known (gpt2 with {known} is); give "
+                         "its tokenizer.json with --tokenizer=")
     with checks.explain_bad_settings(path):
         layout = tokenizer_layout(metadata[prefix + "tokens"], metadata[prefix + "token_type"],
                                   metadata[prefix + "merges"], split)
@@ -229,7 +241,7 @@ def tokenizer_layout(tokens, types, merges, split):
     if len(types) != len(tokens) or not all(isinstance(token, str) for token in tokens):
         raise ValueError("its tokens and their types don't go together")
     is_added = [kind in (CONTROL, USER_DEFINED) for kind in types]
-    unknown = {kind for kind in types if kind not in (NORMAL, CONTROL, USER_DEFINED)}
+    unknown = set(types) - {NORMAL, CONTROL, USER_DEFINED, UNUSED}
     if unknown:
         raise ValueError(f"tokens of type {min(unknown)} are not known in a byte-level BPE")
     added = [dict(id=i) | special_token(token) | dict(special=types[i] == CONTROL)
@@ -239,7 +251,7 @@ def tokenizer_layout(tokens, types, merges, split):
     model = dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None,
                  end_of_word_suffix=None, fuse_unk=False, byte_fallback=False,
                  ignore_merges=split == "llama-bpe",
-                 vocab={token: i for i, token in enumerate(tokens)},
+                 vocab={token: i for i, token in enumerate(tokens) if types[i] != UNUSED},
                  merges=[re.split(" ", merge) for merge in merges])
     return dict(
         version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=normalizer,
