@@ -5,8 +5,9 @@
     python convert.py --source=Qwen3-0.6B --out=runs/qwen3
     python convert.py --source=SmolLM2-135M-Instruct.Q4_1.gguf --out=runs/smollm2      # llama.cpp's format
 
-    # ours → a Hugging Face folder; ours → Megatron's torch format
+    # ours → a Hugging Face folder; as servers take it (docs/serving.md); ours → Megatron's torch format
     python convert.py --source=runs/quickstart --out=exported
+    python convert.py --source=runs/blocks --to=sdar --out=served
     python convert.py --source=runs/quickstart --to=megatron --tensor_parallel=2 --out=mp
 
     # with settings of their own (--help): get a folder of a hub; the mean of several checkpoints of ours
@@ -36,7 +37,7 @@ from rich.progress import Progress
 
 import configurator
 from configurator import setting
-from interop import download, gguf_files, huggingface, mean, megatron, native, verify
+from interop import download, gguf_files, huggingface, mean, megatron, native, sdar, verify
 from interop.source import cast_weights, new_folder
 from training.record import MAX_SIZE
 
@@ -51,8 +52,9 @@ class Config:
     weights: Literal["auto", "ema", "raw"] = setting(
         "auto", "of a run of ours: the averaged ones, those of training, or the first that it has")
     out: str = setting("", "folder to write, which must not exist")
-    to: Literal["auto", "ours", "hf", "megatron"] = setting(
-        "auto", "format to write (auto: ours; hf if the source is ours)")
+    to: Literal["auto", "ours", "hf", "sdar", "megatron"] = setting(
+        "auto", "format to write (auto: ours; hf if the source is ours); sdar: a block-diffusion model as "
+        "SGLang and LMDeploy serve it")
     tokenizer: str = setting(
         "", "a tiktoken encoding such as gpt2, a tokenizer.json, or none (empty: the source's own)")
     eos: str = setting("", "of a tokenizer.json: the token that ends a document")
@@ -112,6 +114,8 @@ def main():
         print("convert.py: interrupted; nothing is written", file=sys.stderr)
         raise SystemExit(130) from None
     hint = ""
+    for line in sdar.served_otherwise(source.config) if to == "sdar" else ():
+        print(f"note: {line}")
     if to == "ours" and source.tokenizer:
         hint = f"    try: python sample.py --run_dir={shlex.quote(cfg.out)}"
     print(f"{cfg.out}: {n_bytes / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s{hint}")
@@ -180,6 +184,8 @@ def write(cfg, source, to, folder):
             native.write(folder, cfg.out, source, weights, on_progress)
         elif to == "hf":
             huggingface.write(folder, source, weights, on_progress)
+        elif to == "sdar":
+            sdar.write(folder, source, weights, on_progress)
         else:
             megatron.write(folder, source, weights, cfg.tensor_parallel, cfg.pipeline_parallel, on_progress)
     return n_bytes

@@ -27,11 +27,13 @@ FAMILIES = {
     "Qwen2ForCausalLM": dict(causal=True, qk_norm=False, qkv_bias=True),
     "LlamaForCausalLM": dict(causal=True, qk_norm=False),
     "MistralForCausalLM": dict(causal=True, qk_norm=False),
+    "SDARForCausalLM": dict(causal=False),  # block diffusion in Qwen3's block
     "DiffLM": {},  # Quokka's models, and ours: attn_mask_type tells whether they are causal
     "CausalLM": dict(causal=True),  # Quokka's AR models
     "DreamModel": dict(causal=False, qk_norm=False, qkv_bias=True, shift=True),
     "LLaDAModelLM": dict(causal=False, qk_norm=False),
 }
+SDAR_BLOCK, SDAR_MASK = 4, 151_669  # where config.json does not say: those of its authors' models
 # {Qwen's name: LLaDA's} of the settings that LLaDA calls otherwise
 LLADA_NAMES = dict(
     hidden_size="d_model", num_hidden_layers="n_layers", num_attention_heads="n_heads",
@@ -61,6 +63,8 @@ def open_source(cfg, path):
 
     objective = checks.choose_objective(cfg, "ar" if shape["causal"] else "masked", path)
     mask_id = None if shape["causal"] else settings.get("mask_token_id")
+    if family == "SDARForCausalLM" and mask_id is None:
+        mask_id = SDAR_MASK
     mask_id = mask_id if cfg.mask_id < 0 else cfg.mask_id
     tokenizer = checks.open_tokenizer(cfg, path, mask_id, settings.get("tokenizer_name", ""))
     if tokenizer is None and cfg.tokenizer != "none":
@@ -72,7 +76,7 @@ def open_source(cfg, path):
     n_vocab, mask_id = checks.choose_vocabulary(path, tokenizer, objective, n_rows, n_rows, mask_id)
     shape["seq_len"] = cfg.seq_len or shape["seq_len"]
     block = shape.get("diffusion_block", 0)
-    if block and (block >= shape["seq_len"] or shape["causal"] or shape["shift"]):
+    if block and (block >= shape["seq_len"] or shape["causal"] or shape.get("shift")):
         raise ValueError(f"{path} has blocks of {block} tokens: its context must be longer, and it can be "
                          "neither causal nor shifted")
     config = ModelConfig(**shape, n_vocab=n_vocab, mask_id=mask_id)
@@ -145,9 +149,10 @@ def network_settings(family, settings):
         if not isinstance(settings.get(name), bool | None):
             raise ValueError(f"{name}={settings[name]!r} is neither true nor false")
 
-    block = settings.get("diffusion_block") or 0
-    if type(block) is not int or block < 0:
-        raise ValueError(f"diffusion_block={block!r} is no number of tokens")
+    for name in ("diffusion_block", "block_size"):
+        block = settings.get(name) or 0
+        if type(block) is not int or block < 0:
+            raise ValueError(f"{name}={block!r} is no number of tokens")
 
     rope = settings.get("rope_parameters") or {}
     eps = settings.get("rms_norm_eps")
@@ -165,6 +170,8 @@ def network_settings(family, settings):
             shift=settings.get("shift", False), rope_stretch=tuple(map(float, stretch)),
             diffusion_block=settings.get("diffusion_block") or 0,
             causal=settings.get("attn_mask_type") == "causal")
+    if family == "SDARForCausalLM":
+        shape["diffusion_block"] = settings.get("block_size") or SDAR_BLOCK
     return shape | FAMILIES[family]
 
 
