@@ -36,9 +36,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 import configurator
-from configurator import setting
+from configurator import setting, split
 from interop import download, gguf_files, huggingface, mean, megatron, native, sdar, verify
-from interop.source import cast_weights, new_folder
+from interop.source import cast_weights, keep_layers, new_folder
 from training.record import MAX_SIZE
 
 LIMIT = 1e-4  # of --verify, which computes in float32 whatever the weights are
@@ -62,6 +62,8 @@ class Config:
         "auto", "what the source was trained for, where its files don't say")
     mask_id: int = setting(-1, "the mask's id, where neither the source nor its tokenizer knows it", low=-1)
     seq_len: int = setting(0, "longest sequence (0: as the source says)", low=0, high=MAX_SIZE)
+    layers: str = setting(
+        "", "keep only these layers, numbers from 0 with commas: a smaller model to try things with")
     dtype: Literal["source", "float32", "bfloat16", "float16"] = setting(
         "source", "of the weights that are written")
     tensor_parallel: int = setting(1, "of Megatron: ranks that share each layer", low=1)
@@ -79,6 +81,9 @@ class Config:
     def problems(self):
         """Other settings that can't be, one line each."""
         wrong = [f"give --{name}" for name in ("source", "out") if not getattr(self, name)]
+        layers = split(self.layers)
+        if not all(n.isascii() and n.isdecimal() for n in layers) or len(set(layers)) < len(layers):
+            wrong.append(f"layers={self.layers}: expected different numbers from 0, with commas between")
         source, out = Path(self.source), Path(self.out)
         if self.source and not source.is_dir() and not gguf_files.is_checkpoint(source):
             problem = "a file; name its folder" if source.exists() else "no such folder"
@@ -104,6 +109,8 @@ def main():
         with new_folder(Path(cfg.out)) as folder:
             source = open_source(cfg, Path(cfg.source))
             to = target_format(cfg, source)
+            if cfg.layers:
+                source = keep_layers(source, list(map(int, split(cfg.layers))))
             print(summary(source), flush=True)
             n_bytes = write(cfg, source, to, folder)
             if cfg.verify:
@@ -148,7 +155,7 @@ def target_format(cfg, source):
         flags = ", ".join(f"--{name}" for name in needless)
         raise ValueError(f"{source.folder} is ours and knows its {needless[0]}: {flags} is for others' "
                          "checkpoints")
-    if source.format == to == "ours":
+    if source.format == to == "ours" and not cfg.layers:
         raise ValueError(f"{source.folder} is ours already")
     if to != "megatron" and cfg.n_ranks() > 1:
         raise ValueError("tensor_parallel and pipeline_parallel are for --to=megatron")

@@ -6,7 +6,7 @@
 # As it is, masked diffusion. AR: --objective=ar --eos_padding=none.
 # Blocks: --diffusion_block=4 --eos_padding=block.
 
-run_dir = "runs/addition"
+run_dir = "runs/sft_addition"
 corpus = "corpora/addition"
 eos_padding = "row"
 n_layer = 4
@@ -15,7 +15,7 @@ d_model = 128
 seq_len = 16
 local_init = True
 batch_size = 256
-steps = 3000
+steps = 1000
 optimizer = "muon"
 lr = 3e-3
 lr_schedule = "wsd"
@@ -23,5 +23,5 @@ warmup = 50
 decay = 0.3
 weight_decay = 0.1
 log_every = 100
-eval_every = 500
+eval_every = 250
 eval_rows = 0

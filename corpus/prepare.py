@@ -9,6 +9,7 @@
     python data.py debian:dict-gcide debian:anarchism --name=english   # the text in Debian's packages
     python data.py hf:HuggingFaceFW/fineweb-edu --hf_config=sample-10BT --name=edu --tokenizer=gpt2
     python data.py chat.jsonl --sft --tokenizer=smollm/  # question-answer pairs, with its chat template
+    python data.py debian:dict-gcide --sft               # questions about words, of a dictionary's entries
     python data.py inspect corpora/web                   # what is in it, and is it whole?
     python data.py export corpora/web megatron/web       # as Megatron's .bin and .idx
 

@@ -39,7 +39,7 @@ def find_sources(names, cfg, say=lambda line: None):
         sources += sources_of(name, cfg, say)
     if cfg.sft:
         for source in sources:
-            if source.kind in ("docs", "txt", "deb"):
+            if source.kind in ("docs", "txt"):
                 raise ValueError(f"{source.path}: text has no question-answer pairs; --sft takes "
                                  f"{', '.join(OF_PAIRS)} files and data sets")
     return list(dict.fromkeys(sources))

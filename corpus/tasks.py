@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from corpus import cutting, debian, python_docs
+from corpus import cutting, debian, dictionary, python_docs
 from corpus.cutting import read_pieces
 from corpus.pairs import FIELDS
 from corpus.records import parse_json
@@ -275,8 +275,14 @@ def columns_of(cfg, names, where):
 
 
 def package_tasks(source, place, cfg):
-    """The texts in a Debian package."""
+    """The texts in a Debian package, or the questions that its dictionary's entries make."""
     texts = debian.documents(source.path)
+    if cfg.sft:
+        questions = filter(None, map(dictionary.question, texts))
+        texts = [as_line(record) for record in questions]
+        if not texts:
+            raise ValueError(f"{source.path}: no dictionary with entries like GCIDE's, of which --sft makes "
+                             "questions")
     yield from record_tasks(texts[place.count :], source, place, cfg, len(texts))
 
 

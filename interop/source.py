@@ -23,7 +23,7 @@ VOCABULARY_TENSORS = ("embed.weight", "lm_head.weight")  # a row for each id
 class Source(NamedTuple):
     """A checkpoint; its tensors stay on disk until they are read."""
 
-    format: str  # ours, hf, megatron or gguf
+    format: str  # ours, hf, megatron, gguf; or cut, some layers of one
     folder: Path  # of gguf: the file
     config: ModelConfig
     objective: str  # masked, uniform or ar
@@ -57,6 +57,22 @@ def fit_vocabulary(weights, config):
     """The weights with as many rows of the vocabulary as our network: spare go, missing are zeros."""
     return {name: tensor.with_rows(config.padded_vocab) if name in VOCABULARY_TENSORS else tensor
             for name, tensor in weights.items()}
+
+
+def keep_layers(source, layers):
+    """The Source with these of its layers alone, in this order. Raises ValueError if there is no such one."""
+    c = source.config
+    missing = [number for number in layers if number >= c.n_layer]
+    if missing:
+        last = c.n_layer - 1
+        raise ValueError(f"{source.folder} has no layer {missing[0]}: there are 0 to {last}")
+    weights = {name: tensor for name, tensor in source.weights.items() if not name.startswith("blocks.")}
+    for place, number in enumerate(layers):
+        prefix = f"blocks.{number}."
+        weights |= {f"blocks.{place}.{name.removeprefix(prefix)}": tensor
+                    for name, tensor in source.weights.items() if name.startswith(prefix)}
+    config = dataclasses.replace(c, n_layer=len(layers))
+    return source._replace(format="cut", config=config, weights=weights, original=weights)
 
 
 def write_json(path, values):

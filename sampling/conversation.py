@@ -8,8 +8,8 @@ from corpus import chat
 class Conversation:
     """Messages so far, and a Generator that answers them through its chat template.
 
-    length: new tokens of an answer (0: as many as fit). Old turns are dropped when there is no room for the
-    next one.
+    length: new tokens of an answer (0: as many as fit), of block diffusion to the end of a block. Old turns
+    are dropped when there is no room for the next one.
     """
 
     def __init__(self, generator, template, decoding, length=0, system=""):
@@ -46,7 +46,10 @@ class Conversation:
         while True:
             prompt = self.template.encode_prompt(self.messages).tolist()
             if len(prompt) + least <= seq_len:
-                return prompt + [mask_id] * (self.length or seq_len - len(prompt))
+                stop = len(prompt) + self.length if self.length else seq_len
+                if block := self.generator.block:  # whole blocks, as in training
+                    stop = min(-(-stop // block) * block, seq_len)
+                return prompt + [mask_id] * (stop - len(prompt))
             if len(self.messages) - self.n_first < 3:
                 raise ValueError(f"the question has {len(prompt)} tokens and the model's context {seq_len}: "
                                  f"no room for an answer of {least}")

@@ -59,6 +59,24 @@ def test_help(monkeypatch, capsys, arguments, setting):
     assert stop.value.code == 0 and setting in capsys.readouterr().out
 
 
+def test_some_layers_alone(tmp_path):
+    """In the order that is asked for, as a run of ours or in another format; what there is not is said."""
+    network = make_run(tmp_path / "ours", n_layer=3)
+    convert_ok(tmp_path / "ours", tmp_path / "cut", layers="2,0", to="ours", verify=True)
+    expected, weights = network.state_dict(), weights_of(tmp_path / "cut")
+    assert len([name for name in weights if name.startswith("blocks.")]) * 3 == 2 * len(
+        [name for name in expected if name.startswith("blocks.")])
+    for name, value in weights.items():
+        name = name.replace("blocks.0.", "blocks.two.").replace("blocks.1.", "blocks.0.")
+        assert torch.equal(value, expected[name.replace("blocks.two.", "blocks.2.")])
+    convert_ok(tmp_path / "ours", tmp_path / "hf", layers="1", verify=True)
+    assert "has no layer 3: there are 0 to 2" in refusal(
+        tmp_path, source=tmp_path / "ours", out=tmp_path / "no", layers="0,3")
+    for layers in ("0,0", "-1", "x"):
+        assert "expected different numbers" in refusal(
+            tmp_path, source=tmp_path / "ours", out=tmp_path / "no", layers=layers)
+
+
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     """A folder of sources that are refused for one reason or another; nothing in it is changed."""

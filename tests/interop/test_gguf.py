@@ -279,7 +279,7 @@ def test_without_the_package_its_extra_is_named(tokenizer_file, tmp_path, monkey
     assert code == 2 and "pip install '.[gguf]'" in error
 
 
-# ------------------------------------------------------------------------------------------------ SmolLM2-135M
+# ----------------------------------------------------------------------------------------------- SmolLM2-135M
 
 
 def smollm2():
