@@ -635,14 +635,13 @@ def block_diffusion_masks(length, block, device, documents=None, dropout=0.0, is
 
 def attention_in_chunks(q, k, v, chunks, dropout):
     """`attention` by Chunks. q (B, H, 2L or L, head_dim), k and v (B, H, 2L, head_dim) → as q."""
-    L, attend = k.shape[2] // 2, F.scaled_dot_product_attention
-    noisy, clean = [], []
+    L, noisy, clean = k.shape[2] // 2, [], []
     for start, end, noisy_mask, clean_mask in chunks:
         past = k[:, :, L : L + end], v[:, :, L : L + end]
         seen = (torch.cat((x, own[:, :, start:end]), dim=2) for x, own in zip(past, (k, v)))
-        noisy.append(attend(q[:, :, start:end], *seen, noisy_mask, dropout))
+        noisy.append(attention(q[:, :, start:end], *seen, noisy_mask, False, dropout))
         if q.shape[2] > L:
-            clean.append(attend(q[:, :, L + start : L + end], *past, clean_mask, dropout))
+            clean.append(attention(q[:, :, L + start : L + end], *past, clean_mask, False, dropout))
     return torch.cat(noisy + clean, dim=2)
 
 

