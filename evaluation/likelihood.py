@@ -63,6 +63,11 @@ class RowScorer(NamedTuple):
     device: torch.device
     autocast: Callable = contextlib.nullcontext
 
+    def eligible(self, ids):
+        """The positions that count of the sequences `ids`, (N, L) bool: answers of pairs; None: all."""
+        has_pairs = getattr(self.sequences, "has_pairs", False)
+        return self.sequences.eligible(ids) if has_pairs else None
+
 
 class RowLosses(NamedTuple):
     """The loss of each of N rows in each pass, in order of the noise level, by its M blocks and P parts."""
@@ -110,7 +115,7 @@ def evaluate(scorer, process, n_rows, passes=1, on_progress=lambda done, total: 
     with eval_mode(scorer.objective):
         for number in range(passes):
             ids = data.validation_ids(n_rows, scorer.sequences.available, number)
-            eligible = scorer.sequences.eligible(ids) if scorer.sequences.has_pairs else None
+            eligible = scorer.eligible(ids)
             counts = data.count_by_block(process, eligible)
             levels = diffusion.noise_levels(process, number * n_rows, n_rows, n_eligible=counts)
             cells = None
@@ -124,10 +129,11 @@ def evaluate(scorer, process, n_rows, passes=1, on_progress=lambda done, total: 
             all_cells.append(sum_over_ranks(scorer.ranks, cells))
             all_ids.append(ids)
             all_levels.append(levels)
-            n_counted = levels.n_eligible.sum(1)
-            all_weights.append(n_counted / n_counted.mean())
+            if eligible is not None:
+                n_counted = eligible.sum(1)
+                all_weights.append(n_counted / n_counted.mean())
 
-    weights = np.stack(all_weights) if scorer.sequences.has_pairs else None
+    weights = np.stack(all_weights) if all_weights else None
     return RowLosses(np.stack(all_cells), np.stack(all_ids), all_levels, weights)
 
 
@@ -139,8 +145,9 @@ def batch_losses(scorer, process, ids, levels, rows, spacing, eligible=None):
     micro, M = scorer.micro_batch, process.n_blocks
     valid = np.arange(micro) < len(rows)
     filled = np.concatenate((rows, np.full(micro - len(rows), len(ids) - 1)))
-    inside = None if eligible is None else eligible[filled]
-    batch = scorer.read(process, scorer.sequences, ids[filled], levels, filled, inside, valid, spacing)
+    inside = {} if eligible is None else dict(eligible=eligible[filled])
+    batch = scorer.read(process, scorer.sequences, ids[filled], levels, filled, valid=valid, spacing=spacing,
+                        **inside)
 
     tensors = transfer.to_device(transfer.to_tensors(batch), scorer.device)
     with scorer.autocast():
