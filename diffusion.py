@@ -71,7 +71,7 @@ def schedule(name):
 # ----------------------------------------------------------------------------------- counter-based randomness
 
 # Independent streams of random bits.
-MASK, REPLACE, LEVEL, OFFSET, LENGTH, ORDER, TOKEN, CHANGE, START, SIGHT, PLACE = range(11)
+MASK, REPLACE, LEVEL, OFFSET, LENGTH, ORDER, TOKEN, CHANGE, START, SIGHT, PLACE, INPUT = range(12)
 
 
 def mix(x):
@@ -134,6 +134,7 @@ class Process(NamedTuple):
     time_sigma: float = 0.2
     time_correction: bool = False  # divide by the density of moving_gaussian's t
     block: int = 0  # tokens of a block, the last of a row may have fewer (docs/math.md §12); 0: the whole row
+    input_mask: float = 0.0  # ar: the share of the tokens that it reads that are masked
 
     @property
     def block_size(self):
@@ -302,8 +303,11 @@ def make_batch(p, x, levels, rows, eligible=None, valid=None, spacing=None, docu
     scored = eligible if valid is None else eligible & valid[:, None]
     total = max(1, levels.n_eligible.sum())  # tokens of the global batch that count
     if p.objective == "ar":
-        weights = stack_weights(scored / total)
-        return Batch(x[:, :-1], x[:, 1:].reshape(-1).astype(np.int64), weights, documents=documents)
+        weights, tokens = stack_weights(scored / total), x[:, :-1]
+        if p.input_mask:
+            masked = unit(random_bits(p.seed, INPUT, levels.sample[rows], L)) <= p.input_mask
+            tokens = np.where(masked, p.mask_id, tokens)
+        return Batch(tokens, x[:, 1:].reshape(-1).astype(np.int64), weights, documents=documents)
     x = x[:, 1:].astype(np.int64)
     bits = random_bits(p.seed, MASK, levels.sample[rows], L)
     if p.objective == "masked":

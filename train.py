@@ -97,6 +97,9 @@ class Config:
     anneal: int = setting(
         0, "steps over which causal attention is annealed to bidirectional: "
         "each future position becomes visible with a growing probability", low=0)
+    ar_input_mask: float = setting(
+        0.0, "of AR: share of the tokens it reads that are masked in training, each by chance: a regulariser "
+        "that diffusion has built in", low=0, high=0.99)
     document_attention: bool = setting(False, "attention stays within a document")
     reset_positions: bool = setting(False, "positions start again in each document")
     short_rows: float = setting(
@@ -215,6 +218,7 @@ class Config:
         "time_correction": "time=moving_gaussian, loss=elbo",
         "shift=yes": "objective=masked",
         "anneal": "objective=masked|uniform",
+        "ar_input_mask": "objective=ar",
         "init_weights": "init_from",
         "eos": "tokenizer",
         "eos_opens": "tokenizer",

@@ -37,6 +37,7 @@ def validation_process(process, schedule):
         estimator="count",
         time="cube" if uniform else "uniform",
         schedule=schedule if uniform else "linear",
+        input_mask=0.0,
     )
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from configurator.format import human_count
+from laws import peers
 from laws.fitting import Fit, find_fits, predict, read_fits
 from laws.forms import (
     CHINCHILLA,
@@ -58,6 +59,7 @@ class PlanningLaw(NamedTuple):
     fit: Fit  # its law is None where only the power laws of compute-optimal N and D are known
     search: dict | None = None  # {N, e: (low, high)}: where a law for repeated text has its best choice
     own_data: bool = False  # fitted to the user's own runs, not to the paper's
+    gidd: str = ""  # of GIDD's laws: surface or frontier
 
     @property
     def searched_within_data(self):
@@ -66,6 +68,12 @@ class PlanningLaw(NamedTuple):
     def power(self, coefficients):
         """The power laws of compute-optimal N and D."""
         return allocation(coefficients) if self.fit.law else coefficients
+
+    def best_sizes(self, cfg, flops, coefficients):
+        """N and D: what the user has fixed, the rest as the law has it."""
+        if self.gidd:
+            return gidd_sizes(cfg, flops, self.objective, self.gidd)
+        return optimal_sizes(cfg, flops, self.power(coefficients))
 
 
 class Plan(NamedTuple):
@@ -130,6 +138,14 @@ def known_laws(fits):
     fit = Fit(HALF_LIFE, MUENNIGHOFF, data_range=MUENNIGHOFF_RANGE)
     repeated.append(PlanningLaw("Muennighoff", "ar", fit, WIDE))
 
+    # GIDD's, of masked and of uniform diffusion
+    for noise in ("masked", "uniform"):
+        reach = dict(N=tuple(map(float, peers.with_embeddings(peers.RANGE["P"]))), flops=peers.RANGE["C"])
+        surface = Fit(peers.GIDD, peers.SURFACES[noise], data_range=reach)
+        frontier = Fit(None, {}, data_range=reach)
+        fresh.append(PlanningLaw("GIDD IsoFLOP", noise, frontier, gidd="frontier"))
+        fresh.append(PlanningLaw("GIDD surface", noise, surface, gidd="surface"))
+
     # Chinchilla's
     for approach, power in CHINCHILLA.items():
         fit = Fit(None, power, data_range=CHINCHILLA_RANGE)
@@ -188,10 +204,10 @@ def compute_plans(cfg, flops, laws):
 
 def compute_plan(cfg, flops, law):
     fit = law.fit
-    N, D = optimal_sizes(cfg, flops, law.power(fit.coefficients))
+    N, D = law.best_sizes(cfg, flops, fit.coefficients)
 
     def interval_of(index):
-        return tuple(interval(fit, lambda c: optimal_sizes(cfg, flops, law.power(c))[index]))
+        return tuple(interval(fit, lambda c: law.best_sizes(cfg, flops, c)[index]))
 
     loss, loss_interval, N_interval, D_interval = math.nan, (), (), ()
     if fit.law:
@@ -204,6 +220,12 @@ def compute_plan(cfg, flops, law):
         D_interval = interval_of(1)
 
     notes = extrapolation(fit.data_range, N=N, D=D, flops=6 * N * D)
+    if law.gidd:
+        P, M = (float(convert(N)) for convert in (peers.without_embeddings, peers.flops_per_token))
+        notes += (f"converted: {human_count(P)} parameters without embeddings, {M:.3g} FLOPs per token where "
+                  f"6·N is {6 * N:.3g}; another tokenizer and corpus",)
+        if law.gidd == "frontier":
+            loss = peers.frontier_optimum(law.objective, M * D)[2]
     credible = max(distance(fit.data_range, N=N, D=D).values()) < FAR
     return Plan(law.name, law.objective, N, D, 1.0, loss, N_interval, loss_interval, D_interval, notes,
                 credible, law.own_data)
@@ -225,6 +247,27 @@ def optimal_sizes(cfg, flops, power):
         compute = (6 * power["k_N"] * cfg.tokens) ** (1 / (1 - power["a"]))
     N = cfg.params or power["k_N"] * compute ** power["a"]
     return N, cfg.tokens or compute / (6 * N)
+
+
+def gidd_sizes(cfg, flops, noise, kind):
+    """As `optimal_sizes`, by one of GIDD's laws, whose N is no power of compute in our units."""
+    from scipy.optimize import brentq
+
+    if cfg.params and (flops or cfg.tokens):
+        return cfg.params, cfg.tokens or flops / (6 * cfg.params)
+    if cfg.tokens and flops:
+        return flops / (6 * cfg.tokens), cfg.tokens
+
+    def best(ln_flops):
+        N = peers.best_N(noise, kind, math.exp(ln_flops))
+        return N, math.exp(ln_flops) / (6 * N)
+
+    if not flops:
+        which, wanted = (0, cfg.params) if cfg.params else (1, cfg.tokens)
+        flops = math.exp(brentq(lambda ln_flops: math.log(best(ln_flops)[which] / wanted),
+                                math.log(1e8), math.log(1e36)))
+    N, D = best(math.log(flops))
+    return cfg.params or N, cfg.tokens or D
 
 
 def extrapolation(data_range, **values):

@@ -26,6 +26,7 @@ import terminal
 from configurator import setting
 from configurator.format import human_count, human_seconds
 from configurator.ladder import LADDER, ladder_params
+from laws import peers
 from laws.advise import (
     REFITTED,
     compute_plans,
@@ -35,7 +36,7 @@ from laws.advise import (
     known_laws,
     plans_on_text,
 )
-from laws.forms import QUOKKA
+from laws.forms import QUOKKA, allocation, published_coefficients
 from training.flops import PEAK
 
 MEMORY = {"H100": 80e9, "H200": 141e9, "A100": 80e9}  # bytes
@@ -179,6 +180,40 @@ def print_plans(cfg, plans, flops):
             print(f"* {name}: {note}")
 
 
+def print_disagreement(cfg, plans, laws, flops):
+    """Print the masked laws' ranges, and where they disagree on how N grows with compute."""
+    ranges = {}
+    for law in laws:
+        if law.objective == "masked" and not law.own_data:
+            ranges.setdefault(range_text(law.fit.data_range), []).append(law.name)
+    texts = [f"{', '.join(names)}: {text}" for text, names in ranges.items()]
+    print(f"* the runs behind the masked laws: {'; '.join(texts)}")
+
+    sizes = {plan.law: plan.N for plan in plans if plan.objective == "masked"}
+    if not flops or cfg.params or cfg.tokens:
+        return
+    quokka = published_coefficients()
+    printed = quokka["approach1"]["a"], allocation(quokka["parametric"])["a"]
+    theirs = [peers.local_exponent("masked", kind, flops) for kind in ("frontier", "surface")]
+    quokka_N, gidd_N = (human_count(sizes[name]) for name in ("approach 1", "GIDD IsoFLOP"))
+    ratio, growth = sizes["GIDD IsoFLOP"] / sizes["approach 1"], 10 ** (theirs[0] - printed[0])
+    print(f"* they disagree on the exponent of N in compute: {printed[0]:.2f} and {printed[1]:.2f} by the Quokka "
+          f"paper, {theirs[0]:.2f} and {theirs[1]:.2f} by GIDD.\n"
+          f"  Here that is {quokka_N} against {gidd_N} parameters, {ratio:.2f} ×; at a tenth of the compute "
+          f"{ratio / growth:.2f} ×, at ten times {ratio * growth:.2f} ×.\n"
+          "  Two sizes at a tenth of the budget would tell")
+
+
+def range_text(data_range):
+    """The parameters and FLOPs of a law's runs, as far as they are known."""
+    parts = []
+    if "N" in data_range:
+        parts.append("{} to {} parameters".format(*map(human_count, data_range["N"])))
+    if "flops" in data_range:
+        parts.append("{:.2g} to {:.2g} FLOPs".format(*data_range["flops"]))
+    return ", ".join(parts)
+
+
 def table_row(cfg, plan):
     """The cells of a plan, as in print_plans' head."""
     seconds = plan.flops / cfg.flops_per_second()
@@ -240,6 +275,14 @@ def print_crossover(cfg, laws, flops, incredible):
         if law.name in incredible:
             answer += "; its losses here are not credible"
         print(f"  by {law.name}: {answer}")
+    if not own:
+        start = peers.critical_compute(cfg.unique_tokens)
+        low, high = peers.PRABHUDESAI_RANGE["U"]
+        beyond = ""
+        if not low <= cfg.unique_tokens <= high:
+            beyond = f"; extrapolates: its runs had {human_count(low)} to {human_count(high)} unique tokens"
+        at_budget = f"; {'yes' if flops >= start else 'no'}, at {flops:.2g}" if flops else ""
+        print(f"  by Prabhudesai et al.: from {start:.2g} FLOPs on{at_budget}{beyond}")
 
 
 # ------------------------------------------------------------------------------------------ the override file
@@ -257,6 +300,8 @@ def override_file(cfg, plan):
     steps = math.ceil(plan.tokens / (batch * SEQ_LEN))
     repeated = bool(cfg.unique_tokens) and plan.e > 1
     flops = 6 * N * plan.tokens
+
+    best = peers.best_batch(plan.tokens) / SEQ_LEN  # rows
 
     # what may go wrong
     warnings = list(plan.notes)
@@ -286,6 +331,12 @@ def override_file(cfg, plan):
         f"Corpus: {corpus}; at least {human_count(plan.U)} training tokens.",
         *(f"Warning: {warning}." for warning in warnings),
     ]
+    if plan.objective == "masked" and not repeated:
+        comments.append(f"Batch: {batch} rows are the Quokka paper's. GIDD's rule for so many tokens says "
+                        f"{best:,.0f} ({human_count(best * SEQ_LEN)} tokens), with a learning rate of its own.")
+    if plan.objective == "masked":
+        comments.append("estimator=count, the default, is the low-variance loss that saves some "
+                        f"{peers.LOW_VARIANCE_SAVING:.0%} of the FLOPs to a given loss (Sahoo et al.).")
     if repeated:
         comments.append("Decay: the last steps, as many as in the paper; a longer decay often ends lower.")
     values = dict(
@@ -326,6 +377,8 @@ def main(argv=None):
 
     # what they say
     print_plans(cfg, plans, flops)
+    if not cfg.unique_tokens:
+        print_disagreement(cfg, plans, fresh, flops)
     for line in refused:
         print(f"* {line}")
     once = [plan for plan in plans if plan.e == 1 and plan.tokens < cfg.unique_tokens]

@@ -6,10 +6,10 @@
     python scaling.py study kernel --draw               only the table and the panels, of what is there
     python scaling.py study kernel --runs=runs/short -- --tokens=5e4      flags after -- go to every run
 
-The studies: kernel, schedule, time, loss, batch, lr, weight_decay; and two that are not the paper's: block,
-and optimizer, which has settings of its own (scaling.py study optimizer --help). Every run is train.py with
-files of configurator/quokka/ (shown); studies share runs. Finished ones are skipped, interrupted ones go on
-with the same command.
+The studies: kernel, schedule, time, loss, batch, lr, weight_decay; and three that are not the paper's: block;
+optimizer and data_constrained, which have settings of their own (--help after the name). Every run is
+train.py with files of configurator/quokka/ (shown); studies share runs. Finished ones are skipped,
+interrupted ones go on with the same command.
 """
 
 import os
@@ -237,13 +237,14 @@ def main(argv=None):
     split = argv.index("--") if "--" in argv else len(argv)
     argv, flags = argv[:split], argv[split + 1 :]
     study = next((word for word in argv if not word.startswith("-")), "")
-    if study == "optimizer":
-        from laws import optimizers
+    if study in ("optimizer", "data_constrained"):
+        from laws import data_constrained, optimizers
 
-        return optimizers.main([word for word in argv if word != study], flags)
+        module = optimizers if study == "optimizer" else data_constrained
+        return module.main([word for word in argv if word != study], flags)
     if study not in STUDIES and not {"-h", "--help"} & set(argv):
         problem = f"there is no study '{study}'" if study else "which study?"
-        configurator.fail(f"{problem}; choose from {', '.join(STUDIES)}, optimizer")
+        configurator.fail(f"{problem}; choose from {', '.join(STUDIES)}, optimizer, data_constrained")
     cfg = configurator.load(Config, [word for word in argv if word != study], about=__doc__)
     command = ["python", "scaling.py", "study", study]
 

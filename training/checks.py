@@ -272,7 +272,8 @@ def build_run(cfg, ranks, device, initial=None):
 
     process = diffusion.Process(
         cfg.objective, meta["n_vocab"], meta["mask_id"], cfg.seq_len, cfg.seed, cfg.loss, cfg.estimator,
-        cfg.schedule, cfg.time, cfg.time_sigma, cfg.time_correction, block_of(cfg))
+        cfg.schedule, cfg.time, cfg.time_sigma, cfg.time_correction, block_of(cfg),
+        cfg.ar_input_mask)
     model_config = ModelConfig(
         **shape_and_shift(cfg, initial, meta), n_vocab=meta["n_vocab"], mask_id=meta["mask_id"],
         seq_len=cfg.seq_len, causal=cfg.objective == "ar", timed=cfg.objective == "uniform",
