@@ -57,7 +57,7 @@ class Config:
         "SGLang and LMDeploy serve it")
     tokenizer: str = setting(
         "", "a tiktoken encoding such as gpt2, a tokenizer.json, or none (empty: the source's own)")
-    eos: str = setting("", "of a tokenizer.json: the token that ends a document")
+    eos: str = setting("", "of a tokenizer.json, or a .gguf file's tokenizer: the token that ends a document")
     objective: Literal["auto", "masked", "ar"] = setting(
         "auto", "what the source was trained for, where its files don't say")
     mask_id: int = setting(-1, "the mask's id, where neither the source nor its tokenizer knows it", low=-1)
@@ -73,7 +73,6 @@ class Config:
         "nothing is written")
 
     NEEDS = {
-        "eos": "tokenizer",
         "tensor_parallel": "to=auto|megatron",
         "pipeline_parallel": "to=auto|megatron",
     }

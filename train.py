@@ -593,6 +593,8 @@ def prepare_run_folder(run, tracker, resumed):
         shutil.copyfile(corpus.tokenizer_file, run.folder / "tokenizer.json")
     if corpus.train_pairs is not None:  # and so does a chat
         chat.copy_template(corpus.folder, run.folder)
+    elif run.init_checkpoint:
+        chat.copy_template(checkpoint.run_of(run.init_checkpoint[0]), run.folder)
     if tracker:
         (run.folder / "wandb_id.txt").write_text(tracker.id, encoding="utf-8")
 

@@ -47,6 +47,8 @@ class ChatTemplate:
         self.source, self.tokenizer = source, tokenizer
         # without the mask, which no text has
         self.ids = {text: i for text, i in tokenizer.specials.items() if i < tokenizer.n_vocab}
+        if hasattr(tokenizer, "eos"):  # a tokenizer.json's, which need not be among its special tokens
+            self.ids[tokenizer.eos] = tokenizer.eos_id
         eos = next(text for text, i in self.ids.items() if i == tokenizer.eos_id)
         self.tokens = {"bos_token": "", "eos_token": eos} | dict(tokens)
         longest_first = sorted(self.ids, key=len, reverse=True)
@@ -54,7 +56,7 @@ class ChatTemplate:
         try:
             self.template = sandbox().from_string(source)
         except jinja2.TemplateError as problem:
-            raise ValueError(f"the chat template is none: {first_line(problem)}") from None
+            raise ValueError(f"the chat template is not valid Jinja: {first_line(problem)}") from None
 
     @property
     def missing_tokens(self):
@@ -73,7 +75,8 @@ class ChatTemplate:
         messages = [message | dict(content=self.break_specials(message["content"], gap))
                     for message in messages]
         try:
-            text = self.template.render(messages=messages, add_generation_prompt=generate, **self.tokens)
+            text = self.template.render(messages=messages, add_generation_prompt=generate, tools=None,
+                                        documents=None, **self.tokens)
         except jinja2.TemplateError as problem:
             raise ValueError(f"the chat template refuses the messages: {first_line(problem)}") from None
         except Exception as problem:  # whatever its own mistakes raise
@@ -132,11 +135,14 @@ class ChatTemplate:
     def end_of_turn(self):
         """The ids behind which an answer is over: the separator, and the token that the template closes with.
 
-        Raises ValueError.
+        Of a template that refuses a plain question: the separator alone.
         """
         question = dict(role="user", content="q")
-        head = self.render([question], generate=True).text
-        whole = self.render([question, dict(role="assistant", content="a")]).text
+        try:
+            head = self.render([question], generate=True).text
+            whole = self.render([question, dict(role="assistant", content="a")]).text
+        except ValueError:
+            return {self.tokenizer.eos_id}
         tail = whole[len(head) :] if whole.startswith(head) else ""
         closing = [self.ids[match[0]] for match in self.special.finditer(tail)]
         return {self.tokenizer.eos_id, *closing[-1:]}
@@ -201,7 +207,7 @@ def find_template(tokenizer, folders, choice="auto"):
     choice: the path of a Jinja file; plain; or auto, for the first of `folders` that has one, else plain.
     """
     if choice not in ("auto", "plain"):
-        return read_template(Path(choice), tokenizer)
+        return read_template(Path(choice), tokenizer, folders)
     found = own_template(tokenizer, folders) if choice == "auto" else None
     return found or ChatTemplate(PLAIN, tokenizer)
 
@@ -211,12 +217,16 @@ def own_template(tokenizer, folders):
     for folder in map(Path, folders):
         if (folder / FILE).is_file():
             return read_template(folder / FILE, tokenizer)
-        source = read_json(folder / "tokenizer_config.json").get("chat_template")
+        path = folder / "tokenizer_config.json"
+        source = read_json(path).get("chat_template")
         if isinstance(source, list):  # several, by names
             named = {part.get("name"): part.get("template") for part in source if isinstance(part, dict)}
             source = named.get("default")
         if isinstance(source, str):
-            return ChatTemplate(source, tokenizer, special_tokens(folder))
+            try:
+                return ChatTemplate(source, tokenizer, special_tokens(folder))
+            except ValueError as problem:
+                raise ValueError(f"{path}: {problem}") from None
     return None
 
 
@@ -226,23 +236,25 @@ def template_of(cfg, tokenizer):
     return find_template(tokenizer, folders, cfg.template)
 
 
-def read_template(path, tokenizer):
-    """The ChatTemplate in a file, with the tokens that the files beside it name."""
+def read_template(path, tokenizer, folders=()):
+    """The ChatTemplate in a file, with the tokens that the files beside it, or else in `folders`, name."""
     check_file(path)
-    raw = path.read_bytes()
+    raw, tokens = path.read_bytes(), {}
+    for folder in (*reversed(folders), path.parent):
+        tokens |= special_tokens(folder)
     try:
         if len(raw) > MAX_TEMPLATE:
             raise ValueError(f"{len(raw):,} bytes are too many for a chat template")
-        return ChatTemplate(raw.decode("utf-8-sig"), tokenizer, special_tokens(path.parent))
+        return ChatTemplate(raw.decode("utf-8-sig"), tokenizer, tokens)
     except ValueError as problem:
         raise ValueError(f"{path}: {problem}") from None
 
 
 def special_tokens(folder):
-    """{bos_token: its text, …} as the tokenizer_config.json of a folder says."""
+    """{bos_token: its text, …} as the tokenizer_config.json of a folder says; not the mask, which is ours."""
     settings = read_json(Path(folder) / "tokenizer_config.json")
     named = {name: value.get("content") if isinstance(value, dict) else value
-             for name, value in settings.items() if name.endswith("_token")}
+             for name, value in settings.items() if name.endswith("_token") and name != "mask_token"}
     return {name: text for name, text in named.items() if isinstance(text, str)}
 
 
@@ -253,6 +265,18 @@ def save_template(template, folder):
     settings = read_json(path)
     if settings | template.tokens != settings:
         path.write_text(json.dumps(settings | template.tokens) + "\n", encoding="utf-8")
+
+
+def export_template(template, folder):
+    """Write a template that says itself what it calls bos_token and the like.
+
+    An exported tokenizer's own eos_token ends a document, and its bos_token begins one: other programs take
+    likelihoods behind it.
+    """
+    tokens = [f"{{% set {name} = {json.dumps(text, ensure_ascii=False)} %}}"
+              for name, text in template.tokens.items()
+              if name in template.source and f"{{% set {name} = " not in template.source]
+    (Path(folder) / FILE).write_text("".join([*tokens, template.source]), encoding="utf-8")
 
 
 def copy_template(folder, out):

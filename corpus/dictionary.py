@@ -16,8 +16,9 @@ SHORTEST, LONGEST = 20, 400  # characters of an answer
 def question(entry):
     """The record of a question and its answer that an entry makes; None if it has no short definition."""
     obsolete = "[Obs" in entry
-    while entry != (entry := BRACKETS.sub(" ", entry)):
-        pass
+    n_removed = 1
+    while n_removed:  # the innermost ones first
+        entry, n_removed = BRACKETS.subn(" ", entry)
     match = ENTRY.match(entry)
     if obsolete or not match:
         return None

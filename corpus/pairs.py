@@ -19,6 +19,7 @@ from corpus.cutting import SURROGATE
 FIRST, ANSWER = 2, 1
 
 PROMPTS = ("prompt", "question", "instruction", "query", "input")
+CONTEXTS = ("input", "context")  # what a prompt is about: it follows the prompt
 ANSWERS = ("answer", "completion", "response", "output", "chosen")
 CONVERSATIONS = ("messages", "conversations", "conversation")
 ROLES = {
@@ -27,7 +28,8 @@ ROLES = {
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
     "bard": "assistant", "bing": "assistant", "model": "assistant",
 }  # fmt: skip
-FIELDS = ("system", *PROMPTS, *ANSWERS, *CONVERSATIONS)  # all that are read of a table
+# all that are read of a table
+FIELDS = tuple(dict.fromkeys(("system", *PROMPTS, *CONTEXTS, *ANSWERS, *CONVERSATIONS)))
 
 # --------------------------------------------------------------------------------------------------- records
 
@@ -59,6 +61,8 @@ def read_conversation(record):
     listed = record[name] if name else of_fields(record)
     if not isinstance(listed, list) or not listed:
         raise ValueError(f"'{name}' is no list of messages")
+    if record.get("system"):
+        listed = [dict(role="system", content=record["system"]), *listed]
     messages, is_learned = [], []
     for number, message in enumerate(listed, 1):
         where = f"message {number}"
@@ -73,6 +77,8 @@ def read_conversation(record):
         messages.append(dict(role=role, content=text))
         is_learned.append(role == "assistant" and message.get("weight", 1) != 0)  # OpenAI's: 0 is context
     check_order([message["role"] for message in messages])
+    if not any(is_learned):
+        raise ValueError("no answer: each has weight 0")
     return messages, is_learned
 
 
@@ -83,18 +89,25 @@ def of_fields(record):
     if prompt is None or answer is None:
         what = "prompt" if prompt is None else "answer"
         names = PROMPTS if prompt is None else ANSWERS
-        shown = [name if name.isprintable() else repr(name) for name in list(record)[:10]]
         raise ValueError(f"no {what} ('{names[0]}', also {', '.join(names[1:])}, or messages); there are "
-                         f"{', '.join(shown) or 'no fields'}")
+                         f"{field_names(record)}")
     text = record[prompt]
     if isinstance(text, list):  # TRL's: messages up to the answer, and the answer's
         parts = record[answer]
         return [*text, *(parts if isinstance(parts, list) else [dict(role="assistant", content=parts)])]
-    if prompt == "instruction" and record.get("input"):  # Alpaca's
-        text = f"{text}\n\n{record['input']}" if isinstance(record["input"], str) else record["input"]
-    messages = [dict(role="user", content=text), dict(role="assistant", content=record[answer])]
-    system = record.get("system")
-    return [dict(role="system", content=system), *messages] if system else messages
+    parts = [text, *(record[name] for name in CONTEXTS if name != prompt and record.get(name))]
+    if not all(isinstance(part, str) for part in parts):
+        raise ValueError(f"'{prompt}' and what it is about are not all text")
+    return [dict(role="user", content="\n\n".join(parts)), dict(role="assistant", content=record[answer])]
+
+
+def field_names(record):
+    """The names of a record's first ten fields, as text."""
+    names = list(record) if isinstance(record, dict) else []
+    shown = [name if name.isprintable() else repr(name) for name in names[:10]]
+    if len(names) > 10:
+        shown.append("…")
+    return ", ".join(shown) or "none"
 
 
 def read_role(message, where):

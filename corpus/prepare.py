@@ -260,10 +260,8 @@ def prepare_by_name(names, folder, cfg):
     size = bpe.vocabulary_size(cfg.tokenizer)
     if size is None:
         tokenizer = load_tokenizer(cfg)
-        missing = chat.template_of(cfg, tokenizer).missing_tokens if cfg.sft else []
-        if missing:
-            warn(f"the chat template's {', '.join(missing[:5])} are no special tokens of tokenizer "
-                 f"'{tokenizer.name}': they become text")
+        if cfg.sft:
+            warn_of_missing_tokens(chat.template_of(cfg, tokenizer))
     else:
         print(f"learns {size:,} tokens from the training documents first", flush=True)
 
@@ -291,6 +289,13 @@ def prepare_by_name(names, folder, cfg):
         meta = prepare(sources, folder, cfg, show, stdin)
         bar.update(task, completed=total)
     return meta
+
+
+def warn_of_missing_tokens(template):
+    """Say which of a chat template's special tokens the tokenizer has not."""
+    if missing := template.missing_tokens:
+        warn(f"the chat template's {', '.join(missing[:5])} are no special tokens of tokenizer "
+             f"'{template.tokenizer.name}': they become text")
 
 
 def warn(line):
@@ -345,9 +350,12 @@ def prepare_in(work_folder, sources, folder, cfg, progress, stdin):
 
         if stdin:
             sources = [*sources, fetch.save_standard_input(stdin, work_folder, cfg)]
+        is_learned = bpe.vocabulary_size(cfg.tokenizer) is not None
         cfg = learn_tokenizer(sources, cfg, work_folder)
         tokenizer = load_tokenizer(cfg)
         template = chat.template_of(cfg, tokenizer) if cfg.sft else None
+        if template and is_learned:
+            warn_of_missing_tokens(template)
         plan = make_plan(sources, cfg, tokenizer.name, template)
         if state:
             check_plan(ledger.read("plan"), plan, work_folder)

@@ -44,7 +44,7 @@ class TaskReader:
         if record is None:
             return None
         if not isinstance(record, dict) or field not in record:
-            names = field_names(record)
+            names = pairs.field_names(record)
             return self.reject(where, f"no field '{field}'; there are {names}; name the text's with --field")
         return self.checked_text(record[field], where, f"field '{field}'")
 
@@ -144,12 +144,3 @@ class TaskReader:
             self.left_out["malformed"] += 1
             return None
         raise ValueError(f"{where}: {problem}; --bad_records=skip leaves such records out")
-
-
-def field_names(record):
-    """The names of a record's first ten fields, as text."""
-    names = list(record) if isinstance(record, dict) else []
-    shown = [name if name.isprintable() else repr(name) for name in names[:10]]
-    if len(names) > 10:
-        shown.append("…")
-    return ", ".join(shown) or "none"

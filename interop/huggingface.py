@@ -90,7 +90,7 @@ def open_source(cfg, path):
             shapes[name] = (n_rows, *shapes[name][1:])
     check_tensors(path, {hf_names[name]: shapes[name] for name in shapes}, original)
     weights = fit_vocabulary({name: original[hf_names[name]] for name in shapes}, config)
-    template = chat.own_template(tokenizer, [path]) if tokenizer else None
+    template = checks.open_template(chat.own_template, tokenizer, [path]) if tokenizer else None
     return Source("hf", path, config, objective, weights, original, tokenizer, 0, template)
 
 
@@ -286,7 +286,7 @@ def write(folder, source, weights, on_progress):
     if tokenizer:
         write_tokenizer(folder, tokenizer, None if is_ar else config.mask_id, config.seq_len)
     if source.template:
-        (folder / chat.FILE).write_text(source.template.source, encoding="utf-8")
+        chat.export_template(source.template, folder)
     n_rows = config.n_vocab if is_ar else config.padded_vocab  # stock classes would draw ids that are no text
     hf_weights = {hf_name(name): tensor.with_rows(n_rows) if name in VOCABULARY_TENSORS else tensor
                   for name, tensor in weights.items()}

@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 from corpus import chat
 from corpus.tokenizers import load_tokenizer
-from interop import tensors
+from interop import checks, tensors
 from interop.source import Source, write_json
 from model import ModelConfig
 from training import checkpoint
@@ -35,7 +35,8 @@ def open_source(path, which="auto"):
     name = record["corpus"]["tokenizer"]
     tokenizer = load_tokenizer(name, (folder.parent, folder)) if name else None
     objective = record["settings"]["objective"]
-    template = chat.own_template(tokenizer, (folder.parent, folder)) if tokenizer else None
+    folders = folder.parent, folder
+    template = checks.open_template(chat.own_template, tokenizer, folders) if tokenizer else None
     return Source("ours", place, config, objective, weights, weights, tokenizer, record["step"], template)
 
 

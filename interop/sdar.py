@@ -40,7 +40,7 @@ def write(folder, source, weights, on_progress):
         generation["eos_token_id"] = sorted(ends)
         write_tokenizer(folder, tokenizer, config.mask_id, config.seq_len)
     if source.template:
-        (folder / chat.FILE).write_text(source.template.source, encoding="utf-8")
+        chat.export_template(source.template, folder)
     write_json(folder / "config.json", settings)
     write_json(folder / "generation_config.json", generation)
     shutil.copyfile(Path(__file__).with_name(CONFIGURATION), folder / CONFIGURATION)

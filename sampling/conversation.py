@@ -14,46 +14,41 @@ class Conversation:
 
     def __init__(self, generator, template, decoding, length=0, system=""):
         self.generator, self.template, self.length = generator, template, length
-        self.decoding = decoding._replace(stop=True)
         self.ends = template.end_of_turn()
+        self.decoding = decoding._replace(stop=True, stop_ids=tuple(sorted(self.ends)))
         self.messages = [dict(role="system", content=system)] if system else []
         self.n_first = len(self.messages)  # messages that are never dropped
         self.n_asked = 0
 
     def ask(self, question):
         """The model's answer to a question, as text. Raises ValueError where the question has no room."""
-        self.messages.append(dict(role="user", content=question))
-        try:
-            row = self.next_row()
-        except ValueError:
-            self.messages.pop()
-            raise
-        result = self.generator.generate([row], self.decoding, self.n_asked, allowed=self.ends)
+        messages, row = self.next_row([*self.messages, dict(role="user", content=question)])
+        result = self.generator.generate([row], self.decoding, self.n_asked)
         self.n_asked += 1
         tokenizer = self.generator.tokenizer
         ids = result.rows[0][row.index(tokenizer.mask_id) :]
         answer = read_answer(ids, self.ends, tokenizer)
-        self.messages.append(dict(role="assistant", content=answer))
+        self.messages = [*messages, dict(role="assistant", content=answer)]
         return answer
 
-    def next_row(self):
-        """The prompt's ids and masks for the answer, without old turns where these leave no room.
+    def next_row(self, messages):
+        """(messages, their ids and masks for the answer), without old turns where these leave no room.
 
         Raises ValueError if there is none for the question alone.
         """
         mask_id, seq_len = self.generator.tokenizer.mask_id, self.generator.seq_len
         least = self.length or 1
         while True:
-            prompt = self.template.encode_prompt(self.messages).tolist()
+            prompt = self.template.encode_prompt(messages).tolist()
             if len(prompt) + least <= seq_len:
                 stop = len(prompt) + self.length if self.length else seq_len
                 if block := self.generator.block:  # whole blocks, as in training
                     stop = min(-(-stop // block) * block, seq_len)
-                return prompt + [mask_id] * (stop - len(prompt))
-            if len(self.messages) - self.n_first < 3:
+                return messages, prompt + [mask_id] * (stop - len(prompt))
+            if len(messages) - self.n_first < 3:
                 raise ValueError(f"the question has {len(prompt)} tokens and the model's context {seq_len}: "
                                  f"no room for an answer of {least}")
-            del self.messages[self.n_first : self.n_first + 2]
+            messages = messages[: self.n_first] + messages[self.n_first + 2 :]
 
 
 def read_answer(ids, ends, tokenizer):
@@ -63,12 +58,16 @@ def read_answer(ids, ends, tokenizer):
 
 
 def open_template(generator):
-    """The ChatTemplate that a run or converted model has beside its tokenizer; plain if it has none.
+    """The ChatTemplate that a run or converted model has beside its tokenizer; plain, and said, without one.
 
     Raises ValueError or OSError.
     """
     folders = (generator.folder.parent, generator.folder)
-    return chat.find_template(generator.tokenizer, folders)
+    template = chat.own_template(generator.tokenizer, folders)
+    if template is None:
+        print(f"[{generator.folder.parent} has no chat template: every message stands on a line]",
+              file=sys.stderr)
+    return template or chat.ChatTemplate(chat.PLAIN, generator.tokenizer)
 
 
 def run_chat(conversation):

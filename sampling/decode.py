@@ -42,7 +42,8 @@ class DecodeConfig(NamedTuple):
     guidance: float = 0.0  # w: un + (w + 1)·(cond − un), un with the prompt masked
     cache: str = "no"  # no, prefix (keys and values before the block are kept) or dual (those after it, too)
     refresh: int = 0  # passes after which all keys and values are stored anew; 0: where a block begins
-    stop: bool = False  # the text ends at its first separator after the last prompt token
+    stop: bool = False  # the text ends at its first separator after the last prompt token,
+    stop_ids: tuple = ()  # or at the first of these
     min_length: int = 0  # new tokens before it may end
     suppress_tokens: tuple = ()  # ids that are never written
     seed: int = 0
@@ -80,7 +81,7 @@ def generate(model, rows, cfg, eos_id, schedule=None, posterior=False, first_row
             z = decode_masked(predictor, schedule, on_step)
         n_passes, cache_gap = predictor.n_passes, predictor.measure_cache_gap
         passes_per_row = float(predictor.row_passes.float().mean()) * predictor.copies
-    written, n_new = read_canvas(z, canvas, eos_id if cfg.stop else None)
+    written, n_new = read_canvas(z, canvas, eos_id, {eos_id, *cfg.stop_ids} if cfg.stop else ())
     return Result(written, n_new, n_passes, float(passes_per_row), cache_gap)
 
 
@@ -93,16 +94,15 @@ def check_order(canvas, block):
                          "of given text")
 
 
-def read_canvas(z, canvas, eos_id):
+def read_canvas(z, canvas, eos_id, ends):
     """The rows of a finished canvas as lists, and how many new tokens they hold.
 
-    Unless eos_id is None, a text ends at the first separator in its open end; it fills the rest.
+    A text ends at the first of the ids `ends` in its open end; separators fill the rest.
     """
     rows, n_new = [], int(canvas.is_new.sum())
     for ids, is_token, is_new, start in zip(z.tolist(), canvas.is_token, canvas.is_new, canvas.open_ends()):
-        separators = [i for i in range(start, len(ids)) if ids[i] == eos_id and is_new[i]]
-        if separators:
-            end = separators[0] + 1
+        end = next((i + 1 for i in range(start, len(ids)) if ids[i] in ends and is_new[i]), None)
+        if end:
             n_new -= int(is_new[end:].sum())
             ids[end:] = [eos_id] * len(ids[end:])
         rows.append([token for token, keep in zip(ids, is_token) if keep])
@@ -135,8 +135,8 @@ def decode_masked(predictor, schedule, on_step):
 
 
 def fill_ended(predictor, z, is_left):
-    """Separators at the positions that are left to write, (B, L), after the one that ends a text. → (B, L)"""
-    ends = (z == predictor.eos_id) & ~is_left & ~predictor.cannot_end.view_as(z)
+    """Separators at the positions that are left to write, (B, L), after what ends a text. → (B, L)"""
+    ends = torch.isin(z, predictor.ends) & ~is_left & ~predictor.cannot_end.view_as(z)
     return torch.where((ends.cumsum(1) > 0) & is_left, predictor.eos_id, z)
 
 
@@ -458,6 +458,7 @@ def decode_left_to_right(model, canvas, cfg, eos_id, on_step):
     u = to_tensor(canvas.uniforms(cfg.seed, TOKEN, 0), device)  # (B, L, 2)
     too_early = to_tensor(canvas.n_new_before() < cfg.min_length, device)
     suppressed = torch.tensor(cfg.suppress_tokens, dtype=torch.int64, device=device)
+    ends = torch.tensor([eos_id, *cfg.stop_ids], device=device)
     cache = None
     if cfg.cache != "no":
         cache = KVCache(model.config, B, L, device, autocast_dtype(device) or torch.float32)
@@ -484,12 +485,12 @@ def decode_left_to_right(model, canvas, cfg, eos_id, on_step):
         if len(suppressed):
             logits[:, suppressed] = float("-inf")
         if cfg.stop:
-            logits[:, eos_id].masked_fill_(too_early[:, j], float("-inf"))
+            logits[:, ends] = logits[:, ends].masked_fill(too_early[:, j : j + 1], float("-inf"))
         logits = diffusion.filter_logits(logits, cfg.temperature, cfg.top_k, cfg.top_p)
         token = diffusion.draw_tokens(logits, u[:, j], cfg.temperature)
         if cfg.stop:
             token = torch.where(has_ended, eos_id, token)
-            has_ended = has_ended | (is_new[:, j] & (token == eos_id))
+            has_ended = has_ended | (is_new[:, j] & torch.isin(token, ends))
             all_ended.append(AsyncCopy(has_ended.all()))
         z[:, j + 1] = torch.where(is_new[:, j], token, z[:, j + 1])
         on_step(z[:, 1:])

@@ -65,9 +65,12 @@ class Generator:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def generate(self, rows, cfg, first_row=0, on_step=lambda z: None, allowed=()):
-        """`decode.generate` with this model; of its special tokens only the separator and `allowed` ones."""
+        """`decode.generate` with this model.
+
+        Of its special tokens only those that end a text and `allowed` ones are written.
+        """
         specials = {i for i in self.tokenizer.specials.values() if i < self.tokenizer.n_vocab}
-        suppressed = specials - {self.tokenizer.eos_id, *allowed}
+        suppressed = specials - {self.tokenizer.eos_id, *cfg.stop_ids, *allowed}
         cfg = cfg._replace(suppress_tokens=tuple(sorted(suppressed)))
         with self.autocast():
             return decode.generate(self.model, rows, cfg, self.tokenizer.eos_id, self.schedule,

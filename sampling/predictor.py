@@ -39,7 +39,7 @@ class Predictor:
 
         # what must not be written
         self.suppressed = torch.tensor(cfg.suppress_tokens, dtype=torch.int64, device=self.device)
-        self.cannot_end = None
+        self.cannot_end, self.ends = None, self.to_tensor(np.array([eos_id, *cfg.stop_ids]))
         if cfg.stop:
             self.cannot_end = self.to_tensor(~canvas.may_end(cfg.min_length)).flatten()
         self.is_unrestricted = not cfg.stop and not cfg.suppress_tokens and not cfg.guidance
@@ -186,7 +186,8 @@ class Predictor:
             if len(self.suppressed):
                 logits[:, self.suppressed] = float("-inf")
             if self.cannot_end is not None:
-                logits[:, self.eos_id].masked_fill_(self.cannot_end[index[rows]], float("-inf"))
+                cannot_end = self.cannot_end[index[rows], None]
+                logits[:, self.ends] = logits[:, self.ends].masked_fill(cannot_end, float("-inf"))
             yield rows, logits
 
     def fuse_head(self, kernel, hidden):

@@ -167,6 +167,11 @@ def weights_folder(folder, record, weights="auto", setting="weights"):
     return folder / "ema" if has_average and weights != "raw" else folder
 
 
+def run_of(weights):
+    """The run's folder of what `weights_folder` gives."""
+    return weights.parent.parent if weights.name == "ema" else weights.parent
+
+
 def weight_files(folder):
     """The files that hold a checkpoint's weights."""
     return list_folder(folder, "model*.safetensors")

@@ -22,6 +22,7 @@ from model import ModelConfig, Transformer
 from training import checkpoint, compiler
 from training.checkpoint import checkpoints, load_newest, open_checkpoint, weights_folder
 from training.corpora import (
+    OF_PAIRS,
     VOCABULARY,
     check_meaning,
     mean_token_bytes,
@@ -206,7 +207,8 @@ def find_checkpoint(run):
                          "states differ; begin another run with --init_from")
     if any(name.startswith("ema/") for name in record["sha256"]) and not cfg.ema:
         warn(ranks, f"resumed without --ema={saved.get('ema', '')}: the moving average in {folder} ends here")
-    restarted = [name for name in ("seed", "unique_tokens") if saved.get(name) != getattr(cfg, name)]
+    older = OF_PAIRS | dict(seed=None, unique_tokens=None)  # what records from before say nothing of
+    restarted = [name for name in older if saved.get(name, older[name]) != getattr(cfg, name)]
     if mixture_of(saved["corpus"]) != mixture_of(cfg.corpus):
         restarted.append("mixture")
     if restarted:

@@ -45,7 +45,8 @@ def check_meaning(cfg, corpora):
 
 def pair_layout(cfg, block):
     """How a run's question-answer pairs stand in rows; block: its diffusion_block."""
-    return PairLayout(cfg.packing, cfg.long_pairs, cfg.eos_padding, block or 1)
+    whole_row = cfg.eos_padding == "block" and not block  # diffusion_block=seq_len: the row is the block
+    return PairLayout(cfg.packing, cfg.long_pairs, "row" if whole_row else cfg.eos_padding, block or 1)
 
 
 def split_name(split, corpus, corpora):

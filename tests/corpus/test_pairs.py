@@ -60,7 +60,8 @@ ONE = [dict(role="user", content="q"), dict(role="assistant", content="a")]
     dict(instruction="q", input="", output="a"), dict(messages=ONE), dict(messages=ONE, prompt=None),
     dict(conversations=[{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]),
     dict(conversation=[dict(role="User", content=[dict(type="text", text="q")]), ONE[1]]),
-    dict(prompt=ONE[:1], completion=ONE[1:]), dict(prompt=ONE[:1], completion="a"),
+    dict(prompt="q", context="", answer="a"), dict(prompt=ONE[:1], completion=ONE[1:]),
+    dict(prompt=ONE[:1], completion="a"),
 ], ids=lambda record: ",".join(record))  # fmt: skip
 def test_the_usual_field_names_are_understood(record):
     assert pairs.pairs_of(record)[0] == [pairs.Pair(ONE[:1], "a")]
@@ -68,9 +69,13 @@ def test_the_usual_field_names_are_understood(record):
 
 def test_what_stands_beside_prompt_and_answer():
     system = dict(role="system", content="s")
-    alpaca = pairs.pairs_of(dict(instruction="q", input="x", output="a"))[0]
-    assert alpaca == [pairs.Pair([dict(role="user", content="q\n\nx")], "a")]
-    assert pairs.pairs_of(dict(system="s", prompt="q", answer="a"))[0] == [pairs.Pair([system, ONE[0]], "a")]
+    about = [pairs.Pair([dict(role="user", content="q\n\nx")], "a")]
+    assert pairs.pairs_of(dict(instruction="q", input="x", output="a"))[0] == about  # Alpaca
+    assert pairs.pairs_of(dict(instruction="q", context="x", response="a"))[0] == about  # Dolly
+    assert pairs.pairs_of(dict(question="q", context="x", answer="a"))[0] == about
+    behind_system = [pairs.Pair([system, ONE[0]], "a")]
+    for record in (dict(prompt="q", answer="a"), dict(messages=ONE), dict(prompt=ONE[:1], completion="a")):
+        assert pairs.pairs_of(dict(system="s") | record)[0] == behind_system
     developer = dict(role="developer", content="s")
     assert pairs.pairs_of(dict(messages=[developer, *ONE]))[0] == [pairs.Pair([system, ONE[0]], "a")]
 
@@ -86,6 +91,10 @@ def test_each_answer_of_a_conversation_is_a_pair():
 BAD = {
     "no answer": dict(prompt="q"),
     "no prompt": dict(answer="a"),
+    "no answer: each has weight 0": dict(messages=[ONE[0], ONE[1] | dict(weight=0)]),
+    "'prompt' and what it is about are not all text": dict(prompt="q", input=["x"], answer="a"),
+    "message 2: roles out of order, system": dict(
+        system="s", messages=[dict(role="system", content="s"), *ONE]),
     "an empty answer": dict(prompt="q", answer="  \n"),
     "an empty prompt": dict(prompt="", answer="a"),
     "its content is not text": dict(prompt="q", answer=["a"]),
@@ -198,7 +207,36 @@ def test_templates_are_found(chatml_folder, tmp_path):
     assert found.source == "y" and found.tokens["bos_token"] == "<s>"
     (tmp_path / chat.FILE).write_text("z", encoding="utf-8")
     assert chat.find_template(tokenizer, [tmp_path]).source == "z"
-    assert chat.find_template(tokenizer, [], str(tmp_path / chat.FILE)).source == "z"
+    (tmp_path / "jinja").mkdir()
+    (tmp_path / "jinja/file").write_text("q", encoding="utf-8")
+    found = chat.find_template(tokenizer, [tmp_path], str(tmp_path / "jinja/file"))
+    assert found.source == "q" and found.tokens["bos_token"] == "<s>"
+
+
+def test_where_answers_end_if_a_template_refuses_a_plain_question():
+    template = chat.ChatTemplate("{{ raise_exception('system first') }}", BYTES)
+    assert template.end_of_turn() == {EOS}
+
+
+def test_an_end_of_text_that_is_no_special_token(chatml_folder, tmp_path):
+    """It is one of a tokenizer's all the same."""
+    layout = json.loads((chatml_folder / "tokenizer.json").read_text(encoding="utf-8"))
+    layout["added_tokens"] = [token | dict(special=False) for token in layout["added_tokens"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(layout), encoding="utf-8")
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"), eos="<|im_end|>")
+    template = chat.ChatTemplate(chat.PLAIN, tokenizer)
+    assert template.encode_pair(pairs.Pair(ONE[:1], "a")).answer[-1] == tokenizer.eos_id
+
+
+def test_a_saved_template_leaves_the_mask_alone(chatml_folder, tmp_path):
+    theirs = dict(bos_token="<|im_start|>", mask_token="<mask>", chat_template="x")
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(theirs), encoding="utf-8")
+    template = chat.find_template(load_tokenizer(str(chatml_folder)), [tmp_path])
+    path.write_text(json.dumps(dict(mask_token="<|mask|>")), encoding="utf-8")
+    chat.save_template(template, tmp_path)
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    assert saved["mask_token"] == "<|mask|>" and saved["bos_token"] == "<|im_start|>"
 
 
 def test_features_that_templates_use(chatml_folder):
@@ -217,7 +255,8 @@ EVIL = {
     "{{ raise_exception('Only user roles\nplease') }}": "refuses the messages: Only user roles",
     "{{ 1 + 'a' }}": "fails: TypeError",
     "{% for i in range(10**9) %}{% endfor %}": "fails: OverflowError",
-    "{% if %}": "the chat template is none",
+    "{% if %}": "the chat template is not valid Jinja",
+    "{% for tool in tools %}{{ documents.x }}{% endfor %}": "fails: TypeError",
     "nothing of the messages": "an empty prompt|drops the answer",
     "{% for m in messages %}{{ m.content }}{% endfor %}{{ messages|length }}": "does not go on from its",
 }

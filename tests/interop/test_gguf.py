@@ -239,8 +239,63 @@ BAD = {
     "can't be understood|contradict|should be": {"llama.attention.head_count": 3},
     "tokens and their types": {"tokenizer.ggml.token_type": [1, 1]},
     "tokens of type 6": {"tokenizer.ggml.token_type": [3] * 3 + [6] * (N - 3)},
-    "the chat template is none": {"tokenizer.chat_template": "{% if %}"},
+    "it does not say how it splits": {"tokenizer.ggml.pre": None},
 }
+
+
+@pytest.mark.parametrize("problem, value", [("not valid Jinja", "{% if %}"), ("is no text", 3)])
+def test_a_chat_template_that_is_none_is_left_out_and_said(problem, value, tokenizer_file, tmp_path):
+    def change(fields):
+        fields["tokenizer.chat_template"] = value
+
+    path = write_gguf(tmp_path / "m.gguf", "llama", make_model("llama"), tokenizer_file, change=change)
+    code, _, warning = run_convert(source=path, out=tmp_path / "run")
+    assert code == 0 and not (tmp_path / "run/chat_template.jinja").exists()
+    assert f"{path}: " in warning and problem in warning and "has no chat template" in warning
+
+
+def test_an_exported_template_says_its_own_tokens(tokenizer_file, tmp_path):
+    """transformers renders it as we do; its eos_token is still the separator, behind which texts begin."""
+
+    def change(fields):
+        fields["tokenizer.chat_template"] = (
+            "{{ bos_token }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}")
+
+    path = write_gguf(tmp_path / "m.gguf", "qwen3", make_model("qwen3"), tokenizer_file, change=change)
+    convert_ok(path, tmp_path / "run")
+    for source, out in (("run", "hf"), ("hf", "again"), ("again", "twice")):
+        convert_ok(tmp_path / source, tmp_path / out)
+    question = [dict(role="user", content="quick")]
+    for folder in ("hf", "twice"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / folder)
+        assert tokenizer.eos_token == "<|endoftext|>"
+        text = tokenizer.apply_chat_template(question, tokenize=False)
+        assert text == "<|im_start|>quick<|im_end|>"
+    template = (tmp_path / "twice/chat_template.jinja").read_text(encoding="utf-8")
+    assert template == (tmp_path / "hf/chat_template.jinja").read_text(encoding="utf-8")
+
+
+def test_which_token_ends_a_document(tokenizer_file, tmp_path):
+    """--eos, or what tokenizers call so, or the token that the file names."""
+
+    def change(fields):
+        tokens = fields["tokenizer.ggml.tokens"]
+        fields["tokenizer.ggml.tokens"] = [
+            token.replace("<|end", "<|the_end").replace("<|im_", "<|turn_") for token in tokens]
+        fields["tokenizer.ggml.eos_token_id"] = 2
+
+    def separator_of(run):
+        record = json.loads((run / "step_00000000/checkpoint.json").read_text(encoding="utf-8"))
+        return record["corpus"]["tokenizer"].split()[-1]
+
+    path = write_gguf(tmp_path / "m.gguf", "llama", make_model("llama"), tokenizer_file)
+    convert_ok(path, tmp_path / "usual")
+    assert separator_of(tmp_path / "usual") == "<|endoftext|>"
+    path = write_gguf(tmp_path / "m.gguf", "llama", make_model("llama"), tokenizer_file, change=change)
+    convert_ok(path, tmp_path / "of_file")
+    assert separator_of(tmp_path / "of_file") == "<|turn_end|>"
+    convert_ok(path, tmp_path / "named", eos="<|turn_start|>")
+    assert separator_of(tmp_path / "named") == "<|turn_start|>"
 
 
 @pytest.mark.parametrize("problem", BAD)

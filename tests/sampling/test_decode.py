@@ -45,6 +45,7 @@ def cases(draw):
         cache=one_of("no", "prefix", "dual") if block else "no",
         refresh=one_of(0, 1, 3),
         stop=draw(st.booleans()),
+        stop_ids=one_of((), (3, 11)),
         min_length=one_of(0, 4),
         suppress_tokens=one_of((), (0, 7)),
         seed=draw(st.integers(0, 9)),
@@ -65,11 +66,12 @@ def check(model, rows, cfg):
                 assert 0 <= token < 41 and token not in cfg.suppress_tokens  # no mask, no padded id
         if cfg.stop:
             tail = max((i + 1 for i, token in enumerate(prompt) if token != MASK), default=0)
-            assert EOS not in [token for before, token in zip(prompt[:tail], row) if before == MASK]
-            if EOS in row[tail:]:  # after the end there is nothing else
-                first = tail + row[tail:].index(EOS)
+            ends = {EOS, *cfg.stop_ids}
+            assert not ends & {token for before, token in zip(prompt[:tail], row) if before == MASK}
+            if ends & set(row[tail:]):  # after the end there is nothing but separators
+                first = next(i for i in range(tail, len(row)) if row[i] in ends)
                 n_new -= len(row) - first - 1
-                assert set(row[first:]) == {EOS} and prompt[:first].count(MASK) >= cfg.min_length
+                assert set(row[first + 1 :]) <= {EOS} and prompt[:first].count(MASK) >= cfg.min_length
     assert result.n_new == n_new  # tokens after an end do not count
     return result
 
