@@ -251,23 +251,13 @@ def optimal_sizes(cfg, flops, power):
 
 def gidd_sizes(cfg, flops, noise, kind):
     """As `optimal_sizes`, by one of GIDD's laws, whose N is no power of compute in our units."""
-    from scipy.optimize import brentq
-
-    if cfg.params and (flops or cfg.tokens):
-        return cfg.params, cfg.tokens or flops / (6 * cfg.params)
-    if cfg.tokens and flops:
-        return flops / (6 * cfg.tokens), cfg.tokens
-
-    def best(ln_flops):
-        N = peers.best_N(noise, kind, math.exp(ln_flops))
-        return N, math.exp(ln_flops) / (6 * N)
-
-    if not flops:
-        which, wanted = (0, cfg.params) if cfg.params else (1, cfg.tokens)
-        flops = math.exp(brentq(lambda ln_flops: math.log(best(ln_flops)[which] / wanted),
-                                math.log(1e8), math.log(1e36)))
-    N, D = best(math.log(flops))
-    return cfg.params or N, cfg.tokens or D
+    if cfg.params:
+        return cfg.params, cfg.tokens or (flops / (6 * cfg.params) if flops else
+                                          peers.best_tokens(noise, kind, cfg.params))
+    if cfg.tokens:
+        return flops / (6 * cfg.tokens) if flops else peers.best_size(noise, kind, cfg.tokens), cfg.tokens
+    N = peers.best_N(noise, kind, flops)
+    return N, flops / (6 * N)
 
 
 def extrapolation(data_range, **values):

@@ -218,8 +218,8 @@ def write_table(study, command):
     lines = [
         f"# Little text, read again and again: AR and masked diffusion, each tuned (scale {cfg.scale})", "",
         f"`{command}`", "",
-        "Lowest validation along a run, nats per token (AR's likelihood, masked diffusion's bound): mean over",
-        f"seeds ({cfg.seeds}) ± standard error. The search is of the first seed.", "",
+        "Lowest validation along a run, nats per token (AR's likelihood, masked diffusion's bound): mean",
+        f"over seeds ({cfg.seeds}) ± standard error. The search is of the first seed.", "",
         "| unique tokens | objective | size | dropout | weight decay | masked inputs | nats | epochs "
         "| masked − ar |",
         "|---|---|---|---|---|---|---|---|---|",

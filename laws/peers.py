@@ -6,6 +6,7 @@ head, and their compute is M·D; here it is 6·N·D with N the whole model. `flo
 to the other, on the ladder of the Quokka paper.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -55,27 +56,32 @@ def gidd_flops_per_token(n_layer, d_model, seq_len=SEQ_LEN):
     return 72 * n_layer * d_model**2 + 12 * n_layer * d_model * seq_len
 
 
+@functools.cache
 def ladder_sizes():
-    """(N with embeddings, P without, M FLOPs per token without) of the ladder's models, three arrays."""
+    """(N with embeddings, P without, M FLOPs per token without) of the ladder's models, three arrays.
+
+    Smallest first, without those that have more parameters than another but take fewer FLOPs.
+    """
     sizes = []
     for _, d_model, head_dim, n_head, n_layer in LADDER:
         width = head_dim * n_head
         without = n_layer * (4 * d_model * width + 3 * d_model * swiglu_width(d_model))
         attention = 12 * n_layer * width * SEQ_LEN
         sizes.append((ladder_params(d_model, head_dim, n_head, n_layer), without, 6 * without + attention))
-    return np.array(sorted(sizes)).T
+    sizes = np.array(sorted(sizes))
+    return sizes[(sizes == np.maximum.accumulate(sizes)).all(1)].T
 
 
 def convert(values, source, target):
     """Sizes of one kind as those of another; source, target: those of the ladder's models.
 
-    By powers between the models, and beyond them with the slopes of the ladder's ends.
+    By powers between the models, and beyond them with the slopes over eight models at the ladder's ends.
     """
     x, y, values = np.log(source), np.log(target), np.log(np.asarray(values, np.float64))
     order = np.argsort(x)
     x, y = x[order], y[order]
     converted = np.interp(values, x, y)
-    low, high = (np.polyfit(x[part], y[part], 1)[0] for part in (slice(8), slice(-8, None)))
+    low, high = ((y[j] - y[i]) / (x[j] - x[i]) for i, j in ((0, 7), (-8, -1)))
     converted = np.where(values < x[0], y[0] + low * (values - x[0]), converted)
     return np.exp(np.where(values > x[-1], y[-1] + high * (values - x[-1]), converted))
 
@@ -98,6 +104,12 @@ def flops_per_token(N):
     return convert(N, sizes, flops)
 
 
+def of_flops_per_token(M):
+    """N of a model that takes M FLOPs per token."""
+    sizes, _, flops = ladder_sizes()
+    return convert(M, flops, sizes)
+
+
 # ------------------------------------------------------------------------------------------------- the laws
 
 
@@ -114,10 +126,11 @@ def no_starts(N, D, U):
 GIDD = Law("gidd", surface, no_starts)
 
 
-def surface_optimum(c, C):
+def surface_optimum(noise, C):
     """(M, D, loss) of the lowest loss by a surface at compute C = M·D, in GIDD's own units."""
-    ratio = (c["alpha"] * c["a"] / (c["beta"] * c["b"])) ** (1 / (c["alpha"] + c["beta"]))
-    M = ratio * C ** (c["beta"] / (c["alpha"] + c["beta"]))
+    c = SURFACES[noise]
+    A, exponent = optimal_power(noise, "surface")
+    M = A * C**exponent
     return M, C / M, c["a"] * M ** -c["alpha"] + c["b"] * (C / M) ** -c["beta"] + c["E"]
 
 
@@ -126,24 +139,40 @@ def frontier_optimum(noise, C):
     return tuple(A * C**exponent for A, exponent in FRONTIERS[noise].values())
 
 
-def best_N(noise, kind, flops):
-    """N with the lowest loss at 6·N·D = flops, by a noise's surface or frontier: their optimum in our units.
+def optimal_power(noise, kind):
+    """(A, exponent) of the best M = A·C^exponent at compute C = M·D, by a noise's surface or frontier."""
+    if kind == "frontier":
+        return FRONTIERS[noise]["M"]
+    c = SURFACES[noise]
+    A = (c["alpha"] * c["a"] / (c["beta"] * c["b"])) ** (1 / (c["alpha"] + c["beta"]))
+    return A, c["beta"] / (c["alpha"] + c["beta"])
 
-    At compute M·D the law says which M is best. Of our models M(N)·D differs from 6·N·D by what embeddings,
-    head and attention cost: so N solves M(N) = M*(M(N)·flops/(6·N)).
+
+def best_tokens(noise, kind, N):
+    """D for which N parameters are best, at the compute M(N)·D that they really take."""
+    (A, exponent), M = optimal_power(noise, kind), float(flops_per_token(N))
+    return (M / A) ** (1 / exponent) / M
+
+
+def best_size(noise, kind, D):
+    """N that is best for D tokens."""
+    A, exponent = optimal_power(noise, kind)
+    C = (A * D) ** (1 / (1 - exponent))
+    return float(of_flops_per_token(A * C**exponent))
+
+
+def best_N(noise, kind, flops):
+    """N that is best where 6·N·D = flops: their optimum, in our units.
+
+    Where embeddings are most of a model, the least loss at 6·N·D is at another N, by 0.01 nats at 1e18 FLOPs.
     """
     from scipy.optimize import brentq
 
-    def best_M(C):
-        by_surface = kind == "surface"
-        return surface_optimum(SURFACES[noise], C)[0] if by_surface else frontier_optimum(noise, C)[0]
-
     def excess(ln_N):
         N = math.exp(ln_N)
-        M = float(flops_per_token(N))
-        return math.log(M) - math.log(best_M(M * flops / (6 * N)))
+        return math.log(6 * N * best_tokens(noise, kind, N) / flops)
 
-    return math.exp(brentq(excess, math.log(1e3), math.log(1e16), xtol=1e-12))
+    return math.exp(brentq(excess, -50, 100, xtol=1e-12))
 
 
 def local_exponent(noise, kind, flops):

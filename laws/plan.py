@@ -197,8 +197,8 @@ def print_disagreement(cfg, plans, laws, flops):
     theirs = [peers.local_exponent("masked", kind, flops) for kind in ("frontier", "surface")]
     quokka_N, gidd_N = (human_count(sizes[name]) for name in ("approach 1", "GIDD IsoFLOP"))
     ratio, growth = sizes["GIDD IsoFLOP"] / sizes["approach 1"], 10 ** (theirs[0] - printed[0])
-    print(f"* they disagree on the exponent of N in compute: {printed[0]:.2f} and {printed[1]:.2f} by the Quokka "
-          f"paper, {theirs[0]:.2f} and {theirs[1]:.2f} by GIDD.\n"
+    print(f"* they disagree on the exponent of N in compute: {printed[0]:.2f} and {printed[1]:.2f} by the "
+          f"Quokka paper, {theirs[0]:.2f} and {theirs[1]:.2f} by GIDD.\n"
           f"  Here that is {quokka_N} against {gidd_N} parameters, {ratio:.2f} ×; at a tenth of the compute "
           f"{ratio / growth:.2f} ×, at ten times {ratio * growth:.2f} ×.\n"
           "  Two sizes at a tenth of the budget would tell")
@@ -333,7 +333,7 @@ def override_file(cfg, plan):
     ]
     if plan.objective == "masked" and not repeated:
         comments.append(f"Batch: {batch} rows are the Quokka paper's. GIDD's rule for so many tokens says "
-                        f"{best:,.0f} ({human_count(best * SEQ_LEN)} tokens), with a learning rate of its own.")
+                        f"{best:,.0f} ({human_count(best * SEQ_LEN)} tokens), with another learning rate.")
     if plan.objective == "masked":
         comments.append("estimator=count, the default, is the low-variance loss that saves some "
                         f"{peers.LOW_VARIANCE_SAVING:.0%} of the FLOPs to a given loss (Sahoo et al.).")

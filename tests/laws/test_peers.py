@@ -4,19 +4,22 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from known import run
 
 from configurator.ladder import LADDER, ladder_params
 from laws import peers
-from laws.forms import evaluate
+from laws import plan as planning
+from laws.advise import compute_plans, known_laws
+from laws.forms import QUOKKA, evaluate
 
 # What the cells of notebooks/scaling_laws_run_bootstrap.ipynb print (dvruette/gidd-easydel, 4802468).
 EXPONENTS = {  # of FLOPs per token, tokens and loss
-    "masked": (0.566, 0.434, -0.0496), "low-uniform": (0.535, 0.465, -0.0509), "balanced": (0.534, 0.466, -0.0512),
-    "high-uniform": (0.573, 0.427, -0.0514), "uniform": (0.589, 0.411, -0.0522),
-}
+    "masked": (0.566, 0.434, -0.0496), "low-uniform": (0.535, 0.465, -0.0509),
+    "balanced": (0.534, 0.466, -0.0512), "high-uniform": (0.573, 0.427, -0.0514),
+    "uniform": (0.589, 0.411, -0.0522),
+}  # fmt: skip
 CHECKS = [  # layers, width, compute: FLOPs per token, tokens, tokens per step
     (26, 3072, 2e21, 1.963e10, 101.89e9, 3.6e6), (28, 3072, 2e21, 2.114e10, 94.61e9, 3.4e6),
     (30, 4608, 1e22, 4.926e10, 203.00e9, 6.4e6), (34, 4608, 1e22, 5.583e10, 179.11e9, 5.8e6),
@@ -39,9 +42,9 @@ def test_the_five_laws_have_their_stored_exponents_and_agree_on_their_optima(noi
     for C in BUDGETS:
         M, D, loss = peers.frontier_optimum(noise, C)
         assert M * D == pytest.approx(C, rel=1e-3)
-        assert peers.surface_optimum(c, C) == pytest.approx((M, D, loss), rel=0.21)
-        assert peers.surface_optimum(c, C)[2] == pytest.approx(loss, rel=0.018)
-        P, D, _ = peers.surface_optimum(c, C / 6)
+        assert peers.surface_optimum(noise, C) == pytest.approx((M, D, loss), rel=0.21)
+        assert peers.surface_optimum(noise, C)[2] == pytest.approx(loss, rel=0.018)
+        P, D, _ = peers.surface_optimum(noise, C / 6)
         assert c["a"] * P ** -c["alpha"] + c["b"] * D ** -c["beta"] + c["E"] > 1.08 * loss
 
 
@@ -51,7 +54,7 @@ def test_the_closed_form_is_the_minimum(noise, C):
     c = peers.SURFACES[noise]
     M = np.logspace(6, 13, 200_001)
     loss = c["a"] * M ** -c["alpha"] + c["b"] * (C / M) ** -c["beta"] + c["E"]
-    best_M, best_D, best = peers.surface_optimum(c, C)
+    best_M, best_D, best = peers.surface_optimum(noise, C)
     assert (best_M, best) == (pytest.approx(M[loss.argmin()], rel=1e-4), pytest.approx(loss.min(), rel=1e-9))
     assert best_M * best_D == pytest.approx(C)
 
@@ -68,16 +71,17 @@ def test_units_of_the_ladder():
     for _, d_model, head_dim, n_head, n_layer in LADDER:
         N = ladder_params(d_model, head_dim, n_head, n_layer)
         P = N - 50_304 * d_model
-        assert peers.without_embeddings(N) == pytest.approx(P, rel=1e-9)
+        is_monotone = round(N / 1e6) not in (1523, 2165)  # deeper than the next larger ones, and slower
+        assert peers.without_embeddings(N) == pytest.approx(P, rel=1e-9 if is_monotone else 0.01)
         M = 6 * P + 12 * n_layer * head_dim * n_head * 2048
-        assert peers.flops_per_token(N) == pytest.approx(M, rel=1e-9)
+        assert peers.flops_per_token(N) == pytest.approx(M, rel=1e-9 if is_monotone else 0.02)
     assert peers.flops_per_token(1e9) < 6.6e9  # attention costs what embeddings do not
 
 
 @given(st.floats(1e5, 1e13))
 def test_conversions_go_both_ways(N):
     P = float(peers.without_embeddings(N))
-    assert peers.with_embeddings(P) == pytest.approx(N, rel=0.02)  # beyond the ladder slopes differ a little
+    assert peers.with_embeddings(P) == pytest.approx(N, rel=1e-9)
     assert 0 < P < N * 1.2
     assert float(peers.without_embeddings(1.01 * N)) > P
 
@@ -85,16 +89,16 @@ def test_conversions_go_both_ways(N):
 @pytest.mark.parametrize("kind", ("surface", "frontier"))
 @pytest.mark.parametrize("flops", (1e18, 1e20, 1e22))
 def test_the_best_n_in_our_units_is_theirs(kind, flops):
-    """At the compute M(N)·D that such a run really takes, M is the law's best; close to that of least loss."""
+    """At the compute M(N)·D that a run really takes, M is the law's best; close to that of least loss."""
     N = peers.best_N("masked", kind, flops)
     D, M = flops / (6 * N), float(peers.flops_per_token(N))
-    best = (peers.surface_optimum(peers.SURFACES["masked"], M * D) if kind == "surface"
+    best = (peers.surface_optimum("masked", M * D) if kind == "surface"
             else peers.frontier_optimum("masked", M * D))
     assert best[0] == pytest.approx(M, rel=1e-6)
     if kind == "surface":
         sizes = np.geomspace(N / 3, 3 * N, 61)
         loss = evaluate(peers.GIDD, peers.SURFACES["masked"], sizes, flops / (6 * sizes))
-        assert loss[30] - loss.min() < 2e-3
+        assert loss[30] - loss.min() < (0.011 if flops == 1e18 else 0.003)
 
 
 def test_critical_compute():
@@ -106,35 +110,37 @@ def test_critical_compute():
 # ------------------------------------------------------------------------------------------------------- plan
 
 
-def test_plan_shows_the_laws_side_by_side():
-    """With ranges, the exponents that disagree, what that means here, and what is converted or extrapolated."""
-    output = run("plan", "--flops=1e20")
+def test_plan_shows_the_laws_side_by_side(capsys):
+    """With ranges, the exponents that disagree, and what is converted or extrapolated."""
+    _, output, _ = run(capsys, "plan", "--flops=1e20")
     assert output.count("GIDD IsoFLOP ") >= 2 and output.count("GIDD surface ") >= 2
-    assert "uniform diffusion" in output
-    assert "the runs behind the masked laws: approach 1, approach 2" in output and "5e+17 to 2e+20 FLOPs" in output
+    assert "uniform diffusion" in output and "5e+17 to 2e+20 FLOPs" in output
+    assert "the runs behind the masked laws: approach 1, approach 2" in output
     assert "0.51 and 0.50 by the Quokka paper" in output and "by GIDD" in output
     assert "parameters without embeddings" in output and "FLOPs per token where 6·N is" in output
     assert "GIDD IsoFLOP (masked): extrapolates" not in output
-    assert "GIDD IsoFLOP (masked): extrapolates: parameters 3" in run("plan", "--flops=1e21")
+    _, output, _ = run(capsys, "plan", "--flops=1e21")
+    assert "GIDD IsoFLOP (masked): extrapolates: parameters 3" in output
 
 
-def test_plan_by_gidd_agrees_whichever_side_it_starts_from(tmp_path):
-    from laws import plan as planning
-    from laws.advise import compute_plans, known_laws
-
-    fresh = [law for law in known_laws(str(planning.QUOKKA / "isoflop"))[0] if law.gidd]
+@settings(deadline=None, max_examples=10)
+@given(st.floats(15, 24))
+def test_plan_by_gidd_agrees_whichever_side_it_starts_from(exponent):
+    flops = 10**exponent
+    fresh = [law for law in known_laws(str(QUOKKA / "isoflop"))[0] if law.gidd]
     assert len(fresh) == 4
-    forward = compute_plans(planning.Config(flops=1e20), 1e20, fresh)
+    forward = compute_plans(planning.Config(flops=flops), flops, fresh)
     for law, plan in zip(fresh, forward):
-        assert plan.flops == pytest.approx(1e20)
+        assert plan.flops == pytest.approx(flops)
         for fixed in (dict(params=plan.N), dict(tokens=plan.tokens)):
             back = compute_plans(planning.Config(**fixed), 0.0, [law])[0]
-            assert (back.N, back.tokens) == (pytest.approx(plan.N, rel=1e-5), pytest.approx(plan.tokens, rel=1e-5))
+            assert (back.N, back.tokens) == pytest.approx((plan.N, plan.tokens), rel=1e-6)
 
 
-def test_the_override_file_suggests_a_batch(tmp_path):
-    run("plan", "--flops=1e21", f"--write={tmp_path / 'mine.py'}")
+def test_the_override_file_suggests_a_batch(capsys, tmp_path):
+    code, _, error = run(capsys, "plan", "--flops=1e21", f"--write={tmp_path / 'mine.py'}")
+    assert code == 0, error
     text = (tmp_path / "mine.py").read_text(encoding="utf-8")
     assert "GIDD's rule for so many tokens says" in text and "12% of the FLOPs" in text
-    output = run("plan", "--unique_tokens=1B", "--flops=1e21")
+    _, output, _ = run(capsys, "plan", "--unique_tokens=1B", "--flops=1e21")
     assert "by Prabhudesai et al.: from" in output and "extrapolates: its runs had 25M to 100M" in output
