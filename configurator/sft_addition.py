@@ -1,8 +1,7 @@
 # Two-digit additions as question-answer pairs: answers that can be known, for models of 0.8M parameters.
-# Hardware: two CPU cores, a few minutes each (results/sft_addition.md: how many held-out answers are right).
-# Pairs: python results/additions.py > addition.jsonl
-# Corpus: python data.py addition.jsonl --sft
-#
+# Hardware: two CPU cores, a few minutes each. Expect nearly every held-out answer to be right
+# (results/sft_addition.md).
+# Pairs: python results/additions.py > addition.jsonl; python data.py addition.jsonl --sft
 # As it is, masked diffusion. AR: --objective=ar --eos_padding=none.
 # Blocks: --diffusion_block=4 --eos_padding=block.
 

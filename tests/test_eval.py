@@ -32,6 +32,7 @@ OBJECTIVES = (
     ["--objective=masked"],
     ["--objective=masked", "--loss=maskgit", "--schedule=cosine"],
     ["--objective=ar"],
+    ["--objective=ar", "--ar_input_mask=0.5"],
     ["--objective=uniform", "--schedule=cosine"],
     ["--objective=uniform", "--loss=paper"],
     ["--objective=masked", "--document_attention", "--reset_positions"],

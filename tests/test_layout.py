@@ -15,7 +15,7 @@ FLOORS = [
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 COMMANDS = {"train", "eval", "convert", "sample", "scaling", "bench"}
-DRIVERS = {"laws/sweep.py", "laws/study.py", "laws/optimizers.py"}
+DRIVERS = {"laws/sweep.py", "laws/study.py", "laws/optimizers.py", "laws/data_constrained.py"}
 WITHIN_A_FLOOR = {("data", "corpus"), ("corpus", "configurator"), ("model", "kernels"),
                   ("diffusion", "kernels"), ("evaluation", "sampling")}
 TEXT_CALLS = {"open": 1, "read_text": 0, "write_text": 1}  # where the mode of a file, or its encoding, stands

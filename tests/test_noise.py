@@ -265,3 +265,28 @@ def test_moving_gaussian_quantile_inverts_its_distribution(mean, sigma):
     inner, h = t[5:-5], 1e-5
     slope = (d.time_cdf(p, inner + h, mean) - d.time_cdf(p, inner - h, mean)) / (2 * h)
     np.testing.assert_allclose(d.time_density(p, inner, mean), slope, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------ masked inputs, AR
+
+
+def test_a_share_of_what_ar_reads_is_masked():
+    """Targets and weights are those of AR; every position is masked with the same probability, anew."""
+    L, n = 64, 400
+    x, rows = tokens(n, L), np.arange(n)
+    plain, masked = (process("ar", L, seed=3, input_mask=share) for share in (0.0, 0.3))
+    levels = d.noise_levels(masked, 0, n)
+    before, after = (d.make_batch(p, x, levels, rows) for p in (plain, masked))
+    hidden = after.tokens == V
+    np.testing.assert_array_equal(before.tokens, x[:, :-1])
+    np.testing.assert_array_equal(after.tokens, np.where(hidden, V, x[:, :-1]))
+    np.testing.assert_array_equal(after.targets, before.targets)
+    np.testing.assert_array_equal(after.weights, before.weights)
+    error = math.sqrt(0.3 * 0.7 / hidden.size)
+    assert hidden.mean() == pytest.approx(0.3, abs=4 * error)
+    for axis, count in ((0, n), (1, L)):  # as independent draws are spread over columns, and over rows
+        assert hidden.mean(axis).std() == pytest.approx(math.sqrt(0.3 * 0.7 / count), rel=0.4)
+    part = d.make_batch(masked, x[7:9], levels, rows[7:9])
+    np.testing.assert_array_equal(part.tokens, after.tokens[7:9])  # whatever the micro-batch
+    other = d.make_batch(masked, x, d.noise_levels(masked, n, n), rows)
+    assert (other.tokens == V)[hidden].mean() < 0.4  # another epoch's are others
