@@ -2,6 +2,7 @@
 
     python scaling.py fit --data=my.csv --out=fits/mine
     python scaling.py plan --flops=1e21 --fits=fits/mine
+    python scaling.py fit --exam --out=runs/exam            which law carries how far: laws/exam.py
 
 A CSV has a header and a row per run, with at least
 
@@ -25,6 +26,7 @@ import configurator
 import terminal
 from configurator import setting, split
 from corpus.files import all_or_none
+from laws import exam
 from laws.collect import find_csv
 from laws.fitting import Regression, bootstrap, fit_entry, fit_law, leave_out, mean_errors
 from laws.forms import LAWS, QUOKKA, allocation
@@ -60,6 +62,8 @@ class Config:
     seed: int = setting(0, "of the resamples", low=0)
     jobs: int = setting(0, "processes (0: one per core)", low=0)
     figures: bool = setting(True, "draw valleys, curves and residuals")
+    exam: bool = setting(False, "fit the laws to a part and judge them on the rest: how far do they carry? "
+                         "(without data: all that are in results/)")
 
     def problems(self):
         problems = []
@@ -70,6 +74,8 @@ class Config:
             problems.append(f"objective={self.objective!r}: {NAME_RULE}")
         if 0 < self.bootstrap < 20:
             problems.append(f"bootstrap={self.bootstrap}: an interval needs 20 resamples or more (0: none)")
+        if self.exam and not self.bootstrap:
+            problems.append("exam needs bootstrap: it judges intervals, too")
         return problems
 
     @property
@@ -280,12 +286,24 @@ def show_progress(text):
 
 def main(argv):
     cfg = configurator.load(Config, argv, __doc__)
+    if cfg.exam:
+        return run_exam(cfg)
     try:
         report = fit_and_write(cfg, Path(cfg.out))
     except (ValueError, OSError) as problem:
         configurator.fail(str(problem))
     show_progress("")
     print(report + f"\nwrote {cfg.out}/; python scaling.py plan --fits={cfg.out} … plans by these laws")
+
+
+def run_exam(cfg):
+    """Examine the laws and print the tables; exit with a line where that can't be."""
+    try:
+        text = exam.run(cfg, "data" in configurator.changed(cfg), show_progress)
+    except (ValueError, OSError) as problem:
+        configurator.fail(str(problem))
+    show_progress("")
+    print(f"{text}\nwrote {cfg.out}/")
 
 
 def fit_and_write(cfg, out):

@@ -16,7 +16,8 @@ import math
 import numpy as np
 
 from configurator.format import human_count
-from laws.fitting import OPEN
+from laws.fitting import OPEN, predict
+from laws.forms import evaluate
 
 MOVED = 0.2  # how far open axes may move a quantity (as a share of it) before it counts as unknown
 LEVEL = 0.95
@@ -99,7 +100,28 @@ def interval(fit, quantity):
     relative = half / value
     if math.log(high / low) >= 2 * relative:
         return low, high
-    return value * math.exp(-relative), value * math.exp(relative)
+    factor = math.exp(min(relative, 700))  # of what the data leave open: as good as infinite
+    return value / factor, value * factor
+
+
+def scatter_of(fit, runs):
+    """The standard deviation of log L of fitted runs around their law."""
+    residuals = np.log(predict(fit, runs.N, runs.U, runs.e) / runs.loss)
+    freedom = max(1, len(residuals) - len(fit.law.starts(1, 1, 1)))
+    return math.sqrt((residuals**2).sum() / freedom)
+
+
+def interval_of_loss(fit, N, U, e=1.0, scatter=0.0):
+    """The 95 % interval of the loss by a Fit; with a `scatter` of log L: of a run's loss."""
+    from scipy.stats import norm
+
+    def loss(c):
+        return float(evaluate(fit.law, c, N, U, e))
+
+    low, high = interval(fit, loss)
+    value, more = loss(fit.coefficients), norm.ppf((1 + LEVEL) / 2) * scatter
+    below, above = (math.hypot(math.log(max(bound, 1e-9) / value), more) for bound in (low, high))
+    return (value * math.exp(-below), value * math.exp(above)) if scatter else (low, high)
 
 
 def displaced(fit, shift):

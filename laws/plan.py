@@ -37,6 +37,7 @@ from laws.advise import (
     plans_on_text,
 )
 from laws.forms import QUOKKA, allocation, published_coefficients
+from laws.predictions import print_next_runs
 from training.flops import PEAK
 
 MEMORY = {"H100": 80e9, "H200": 141e9, "A100": 80e9}  # bytes
@@ -63,6 +64,9 @@ class Config:
     fits: str = setting(
         f"{QUOKKA}/isoflop,{QUOKKA}/epochs",
         "folders (or fits.json files) that `fit` wrote, with commas between: the refitted rows")
+    from_runs: str = setting(
+        "", "(--from=) CSVs or folders of your own runs that saw every token once: which next run would tell "
+        "most, per FLOP, of N at this compute?")
     write: str = setting("", "write the override file for this plan")
     objective: Literal["masked", "ar"] = setting("masked", "of the plan to write")
     law: str = setting(
@@ -83,6 +87,8 @@ class Config:
         if given & {"flops", "days"} and "params" in given and given & {"epochs", "tokens"}:
             problems.append("flops = 6 · params · tokens; leave one of them out")
 
+        if self.from_runs and not given & {"flops", "days"}:
+            problems.append("from needs flops or days: the compute that N is asked for")
         path = Path(self.write)
         if self.write and (path.suffix != ".py" or not path.parent.is_dir()):
             problems.append(f"write={self.write} must be a .py file in a folder that exists")
@@ -362,7 +368,7 @@ def override_file(cfg, plan):
 
 
 def main(argv=None):
-    cfg = configurator.load(Config, argv, __doc__)
+    cfg = configurator.load(Config, argv, __doc__, aliases={"from": "from_runs"})
     if cfg.write:
         terminal.keep_going()
     flops = cfg.budget()
@@ -394,6 +400,11 @@ def main(argv=None):
     if cfg.unique_tokens:
         print_crossover(cfg, repeated, flops, {plan.law for plan in plans if not plan.credible})
 
+    if cfg.from_runs:
+        try:
+            print_next_runs(cfg.from_runs, cfg.objective, flops)
+        except (ValueError, OSError) as problem:
+            configurator.fail(f"from={cfg.from_runs}: {problem}")
     if cfg.write:
         text, warnings = override_file(cfg, suggested)
         Path(cfg.write).write_text(text, encoding="utf-8")

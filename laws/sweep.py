@@ -35,7 +35,7 @@ from configurator import setting, split, split_paths
 from configurator.ladder import ladder
 from corpus import tokenfiles
 from corpus.files import all_or_none
-from laws import runner
+from laws import predictions, runner
 from laws.collect import CURVE_COLUMNS, POINT_COLUMNS, count_params, read_curves, read_points
 from laws.runs import write_csv
 from model import ModelConfig
@@ -72,6 +72,9 @@ class Config:
     share: bool = setting(True, "shorter runs branch off the longest where their decay begins")
     evals: int = setting(
         0, "validations along the longest run of each size (0: the base's eval_every)", low=0)
+    known: str = setting(
+        "", "of an IsoFLOP grid: CSVs or folders of runs that exist, from which each run's loss is predicted "
+        "before it is trained, into OUT/predictions.csv")
     # how they run
     launch: Literal["run", "torchrun", "slurm"] = setting(
         "run", "run: here; torchrun: print a command per run; slurm: write a job array")
@@ -102,6 +105,8 @@ class Config:
                 problems.append(f"objectives: '{objective}' is none of {', '.join(OBJECTIVES)}")
         if not self.out.isprintable():  # it stands in a SLURM script
             problems.append(f"out={self.out!r}: a folder without control characters, please")
+        if self.known and not self.flops:
+            problems.append("known needs flops: what is predicted are runs that see every token once")
         if self.share and not self.decay:
             problems.append("share=True needs decay: runs branch off where it begins")
         if self.share and self.launch != "run":
@@ -458,8 +463,8 @@ def log_of(run, cfg):
 # ------------------------------------------------------------------------------------------------------- main
 
 
-def print_runs(runs, cfg):
-    """Print the table of runs, and how much they take."""
+def print_runs(runs, cfg, predicted):
+    """Print the table of runs, with what is predicted of them {name: row}, and how much they take."""
     width = max(len(run.name) for run in runs)
     print(f"{'run':<{width}}  {'parameters':>13} {'steps':>9} {'tokens':>15} {'FLOPs':>9} {'epochs':>8} "
           f"{'lr':>8}")
@@ -467,6 +472,8 @@ def print_runs(runs, cfg):
         state = f"  at step {run.saved_step:,}" if run.saved_step else ""
         if run.is_finished:
             state = "  finished"
+        if run.name in predicted:
+            state += f"  predicted {predictions.describe(predicted[run.name])}"
         print(f"{run.name:<{width}}  {run.params:>13,} {run.steps:>9,} {run.tokens:>15,} {run.flops:>9.3g} "
               f"{run.epochs:>8.3g} {run.settings.lr:>8.2g}{state}")
 
@@ -511,20 +518,48 @@ def launch(runs, cfg):
     print(f"{len(commands)} runs: sbatch {path}")
 
 
+def predict_grid(cfg, runs):
+    """{run's name: its row} of predictions: those that OUT has, and new ones of runs that have not begun."""
+    try:
+        predicted = predictions.read_predictions(cfg.out)
+        for objective in split(cfg.objectives) if cfg.known else ():
+            planned = [(run.name, objective, run.params, run.tokens) for run in runs
+                       if run.settings.objective == objective and not run.saved_step
+                       and run.name not in predicted]
+            if planned:
+                known = predictions.known_runs(cfg.known, objective)
+                predicted |= {row["name"]: row for row in predictions.predict_runs(known, planned)}
+    except (ValueError, OSError) as problem:
+        configurator.fail(f"known={cfg.known}: {problem}")
+    return predicted
+
+
 def run_sweep(cfg):
     """Train the grid and return the path of its points.csv.
 
     Exits with code 1 if a run failed, after writing the others' points.
     """
     runs, points = layout(cfg), Path(cfg.out) / "points.csv"
-    print_runs(runs, cfg)
+    predicted = predict_grid(cfg, runs)
+    if predicted:
+        predictions.write_predictions(cfg.out, predicted)  # before anything is trained
+    print_runs(runs, cfg, predicted)
     failed = train_all(runs, cfg)
 
+    rows = read_points(cfg.out)
+    predicted = predictions.compare_seen(predicted, rows)
     with all_or_none(points.parent) as building:
-        write_csv(read_points(cfg.out), building / points.name, POINT_COLUMNS)
+        write_csv(rows, building / points.name, POINT_COLUMNS)
+        if predicted:
+            write_csv(predicted.values(), building / predictions.FILE, predictions.COLUMNS)
         if curves := read_curves(cfg.out):
             write_csv(curves, building / "curves.csv", CURVE_COLUMNS)
     print(f"{sum(run.is_finished for run in runs)} of {len(runs)} runs are finished: {points}")
+    for row in predicted.values():
+        if "seen" in row:
+            print(f"  {row['name']}: predicted {predictions.describe(row)}")
+    if line := predictions.summary(predicted):
+        print(line)
     if failed:
         lines = [f"{name}: {problem}" for name, problem in failed.items()]
         print("failed:", *lines, sep="\n  ", file=sys.stderr)
@@ -536,7 +571,8 @@ def main(argv=None):
     """Return the path of points.csv, or None where nothing was to be trained here."""
     cfg = configurator.load(Config, argv, about=__doc__)
     if cfg.dry_run:
-        print_runs(layout(cfg), cfg)
+        runs = layout(cfg)
+        print_runs(runs, cfg, predict_grid(cfg, runs))
     elif cfg.launch != "run":
         launch(layout(cfg), cfg)
     else:

@@ -1,6 +1,6 @@
 """Write a task for eval.py and lm-evaluation-harness: bits per byte of 24 chapters of the King James Bible.
 
-    python results/kjv.py FOLDER             makes FOLDER/kjv.yaml and FOLDER/kjv.jsonl, from debian:bible-kjv-text
+    python results/kjv.py FOLDER        makes FOLDER/kjv.yaml and FOLDER/kjv.jsonl, from debian:bible-kjv-text
 """
 
 import json
