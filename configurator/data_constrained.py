@@ -1,5 +1,5 @@
 # What every run of `scaling.py study data_constrained --scale=gpu` starts from: 50M to 200M unique tokens of
-# the paper's corpus, read 5 to 100 times.
+# the paper's corpus, read 50 to 200 times.
 # Hardware: one H100; by 6ND 8e18 FLOPs for 127M parameters, five hours at 40 % MFU. Not measured yet: Expect
 # what the tiny scale shows, if it carries over.
 # Corpus: python data.py c4.jsonl --name=c4 --tokenizer=gpt2

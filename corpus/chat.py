@@ -135,15 +135,18 @@ class ChatTemplate:
     def end_of_turn(self):
         """The ids behind which an answer is over: the separator, and the token that the template closes with.
 
-        Of a template that refuses a plain question: the separator alone.
+        Of a template that refuses a question, also one with a system message before it: the separator alone.
         """
-        question = dict(role="user", content="q")
-        try:
-            head = self.render([question], generate=True).text
-            whole = self.render([question, dict(role="assistant", content="a")]).text
-        except ValueError:
-            return {self.tokenizer.eos_id}
-        tail = whole[len(head) :] if whole.startswith(head) else ""
+        system, question = dict(role="system", content="s"), dict(role="user", content="q")
+        tail = ""
+        for messages in ([question], [system, question]):
+            try:
+                head = self.render(messages, generate=True).text
+                whole = self.render([*messages, dict(role="assistant", content="a")]).text
+            except ValueError:
+                continue
+            tail = whole[len(head) :] if whole.startswith(head) else ""
+            break
         closing = [self.ids[match[0]] for match in self.special.finditer(tail)]
         return {self.tokenizer.eos_id, *closing[-1:]}
 
@@ -273,7 +276,7 @@ def export_template(template, folder):
     An exported tokenizer's own eos_token ends a document, and its bos_token begins one: other programs take
     likelihoods behind it.
     """
-    tokens = [f"{{% set {name} = {json.dumps(text, ensure_ascii=False)} %}}"
+    tokens = [f"{{% set {name} = {json.dumps(text, ensure_ascii=False)} %}}\n"  # a newline that Jinja drops
               for name, text in template.tokens.items()
               if name in template.source and f"{{% set {name} = " not in template.source]
     (Path(folder) / FILE).write_text("".join([*tokens, template.source]), encoding="utf-8")

@@ -93,10 +93,10 @@ def own_tokenizer(folder, eos, mask, recorded_name):
     return load_tokenizer(str(path), (), eos, mask) if path.exists() else None
 
 
-def open_template(open_it, *args):
-    """The ChatTemplate that open_it(*args) gives, or None, and a warning, where it can't be used."""
+def template_or_warning(read, *args):
+    """The ChatTemplate that read(*args) gives, or None, and a warning, where it can't be used."""
     try:
-        return open_it(*args)
+        return read(*args)
     except ValueError as problem:
         print(f"convert.py: {problem}; what is written has no chat template", file=sys.stderr)
         return None

@@ -92,7 +92,7 @@ def open_source(cfg, path):
             if name.endswith(("q_proj.weight", "k_proj.weight")):
                 weights[name] = tensor._replace(read=partial(halves_from_pairs, tensor, config.head_dim))
     weights = fit_vocabulary(weights, config)
-    template = checks.open_template(own_template, path, metadata, tokenizer)
+    template = checks.template_or_warning(own_template, path, metadata, tokenizer)
     return Source("gguf", path, config, objective, weights, tensors, tokenizer, 0, template)
 
 
@@ -233,8 +233,8 @@ def own_tokenizer(cfg, path, metadata):
     folder = tempfile.TemporaryDirectory()
     file = Path(folder.name) / "tokenizer.json"
     file.write_text(json.dumps(layout), encoding="utf-8")
-    added = {token["content"] for token in layout["added_tokens"]}
-    is_usual = bool(added & set(HuggingFaceTokenizer.EOS_NAMES))
+    specials = {token["content"] for token in layout["added_tokens"] if token["special"]}
+    is_usual = bool(specials & set(HuggingFaceTokenizer.EOS_NAMES))
     try:
         tokenizer = HuggingFaceTokenizer(file, cfg.eos or ("" if is_usual else named_token(metadata, "eos")))
         tokenizer.check_text()

@@ -90,7 +90,7 @@ def open_source(cfg, path):
             shapes[name] = (n_rows, *shapes[name][1:])
     check_tensors(path, {hf_names[name]: shapes[name] for name in shapes}, original)
     weights = fit_vocabulary({name: original[hf_names[name]] for name in shapes}, config)
-    template = checks.open_template(chat.own_template, tokenizer, [path]) if tokenizer else None
+    template = checks.template_or_warning(chat.own_template, tokenizer, [path]) if tokenizer else None
     return Source("hf", path, config, objective, weights, original, tokenizer, 0, template)
 
 

@@ -36,7 +36,7 @@ def open_source(path, which="auto"):
     tokenizer = load_tokenizer(name, (folder.parent, folder)) if name else None
     objective = record["settings"]["objective"]
     folders = folder.parent, folder
-    template = checks.open_template(chat.own_template, tokenizer, folders) if tokenizer else None
+    template = checks.template_or_warning(chat.own_template, tokenizer, folders) if tokenizer else None
     return Source("ours", place, config, objective, weights, weights, tokenizer, record["step"], template)
 
 

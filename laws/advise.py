@@ -139,8 +139,10 @@ def known_laws(fits):
     repeated.append(PlanningLaw("Muennighoff", "ar", fit, WIDE))
 
     # GIDD's, of masked and of uniform diffusion
+    reach = dict(N=tuple(map(float, peers.with_embeddings(peers.RANGE["P"]))), flops=peers.RANGE["C"])
+    slowest, fastest = peers.flops_per_token(reach["N"])[::-1]
+    reach["D"] = float(reach["flops"][0] / slowest), float(reach["flops"][1] / fastest)
     for noise in ("masked", "uniform"):
-        reach = dict(N=tuple(map(float, peers.with_embeddings(peers.RANGE["P"]))), flops=peers.RANGE["C"])
         surface = Fit(peers.GIDD, peers.SURFACES[noise], data_range=reach)
         frontier = Fit(None, {}, data_range=reach)
         fresh.append(PlanningLaw("GIDD IsoFLOP", noise, frontier, gidd="frontier"))
@@ -221,10 +223,11 @@ def compute_plan(cfg, flops, law):
 
     notes = extrapolation(fit.data_range, N=N, D=D, flops=6 * N * D)
     if law.gidd:
-        P, M = (float(convert(N)) for convert in (peers.without_embeddings, peers.flops_per_token))
+        P, M = float(peers.without_embeddings(N)), float(peers.flops_per_token(N))
         notes += (f"converted: {human_count(P)} parameters without embeddings, {M:.3g} FLOPs per token where "
                   f"6·N is {6 * N:.3g}; another tokenizer and corpus",)
-        if law.gidd == "frontier":
+        follows = [cfg.params, cfg.tokens, flops].count(0) == 2  # N and D are the law's own choice
+        if law.gidd == "frontier" and follows:
             loss = peers.frontier_optimum(law.objective, M * D)[2]
     credible = max(distance(fit.data_range, N=N, D=D).values()) < FAR
     return Plan(law.name, law.objective, N, D, 1.0, loss, N_interval, loss_interval, D_interval, notes,
@@ -251,13 +254,15 @@ def optimal_sizes(cfg, flops, power):
 
 def gidd_sizes(cfg, flops, noise, kind):
     """As `optimal_sizes`, by one of GIDD's laws, whose N is no power of compute in our units."""
-    if cfg.params:
-        return cfg.params, cfg.tokens or (flops / (6 * cfg.params) if flops else
-                                          peers.best_tokens(noise, kind, cfg.params))
-    if cfg.tokens:
-        return flops / (6 * cfg.tokens) if flops else peers.best_size(noise, kind, cfg.tokens), cfg.tokens
-    N = peers.best_N(noise, kind, flops)
-    return N, flops / (6 * N)
+    N, D = cfg.params, cfg.tokens
+    if N and not D:
+        D = flops / (6 * N) if flops else peers.best_tokens(noise, kind, N)
+    elif D and not N:
+        N = flops / (6 * D) if flops else peers.best_size(noise, kind, D)
+    elif not N:
+        N = peers.best_N(noise, kind, flops)
+        D = flops / (6 * N)
+    return N, D
 
 
 def extrapolation(data_range, **values):

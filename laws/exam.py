@@ -5,18 +5,22 @@
 
 Four questions, each an extrapolation: from small models to large ones, from little text to more, from the
 first epochs to later ones, from cheap runs to all. A judged run's error is |log L̂ − log L|; its 95 % interval
-is the one that `plan` would print, and the same widened by the scatter of the runs that were fitted.
+is the one that `plan` prints, and the same widened by the scatter of the runs that were fitted.
 """
 
 import math
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+import configurator
+import terminal
 from configurator import split
 from configurator.format import human_count
 from corpus.files import all_or_none
+from laws.collect import find_csv
 from laws.fitting import bootstrap, fit_law, mean_errors, predict
 from laws.forms import LAWS, QUOKKA
 from laws.identifiability import interval_of_loss, scatter_of, undetermined_coefficients
@@ -88,10 +92,9 @@ def examine(law, part, n_draws, seed=0, points=40, jobs=None):
     fitted, judged = part.fitted, part.judged
     if len(np.unique(fitted.curve)) < len(fitted.N):
         fitted = thin_curves(fitted, points)
-    try:
-        fit = fit_law(law, fitted, jobs=jobs)
-    except ValueError:
+    if len(fitted.N) < len(law.starts(1, 1, 1)):
         return None
+    fit = fit_law(law, fitted, jobs=jobs)
     fit = bootstrap(fit, fitted, n_draws, seed, jobs)._replace(data_range=data_range(fitted))
     scatter = scatter_of(fit, fitted)
     on_points, on_curves = mean_errors(fit, judged)
@@ -118,7 +121,7 @@ def coverage(fit, judged, scatter):
 def laws_for(runs, names):
     """The laws to examine: the named ones, or all that runs of this kind can have."""
     if names:
-        return [LAWS[name] for name in names if name != "approach1"]
+        return [LAWS[name] for name in names]
     once = [LAWS["parametric"]]
     return once if runs.e.max() <= 1.01 else [law for law in LAWS.values() if law.name != "parametric"]
 
@@ -131,7 +134,8 @@ def data_name(path):
 def examine_all(cfg, paths, on_progress=lambda text: None):
     """The rows of the table, of every data set, objective, split and law. Raises ValueError."""
     rows = []
-    for path in paths:
+    for source in paths:
+        path = find_csv(source, Path(cfg.out))
         for objective in [cfg.objective] if cfg.objective else objectives_in(path):
             runs = read_csv(path, objective)
             for part in splits_of(runs):
@@ -142,6 +146,8 @@ def examine_all(cfg, paths, on_progress=lambda text: None):
                     on_progress(f"{data_name(path)} {objective}, {part.name}: {law.name}")
                     found = examine(law, part, cfg.bootstrap, cfg.seed, cfg.points, cfg.jobs or None)
                     rows.append(about | (found or dict(law=law.name)))
+    if not rows:
+        raise ValueError(f"{', '.join(map(str, paths))}: too few runs to fit a part and judge the rest")
     return rows
 
 
@@ -202,15 +208,16 @@ def draw_exam(rows, path):
     save(figure, path)
 
 
-def run(cfg, is_given, on_progress):
+def run(cfg, on_progress):
     """Examine cfg.data, or if none is given all that is committed; write the report and return it."""
-    paths = [Path(cfg.data)] if is_given else COMMITTED
-    rows = examine_all(cfg, paths, on_progress)
-    flags = "".join(f" --{name}={getattr(cfg, name)}" for name in ("data",) * is_given + ("bootstrap",))
-    text = report(rows, f"python scaling.py fit --exam{flags}")
+    changed = configurator.changed(cfg)
+    rows = examine_all(cfg, [Path(cfg.data)] if "data" in changed else COMMITTED, on_progress)
+    flags = [f"--{name}={value}" for name, value in changed.items() if name not in ("exam", "out", "jobs")]
+    text = report(rows, shlex.join(["python", "scaling.py", "fit", "--exam", *flags]))
     with all_or_none(Path(cfg.out)) as building:
         (building / "exam.md").write_text(text, encoding="utf-8")
         write_csv(rows, building / "exam.csv", COLUMNS)
         if cfg.figures:
-            draw_exam(rows, building / "exam.png")
+            with terminal.optional(f"{cfg.out}/exam.png can't be drawn"):
+                draw_exam(rows, building / "exam.png")
     return text

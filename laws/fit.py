@@ -74,9 +74,22 @@ class Config:
             problems.append(f"objective={self.objective!r}: {NAME_RULE}")
         if 0 < self.bootstrap < 20:
             problems.append(f"bootstrap={self.bootstrap}: an interval needs 20 resamples or more (0: none)")
-        if self.exam and not self.bootstrap:
-            problems.append("exam needs bootstrap: it judges intervals, too")
+        if self.exam:
+            problems += self.problems_of_exam()
         return problems
+
+    def problems_of_exam(self):
+        """What does not go with exam, a line each."""
+        changed = configurator.changed(self)
+        if not self.bootstrap:
+            yield "exam needs bootstrap: it judges intervals, too"
+        if "approach1" in split(self.laws):
+            yield "exam is of laws of the loss, and approach1 is none"
+        for name in ("held_out", "leave_out"):
+            if name in changed:
+                yield f"{name} is not for exam, which leaves out a part itself"
+        if self.objective and "data" not in changed:
+            yield "objective: of exam without data every objective is examined"
 
     @property
     def name(self):
@@ -299,7 +312,7 @@ def main(argv):
 def run_exam(cfg):
     """Examine the laws and print the tables; exit with a line where that can't be."""
     try:
-        text = exam.run(cfg, "data" in configurator.changed(cfg), show_progress)
+        text = exam.run(cfg, show_progress)
     except (ValueError, OSError) as problem:
         configurator.fail(str(problem))
     show_progress("")

@@ -131,10 +131,11 @@ class Regression:
         def finite(x):
             return np.nan_to_num(x.detach().numpy(), nan=1e3, posinf=1e3, neginf=-1e3)
 
-        result = least_squares(
-            lambda t: finite(self.residuals(torch.tensor(t))), theta,
-            lambda t: finite(jacobian(torch.tensor(t))),
-            loss="huber", f_scale=self.law.delta, x_scale="jac", max_nfev=steps)
+        with np.errstate(over="ignore"):  # far from the runs
+            result = least_squares(
+                lambda t: finite(self.residuals(torch.tensor(t))), theta,
+                lambda t: finite(jacobian(torch.tensor(t))),
+                loss="huber", f_scale=self.law.delta, x_scale="jac", max_nfev=steps)
         return result.x
 
     def principal_axes(self, theta):

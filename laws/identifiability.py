@@ -119,9 +119,12 @@ def interval_of_loss(fit, N, U, e=1.0, scatter=0.0):
         return float(evaluate(fit.law, c, N, U, e))
 
     low, high = interval(fit, loss)
+    if not scatter:
+        return low, high
     value, more = loss(fit.coefficients), norm.ppf((1 + LEVEL) / 2) * scatter
-    below, above = (math.hypot(math.log(max(bound, 1e-9) / value), more) for bound in (low, high))
-    return (value * math.exp(-below), value * math.exp(above)) if scatter else (low, high)
+    below, above = max(0.0, math.log(value / max(low, 1e-9))), max(0.0, math.log(high / value))
+    return (min(low, value * math.exp(-math.hypot(below, more))),
+            max(high, value * math.exp(math.hypot(above, more))))
 
 
 def displaced(fit, shift):

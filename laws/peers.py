@@ -16,7 +16,6 @@ from configurator.ladder import LADDER, ladder_params, swiglu_width
 from laws.forms import Law
 
 SEQ_LEN = 2048  # of GIDD's runs and of the Quokka paper's
-VOCABULARY = 50_304  # rows of GPT-2's embedding in the Quokka paper's N
 
 # L = a·M^−α + b·D^−β + E, as printed by notebooks/scaling_laws_run_bootstrap.ipynb of dvruette/gidd-easydel,
 # which fits it to FLOPs per token and tokens.
@@ -35,7 +34,7 @@ FRONTIERS = {
     "high-uniform": dict(M=(0.01222, 0.57298), D=(81.86373, 0.42701), L=(30.19375, -0.05141)),
     "uniform": dict(M=(0.00618, 0.58879), D=(161.92545, 0.41121), L=(31.26171, -0.05219)),
 }
-RANGE = dict(P=(25e6, 567e6), C=(5e17, 2e20))
+RANGE = dict(P=(25e6, 567e6), C=(5e17, 2e20))  # of their runs
 BATCH = 3.614098626e-3, 0.8179  # best tokens per step: A·D^exponent
 
 # Prabhudesai et al., arXiv 2507.15857: the compute from which on masked diffusion is ahead of AR on U unique
@@ -75,15 +74,15 @@ def ladder_sizes():
 def convert(values, source, target):
     """Sizes of one kind as those of another; source, target: those of the ladder's models.
 
-    By powers between the models, and beyond them with the slopes over eight models at the ladder's ends.
+    By powers between the models; below them with the slope over the smallest eight, above them in proportion.
     """
     x, y, values = np.log(source), np.log(target), np.log(np.asarray(values, np.float64))
     order = np.argsort(x)
     x, y = x[order], y[order]
     converted = np.interp(values, x, y)
-    low, high = ((y[j] - y[i]) / (x[j] - x[i]) for i, j in ((0, 7), (-8, -1)))
+    low = (y[7] - y[0]) / (x[7] - x[0])
     converted = np.where(values < x[0], y[0] + low * (values - x[0]), converted)
-    return np.exp(np.where(values > x[-1], y[-1] + high * (values - x[-1]), converted))
+    return np.exp(np.where(values > x[-1], y[-1] + values - x[-1], converted))
 
 
 def without_embeddings(N):

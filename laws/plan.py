@@ -9,6 +9,7 @@ approach 1, approach 2     the Quokka paper's printed laws for text that is seen
 eq. 15, eq. 21, eq. 23     its laws for text that is seen again and again
 … refitted                 the same, fitted to the paper's runs here (results/quokka): with intervals
 ours                       our law for repeated text, fitted to the paper's curves (docs/scaling-laws.md)
+GIDD IsoFLOP, surface      von Rütte et al.'s two laws for masked and for uniform diffusion, text seen once
 Chinchilla 1 to 3          Hoffmann et al.'s three approaches (autoregressive), for text that is seen once
 Muennighoff                Muennighoff et al.'s law for repeated text (autoregressive)
 … of FOLDER                what `fit` made of your own runs, named with --fits
@@ -37,12 +38,12 @@ from laws.advise import (
     plans_on_text,
 )
 from laws.forms import QUOKKA, allocation, published_coefficients
+from laws.peers import SEQ_LEN
 from laws.predictions import print_next_runs
 from training.flops import PEAK
 
 MEMORY = {"H100": 80e9, "H200": 141e9, "A100": 80e9}  # bytes
 STATE = 16  # bytes per parameter in fp32: weights, gradients and AdamW's two moments
-SEQ_LEN = 2048  # of the paper's recipe
 TITLES = dict(masked="masked diffusion", ar="autoregressive", uniform="uniform diffusion")
 
 
@@ -177,7 +178,7 @@ def print_plans(cfg, plans, flops):
     # the notes
     print("\n[…] are 95 % intervals. "
           "Loss: nats per token, on the text and by the tokenizer of each law's data "
-          "(the paper's and Muennighoff's: C4, GPT-2's;\nChinchilla's are others: not comparable); "
+          "(the paper's and Muennighoff's: C4, GPT-2's;\nChinchilla's and GIDD's: others, not comparable); "
           "masked diffusion's is an upper bound. --help says which law is which.")
     names = [plan.law for plan in plans]
     for plan in plans:
@@ -186,7 +187,7 @@ def print_plans(cfg, plans, flops):
             print(f"* {name}: {note}")
 
 
-def print_disagreement(cfg, plans, laws, flops):
+def print_disagreement(cfg, laws, flops):
     """Print the masked laws' ranges, and where they disagree on how N grows with compute."""
     ranges = {}
     for law in laws:
@@ -195,18 +196,20 @@ def print_disagreement(cfg, plans, laws, flops):
     texts = [f"{', '.join(names)}: {text}" for text, names in ranges.items()]
     print(f"* the runs behind the masked laws: {'; '.join(texts)}")
 
-    sizes = {plan.law: plan.N for plan in plans if plan.objective == "masked"}
     if not flops or cfg.params or cfg.tokens:
         return
     quokka = published_coefficients()
-    printed = quokka["approach1"]["a"], allocation(quokka["parametric"])["a"]
+    approach1 = quokka["approach1"]
+    printed = approach1["a"], allocation(quokka["parametric"])["a"]
     theirs = [peers.local_exponent("masked", kind, flops) for kind in ("frontier", "surface")]
-    quokka_N, gidd_N = (human_count(sizes[name]) for name in ("approach 1", "GIDD IsoFLOP"))
-    ratio, growth = sizes["GIDD IsoFLOP"] / sizes["approach 1"], 10 ** (theirs[0] - printed[0])
+    budgets = flops / 10, flops, 10 * flops
+    quokka_N = [approach1["k_N"] * C ** approach1["a"] for C in budgets]
+    gidd_N = [peers.best_N("masked", "frontier", C) for C in budgets]
+    less, here, more = (theirs_N / N for theirs_N, N in zip(gidd_N, quokka_N))
     print(f"* they disagree on the exponent of N in compute: {printed[0]:.2f} and {printed[1]:.2f} by the "
           f"Quokka paper, {theirs[0]:.2f} and {theirs[1]:.2f} by GIDD.\n"
-          f"  Here that is {quokka_N} against {gidd_N} parameters, {ratio:.2f} ×; at a tenth of the compute "
-          f"{ratio / growth:.2f} ×, at ten times {ratio * growth:.2f} ×.\n"
+          f"  Here that is {human_count(quokka_N[1])} against {human_count(gidd_N[1])} parameters, "
+          f"{here:.2f} ×; at a tenth of the compute {less:.2f} ×, at ten times {more:.2f} ×.\n"
           "  Two sizes at a tenth of the budget would tell")
 
 
@@ -325,7 +328,9 @@ def override_file(cfg, plan):
     if not math.isnan(plan.loss):
         expected = f"by this law a loss of {plan.loss:.2f} nats per token, at {N_planned} parameters"
     corpus_name = Path(cfg.corpus).name
-    corpus = f"python data.py FILES --name={corpus_name} --tokenizer=gpt2 (the law counts GPT-2 tokens)"
+    corpus = f"python data.py FILES --name={corpus_name} --tokenizer=gpt2"
+    if not plan.law.startswith(("GIDD", "Chinchilla")):
+        corpus += " (the law counts GPT-2 tokens)"
     if plan.own_data:
         corpus = "prepare it as for the runs of that law"
     time = human_seconds(flops / cfg.flops_per_second())
@@ -384,7 +389,7 @@ def main(argv=None):
     # what they say
     print_plans(cfg, plans, flops)
     if not cfg.unique_tokens:
-        print_disagreement(cfg, plans, fresh, flops)
+        print_disagreement(cfg, fresh, flops)
     for line in refused:
         print(f"* {line}")
     once = [plan for plan in plans if plan.e == 1 and plan.tokens < cfg.unique_tokens]

@@ -463,7 +463,7 @@ def log_of(run, cfg):
 # ------------------------------------------------------------------------------------------------------- main
 
 
-def print_runs(runs, cfg, predicted):
+def print_runs(runs, cfg, predicted=()):
     """Print the table of runs, with what is predicted of them {name: row}, and how much they take."""
     width = max(len(run.name) for run in runs)
     print(f"{'run':<{width}}  {'parameters':>13} {'steps':>9} {'tokens':>15} {'FLOPs':>9} {'epochs':>8} "

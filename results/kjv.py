@@ -16,7 +16,7 @@ TASK = """task: kjv
 dataset_path: json
 dataset_kwargs:
   data_files:
-    test: {path}
+    test: "{path}"
 test_split: test
 output_type: loglikelihood_rolling
 doc_to_text: ""
@@ -30,6 +30,8 @@ metadata:
 """
 N_PAGES, LENGTH = 24, 3000  # evenly spread documents, and the characters of each
 
+if len(sys.argv) != 2:
+    raise SystemExit("kjv.py: give a folder")
 folder = Path(sys.argv[1])
 folder.mkdir(parents=True, exist_ok=True)
 pages = list(debian.documents(debian.download("bible-kjv-text", folder / ".debian")))

@@ -207,8 +207,8 @@ def find_checkpoint(run):
                          "states differ; begin another run with --init_from")
     if any(name.startswith("ema/") for name in record["sha256"]) and not cfg.ema:
         warn(ranks, f"resumed without --ema={saved.get('ema', '')}: the moving average in {folder} ends here")
-    older = OF_PAIRS | dict(seed=None, unique_tokens=None)  # what records from before say nothing of
-    restarted = [name for name in older if saved.get(name, older[name]) != getattr(cfg, name)]
+    defaults = OF_PAIRS | dict(seed=None, unique_tokens=None)  # of older records
+    restarted = [name for name in defaults if saved.get(name, defaults[name]) != getattr(cfg, name)]
     if mixture_of(saved["corpus"]) != mixture_of(cfg.corpus):
         restarted.append("mixture")
     if restarted:

@@ -27,7 +27,8 @@ def open_corpora(cfg):
 
 
 # settings of a run that are for text, and for question-answer pairs, with what leaves them alone
-OF_TEXT = dict(unique_tokens=0, short_rows=0.0, document_attention=False, reset_positions=False)
+OF_TEXT = dict(unique_tokens=0, short_rows=0.0, document_attention=False, reset_positions=False,
+               ar_input_mask=0.0)
 OF_PAIRS = dict(packing=True, long_pairs="cut", eos_padding="none")
 
 

@@ -213,9 +213,26 @@ def test_templates_are_found(chatml_folder, tmp_path):
     assert found.source == "q" and found.tokens["bos_token"] == "<s>"
 
 
-def test_where_answers_end_if_a_template_refuses_a_plain_question():
-    template = chat.ChatTemplate("{{ raise_exception('system first') }}", BYTES)
-    assert template.end_of_turn() == {EOS}
+def test_where_answers_end_if_a_template_refuses_a_question(chatml_folder):
+    """It may want a system message first; one that refuses that, too, has the separator alone."""
+    tokenizer = load_tokenizer(str(chatml_folder))
+    wants_system = "{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}" + CHATML
+    end = tokenizer.specials["<|im_end|>"]
+    assert chat.ChatTemplate(wants_system, tokenizer).end_of_turn() == {tokenizer.eos_id, end}
+    assert chat.ChatTemplate("{{ raise_exception('no') }}", tokenizer).end_of_turn() == {tokenizer.eos_id}
+
+
+@given(st.sampled_from(["", "\n", "\n\n", " \n"]))
+def test_an_exported_template_renders_as_before(chatml_folder, tmp_path_factory, start):
+    """It says bos_token and eos_token itself, and loses no line before them."""
+    tokenizer, folder = load_tokenizer(str(chatml_folder)), tmp_path_factory.mktemp("export")
+    source = start + "{{ bos_token }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    tokens = dict(bos_token="<|im_start|>", eos_token="<|im_end|>")
+    template = chat.ChatTemplate(source, tokenizer, tokens)
+    chat.export_template(template, folder)
+    exported = chat.find_template(tokenizer, [folder])
+    expected = f"{start}<|im_start|>q<|im_end|>a<|im_end|>"
+    assert exported.render(ONE).text == template.render(ONE).text == expected
 
 
 def test_an_end_of_text_that_is_no_special_token(chatml_folder, tmp_path):

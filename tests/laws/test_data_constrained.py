@@ -64,7 +64,7 @@ def test_one_setting_after_the_other_and_then_all_seeds(made_up, tmp_path, capsy
     text = (tmp_path / "tiny/study/table.md").read_text(encoding="utf-8")
     assert text in capsys.readouterr().out
     assert "| 3,000 | ar | 2x80 | 0.1 | 2 | 0.2 | 2.645 ± 0.005 | 7 |  |" in text
-    # diffusion has no masked inputs to be best in; what it has of them, 0, is
+    # that diffusion has no masked inputs counts as one right setting of four
     assert "| 3,000 | masked | 2x48 | 0.3 | 0.5 |  | 2.695 ± 0.005 | 7 | +0.050 ± 0.007 |" in text
     assert "| 3,000 | ar | dropout | 0.0: 2.940, 0.1: 2.840, 0.3: 2.940 |" in text
     with open(tmp_path / "tiny/study/runs.csv", encoding="utf-8", newline="") as file:
@@ -104,6 +104,8 @@ def test_what_a_run_is():
         assert (run.n_layer, run.d_model, run.dropout, run.weight_decay, run.seed) == (3, 160, 0.1, 0.5, 7)
         assert run.unique_tokens == 10000 and run.steps * run.batch_size * run.seq_len == 2_048_000
         assert run.lr == pytest.approx(2e-3 * math.sqrt(128 / 160), rel=1e-3)
+    trials, _ = Study(Config(budgets="1e4", input_masks="0.2,0.5"), []).next_trials(10000, "masked")
+    assert {trial.input_mask for trial in trials} == {0.0}
     assert Study(Config(budgets="1e4"), []).pairs == [(10000, "ar"), (10000, "masked")]
     trial, cfg = Trial(50_000_000, "ar", "85M", 0.1, 0.5, 0.2, 7), Config(scale="gpu")
     assert data_constrained.make_run(trial, cfg, []).settings.model == "85M"

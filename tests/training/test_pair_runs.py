@@ -258,6 +258,7 @@ def test_chat_needs_no_settings_of_texts(knowing, monkeypatch, capsys):
     (["--short_rows=0.5"], "short_rows=0.5 has no meaning"),
     (["--document_attention"], "document_attention=True has no meaning"),
     (["--unique_tokens=64"], "unique_tokens=64 has no meaning"),
+    (["--objective=ar", "--ar_input_mask=0.2"], "ar_input_mask=0.2 has no meaning"),
     (["--eos_padding=block"], "eos_padding=block needs diffusion_block"),
     (["--seq_len=2"], "no question-answer pair that has a place"),
     (["--seq_len=8", "--long_pairs=skip"], ""),
