@@ -201,6 +201,7 @@ class PairRows:
         is_long = pairs.size > length
         kept = ~is_long if layout.long_pairs == "skip" else pairs.n_prompt < length
         self.n_cut, self.n_skipped = int((is_long & kept).sum()), int((~kept).sum())
+        self.longest = int(pairs.size.max())
         if not kept.any():
             raise ValueError(f"the {split} split has no question-answer pair that has a place in a row of "
                              f"{length:,} tokens; raise --seq_len")

@@ -607,7 +607,10 @@ def print_results(run):
         draw_losses(run_dirs, picture)
     for line in filter(None, map(summary_line, run_dirs)):
         print(line)
-    print(f"loss curve: {picture}    try: python sample.py --run_dir={shlex.quote(str(run.folder))}")
+    command = f"python sample.py --run_dir={shlex.quote(str(run.folder))}"
+    if run.sequences.has_pairs:
+        command += " --chat"
+    print(f"loss curve: {picture}    try: {command}")
 
 
 if __name__ == "__main__":

@@ -29,8 +29,10 @@ def measure_answers(cfg, generator, sequences, layout):
         written = generator.generate(rows, config, first, allowed=allowed).rows
         for i, (row, (prompt, answer)) in enumerate(zip(written, group), first):
             right[i] = row[len(prompt) : len(prompt) + len(answer)] == answer
-    share = float(right.mean())
-    return dict(answers=len(pairs), exact_match=share, error=math.sqrt(share * (1 - share) / len(pairs)))
+    # the error also of none and of all that are right: with two more of each [Agresti and Coull 1998]
+    n = len(pairs)
+    p = (right.sum() + 2) / (n + 4)
+    return dict(answers=n, exact_match=float(right.mean()), error=math.sqrt(p * (1 - p) / (n + 4)))
 
 
 def choose_pairs(sequences, n):

@@ -10,6 +10,7 @@ is the one that `plan` prints, and the same widened by the scatter of the runs t
 
 import math
 import shlex
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -199,7 +200,7 @@ def draw_exam(rows, path):
             bars = {row["split"]: row["error_curves"] for row in own if row["law"] == name}
             places = [parts.index(part) + (i - (len(names) - 1) / 2) * width for part in bars]
             ax.bar(places, list(bars.values()), 0.9 * width, color=style["color"], label=style["label"])
-        ax.set_xticks(range(len(parts)), [part.replace(" → ", "\n→ ") for part in parts], fontsize=5.5)
+        ax.set_xticks(range(len(parts)), [textwrap.fill(part, 14) for part in parts], fontsize=6.5)
         ax.set_title(" ".join(key), fontsize=9)
         ax.set(yscale="log", ylabel="mean |log L̂ − log L|")
         ax.tick_params(axis="y", labelsize=8)

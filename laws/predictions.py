@@ -25,6 +25,7 @@ from laws.runs import Runs, data_range, read_csv, read_rows, write_csv
 COLUMNS = "name objective params tokens fitted loss low high seen surprise".split()
 FILE = "predictions.csv"
 RESAMPLES = 40
+OPEN_LOSS = 1.5  # a loss that is not known to this factor is not predicted
 
 
 # ------------------------------------------------------------------------------------------------ predictions
@@ -36,6 +37,8 @@ def known_runs(paths, objective):
     for path in split_paths(paths):
         runs = read_csv(find_csv(path, Path(path)), objective)
         parts.append(runs.select(runs.e <= 1.01))
+    if not any(len(part.N) for part in parts):
+        raise ValueError(f"{paths} has no run that saw every token once, as the parametric law is of")
     columns = [np.concatenate([part[i] for part in parts]) for i in range(len(Runs._fields) - 1)]
     return Runs(*columns, np.arange(len(columns[0])))
 
@@ -43,7 +46,7 @@ def known_runs(paths, objective):
 def predict_runs(known, planned, seed=0):
     """Rows for runs [(name, objective, params, tokens)], of COLUMNS without those of what is seen later.
 
-    Raises ValueError where the known runs are too few, or leave the law open.
+    Raises ValueError where the known runs are too few, or leave a loss open.
     """
     fit = fit_law(PARAMETRIC, known)
     fit = bootstrap(fit, known, RESAMPLES, seed)._replace(data_range=data_range(known))
@@ -51,6 +54,9 @@ def predict_runs(known, planned, seed=0):
     for name, objective, params, tokens in planned:
         low, high = interval_of_loss(fit, params, tokens, 1.0, scatter)
         loss = float(predict(fit, params, tokens))
+        if not low > loss / OPEN_LOSS or not high < loss * OPEN_LOSS:
+            raise ValueError(f"{len(known.N)} runs leave the loss of {name} open, from {low:.3g} to "
+                             f"{high:.3g} nats per token: train more of them first")
         rows.append(dict(name=name, objective=objective, params=params, tokens=tokens, fitted=len(known.N),
                          loss=loss, low=low, high=high))
     return rows

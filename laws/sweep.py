@@ -525,7 +525,7 @@ def predict_grid(cfg, runs):
         for objective in split(cfg.objectives) if cfg.known else ():
             planned = [(run.name, objective, run.params, run.tokens) for run in runs
                        if run.settings.objective == objective and not run.saved_step
-                       and run.name not in predicted]
+                       and run.name not in predicted and run.epochs <= 1.01]
             if planned:
                 known = predictions.known_runs(cfg.known, objective)
                 predicted |= {row["name"]: row for row in predictions.predict_runs(known, planned)}

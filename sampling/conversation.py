@@ -8,8 +8,8 @@ from corpus import chat
 class Conversation:
     """Messages so far, and a Generator that answers them through its chat template.
 
-    length: new tokens of an answer (0: as many as fit), of block diffusion to the end of a block. Old turns
-    are dropped when there is no room for the next one.
+    length: new tokens of an answer at most (0: as many as fit), of block diffusion to the end of a block. Old
+    turns are dropped when less than that, or a quarter of the context, is left for the next one.
     """
 
     def __init__(self, generator, template, decoding, length=0, system=""):
@@ -19,6 +19,8 @@ class Conversation:
         self.messages = [dict(role="system", content=system)] if system else []
         self.n_first = len(self.messages)  # messages that are never dropped
         self.n_asked = 0
+        # trained with separators to the row's end, it takes what room it is given for the answer's length
+        self.fills_row = generator.record["settings"].get("eos_padding") == "row"
 
     def ask(self, question):
         """The model's answer to a question, as text. Raises ValueError where the question has no room."""
@@ -26,7 +28,8 @@ class Conversation:
         result = self.generator.generate([row], self.decoding, self.n_asked)
         self.n_asked += 1
         tokenizer = self.generator.tokenizer
-        ids = result.rows[0][row.index(tokenizer.mask_id) :]
+        start = row.index(tokenizer.mask_id)
+        ids = result.rows[0][start : start + self.length if self.length and self.fills_row else None]
         answer = read_answer(ids, self.ends, tokenizer)
         self.messages = [*messages, dict(role="assistant", content=answer)]
         return answer
@@ -37,15 +40,16 @@ class Conversation:
         Raises ValueError if there is none for the question alone.
         """
         mask_id, seq_len = self.generator.tokenizer.mask_id, self.generator.seq_len
-        least = self.length or 1
+        least, wanted = self.length or 1, self.length or seq_len // 4
         while True:
             prompt = self.template.encode_prompt(messages).tolist()
-            if len(prompt) + least <= seq_len:
-                stop = len(prompt) + self.length if self.length else seq_len
+            is_first = len(messages) - self.n_first < 3
+            if len(prompt) + (least if is_first else wanted) <= seq_len:
+                stop = len(prompt) + self.length if self.length and not self.fills_row else seq_len
                 if block := self.generator.block:  # whole blocks, as in training
                     stop = min(-(-stop // block) * block, seq_len)
                 return messages, prompt + [mask_id] * (stop - len(prompt))
-            if len(messages) - self.n_first < 3:
+            if is_first:
                 raise ValueError(f"the question has {len(prompt)} tokens and the model's context {seq_len}: "
                                  f"no room for an answer of {least}")
             messages = messages[: self.n_first] + messages[self.n_first + 2 :]

@@ -82,6 +82,13 @@ def print_pairs(run):
         left = f", {n_cut:,} of them cut" if n_cut else ""
         left += f"; {n_skipped:,} are left out, as their answers don't fit" if n_skipped else ""
         say(run.ranks, f"{name}: {n_pairs:,} question-answer pairs in {sequences.n:,} rows{left}")
+        if n_cut + n_skipped > (n_pairs + n_skipped) / 2:
+            longest = max(source.longest for source in sources)
+            warn(run.ranks, f"most pairs are longer than a row of {run.cfg.seq_len}: raise --seq_len (the "
+                            f"longest has {longest:,} tokens)")
+    if run.cfg.objective != "ar" and run.cfg.eos_padding == "none" and not run.model_config.diffusion_block:
+        warn(run.ranks, "without eos_padding=row the model never learns where an answer ends: it fills the "
+                        "room that it is given")
 
 
 def attention_backend(run):

@@ -43,13 +43,15 @@ def test_every_point_is_fitted_or_judged_and_the_rest_lies_beyond(points):
             assert dearest < min(judged.flops[judged.curve == k].max() for k in set(judged.curve))
 
 
-def test_the_papers_data_are_split_where_the_issue_says():
+def test_where_the_papers_data_are_split():
     curves = exam.splits_of(read_csv(QUOKKA / "epoch_curves.csv"))
     assert [part.name for part in curves] == [
         "below 200M parameters → above", "below 50M unique tokens → above", "the first 30 epochs → the rest",
         "the cheapest 25% → the rest", "the cheapest 50% → the rest"]
     once = exam.splits_of(read_csv(QUOKKA / "isoflop_points.csv"))
-    assert [len(part.fitted.N) + len(part.judged.N) for part in once] == [87, 87, 87]
+    assert [part.name for part in once] == [
+        "below 200M parameters → above", "the cheapest 25% → the rest", "the cheapest 50% → the rest"]
+    assert once[0].fitted.N.max() < 2e8 <= once[0].judged.N.min()
 
 
 def test_the_right_law_carries_and_its_intervals_hold():
@@ -92,9 +94,18 @@ def test_the_command(capsys, tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["split"] for row in rows] == [
         "below 200M parameters → above", "the cheapest 25% → the rest", "the cheapest 50% → the rest"]
+    marked = ["parametric*" in line for line in text.splitlines() if "| parametric" in line]
+    assert marked == [row["determined"] == "False" for row in rows] and any(marked)
     assert (tmp_path / "exam/exam.png").is_file()
-    code, _, error = run(capsys, "fit", "--exam", "--bootstrap=0")
-    assert code == 2 and "exam needs bootstrap" in error
+    one = tmp_path / "one.csv"
+    one.write_text("params,tokens,loss\n1e8,1e9,3\n", encoding="utf-8")
+    code, _, error = run(capsys, "fit", "--exam", f"--data={one}", f"--out={tmp_path / 'no'}")
+    assert code == 2 and "too few runs" in error and not (tmp_path / "no").exists()
+    refused = {"--bootstrap=0": "exam needs bootstrap", "--laws=approach1": "approach1 is none",
+               "--held_out=x.csv": "held_out is not for exam", "--objective=ar": "objective:"}
+    for flag, problem in refused.items():
+        code, _, error = run(capsys, "fit", "--exam", flag)
+        assert code == 2 and problem in error and error.count("\n") == 1
 
 
 def test_laws_of_repeated_text_are_examined_on_curves():

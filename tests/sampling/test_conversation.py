@@ -29,8 +29,8 @@ class Echo:
 
     tokenizer, seq_len, block = TOKENS, 40, 0
 
-    def __init__(self):
-        self.asked = []
+    def __init__(self, **settings):
+        self.asked, self.record = [], dict(settings=settings)
 
     def generate(self, rows, decoding, number):
         (row,) = rows
@@ -76,3 +76,20 @@ def test_blocks_are_written_whole():
     generator.block = 16
     Conversation(generator, Template(), DecodeConfig(), length=5).ask("q")
     assert generator.asked[0][1] == 14
+
+
+def test_a_model_of_filled_rows_always_has_the_whole_row():
+    """Its space is otherwise its answer's length; a length cuts what it has written."""
+    generator = Echo(eos_padding="row")
+    conversation = Conversation(generator, Template(), DecodeConfig(), length=1)
+    assert conversation.ask("q") == "o" and generator.asked[0][1] == 38
+
+
+def test_old_turns_go_before_an_answer_has_less_than_a_quarter_of_the_context():
+    generator = Echo()
+    conversation = Conversation(generator, Template(), DecodeConfig())
+    for question in ("a" * 20, "b" * 5, "c" * 30, "d" * 38):
+        conversation.ask(question)
+    asked = [(text, room) for text, room, *_ in generator.asked]
+    assert asked == [("a" * 20 + "|", 19), ("a" * 20 + "|ok|" + "b" * 5 + "|", 10), ("c" * 30 + "|", 9),
+                     ("d" * 38 + "|", 1)]
