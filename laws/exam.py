@@ -202,7 +202,7 @@ def draw_exam(rows, path):
             ax.bar(places, list(bars.values()), 0.9 * width, color=style["color"], label=style["label"])
         ax.set_xticks(range(len(parts)), [textwrap.fill(part, 14) for part in parts], fontsize=6.5)
         ax.set_title(" ".join(key), fontsize=9)
-        ax.set(yscale="log", ylabel="mean |log L̂ − log L|")
+        ax.set_ylabel("mean |log L̂ − log L|")
         ax.tick_params(axis="y", labelsize=8)
         ax.grid(axis="y", alpha=0.25, lw=0.5)
         ax.legend(fontsize=6.5, framealpha=0.8)
