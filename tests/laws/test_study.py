@@ -475,7 +475,8 @@ def test_launch_prints_what_runs(name, tmp_path, monkeypatch, here):
     assert last == then and not list(tmp_path.iterdir())
 
 
-CHOICES = "choose from kernel, schedule, time, loss, batch, lr, weight_decay, block, optimizer"
+CHOICES = ("choose from kernel, schedule, time, loss, batch, lr, weight_decay, block, optimizer, "
+           "data_constrained")
 
 
 @pytest.mark.parametrize("argv, line", [
