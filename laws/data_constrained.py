@@ -29,7 +29,7 @@ from configurator import setting
 from configurator.format import human_count
 from corpus.files import all_or_none
 from laws import study as study_runs
-from laws.optimizers import parse_list
+from laws.optimizers import format_mean, parse_list
 from laws.runs import write_csv
 from training.log import read_metrics, validations
 
@@ -275,14 +275,6 @@ def verdict_of(found):
     return f"{difference:+.3f} ± {error:.3f}"
 
 
-def format_mean(losses):
-    """'2.100 ± 0.004', of several seeds."""
-    if not np.isfinite(losses).all():
-        return "diverged"
-    text = f"{losses.mean():.3f}"
-    return text if len(losses) < 2 else f"{text} ± {losses.std(ddof=1) / math.sqrt(len(losses)):.3f}"
-
-
 def draw_curves(study, path):
     """Draw the best runs' validations along their epochs, every seed, a panel for each budget."""
     from laws.drawing import BLUE, ORANGE, finish, panels
@@ -330,9 +322,7 @@ def main(argv, flags):
             print(study_runs.shown_command(run, cfg))
         return
 
-    own = [f"--{name}={value}" for name, value in configurator.changed(cfg).items()
-           if name not in ("draw", "jobs", "runs", "out")]
-    command = study_runs.shown_study(["python", "scaling.py", "study", "data_constrained", *own], flags)
+    command = study_runs.command_of("data_constrained", cfg, flags)
     out = Path(cfg.out or Path(cfg.runs) / cfg.scale / "study")
     text = write_table(study, command)
     rows = [trial._asdict() | done for trial, done in study.outcomes.items() if done]

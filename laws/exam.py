@@ -4,8 +4,8 @@
     python scaling.py fit --exam --data=my.csv --bootstrap=40
 
 Four questions, each an extrapolation: from small models to large ones, from little text to more, from the
-first epochs to later ones, from cheap runs to all. A judged run's error is |log L̂ − log L|; its 95 % interval
-is the one that `plan` prints, and the same widened by the scatter of the runs that were fitted.
+first epochs to later ones, from cheap runs to all. A judged run's error is |log L̂ − log L|; its 95 %
+interval is the one that `plan` prints, and the same widened by the scatter of the runs that were fitted.
 """
 
 import math

@@ -327,9 +327,7 @@ def main(argv, flags):
             print(study_runs.shown_command(run, cfg))
         return
 
-    own = [f"--{name}={value}" for name, value in configurator.changed(cfg).items()
-           if name not in ("draw", "jobs", "runs", "out")]
-    command = study_runs.shown_study(["python", "scaling.py", "study", "optimizer", *own], flags)
+    command = study_runs.command_of("optimizer", cfg, flags)
     out = Path(cfg.out or Path(cfg.runs) / cfg.scale / "study_optimizer")
     text = write_table(study, command)
     rows = [trial._asdict() | done for trial, done in study.outcomes.items() if done]

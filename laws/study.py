@@ -157,6 +157,13 @@ def shown_study(command, flags):
     return shlex.join([*command, *(["--", *flags] if flags else [])])
 
 
+def command_of(name, cfg, flags):
+    """The command line of a study with these settings, without those that say how and where it runs."""
+    own = [f"--{key}={value}" for key, value in configurator.changed(cfg).items()
+           if key not in ("draw", "jobs", "runs", "out")]
+    return shown_study(["python", "scaling.py", "study", name, *own], flags)
+
+
 def check_machine(runs, cfg):
     """Exit with code 2 where the runs would: without their GPUs, or without their corpus."""
     needed, available = cfg.processes(), torch.cuda.device_count()
